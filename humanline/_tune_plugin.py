@@ -1,0 +1,101 @@
+"""Makes torchtune's `tune` know the humanline recipes and configs.
+
+`_tune_plugin.pth`, installed as `humanline_tune.pth` at the root of site-packages, imports this module when Python
+starts as `tune`, and in no other program. An import hook then waits for torchtune's registry, which `tune ls`, `cp`,
+`cat` and `run` read, and extends it:
+
+- every `recipes/humanline_*.py` goes in under its file name. One with `_distributed` in its name takes torchrun
+  options, any other refuses them.
+- every `configs/NAME.yaml` goes in as `humanline/NAME`, under the recipes that its first line names:
+  `# recipe: humanline_dpo_distributed`, or several, separated by commas.
+- for `tune run`, so does a recipe given by its path, with or without `.py`: the very file the user named runs. Left to
+  itself torchtune imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
+
+`tune validate` takes nothing but paths, so a config's name on its command line is replaced by its path.
+
+A name already taken stays what it is, for instance that of a recipe which a fork of torchtune registers itself. Nothing
+here imports torch, and nothing that goes wrong here stops `tune`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+_REGISTRY = "torchtune._recipe_registry"
+
+# An installed wheel carries recipes/ and configs/ inside the package; in a clone they stand beside it.
+_PACKAGE = Path(__file__).parent
+_HOME = _PACKAGE / "_tune" if (_PACKAGE / "_tune").is_dir() else _PACKAGE.parent
+
+
+class _RegistryFinder:
+    """Import hook that finds torchtune's registry, gives it the loader below, and steps aside."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _RegistryLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _RegistryLoader(SourceFileLoader):
+    """Loads the registry as it is, then extends it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        try:
+            _extend(module, sys.argv)
+        except Exception as error:  # a fork may have changed anything there, and its own recipes must still run
+            print(f"humanline: tune goes on without the humanline recipes: {error!r}", file=sys.stderr)
+
+
+def _extend(registry: ModuleType, argv: list[str]) -> None:
+    """Registers the installed recipes and configs, and what the command line `argv` names in its own way."""
+    command, arguments = "".join(argv[1:2]), argv[2:]
+    configs = {f"humanline/{path.stem}": path for path in sorted((_HOME / "configs").glob("*.yaml"))}
+    recipes = {path.stem: path for path in sorted((_HOME / "recipes").glob("humanline_*.py"))}
+    if command == "run":
+        recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
+    elif command == "validate":
+        argv[2:] = [str(configs[name]) if name in configs and not os.path.exists(name) else name for name in arguments]
+
+    users = {name: _recipes_of(path) for name, path in configs.items()}
+    taken = {recipe.name for recipe in registry.get_all_recipes()}
+    registry._ALL_RECIPES += [
+        registry.Recipe(
+            name=name,
+            file_path=str(path),  # torchtune joins this to a root of its own, over which an absolute path wins
+            configs=[
+                registry.Config(name=config, file_path=str(configs[config]))
+                for config in configs
+                if name in users[config]
+            ],
+            supports_distributed="_distributed" in path.stem,
+        )
+        for name, path in recipes.items()
+        if name not in taken
+    ]
+
+
+def _recipes_of(config: Path) -> list[str]:
+    """The recipes that a config's first line says it is for."""
+    with config.open(encoding="utf-8") as file:
+        _, _, names = file.readline().partition("# recipe:")
+    return names.replace(",", " ").split()
+
+
+def _local_recipe(argument: str) -> Path | None:
+    """The humanline recipe file that a command-line argument is the path of, if it is one."""
+    path = Path(argument if argument.endswith(".py") else f"{argument}.py").absolute()
+    return path if path.name.startswith("humanline_") and path.is_file() else None
+
+
+sys.meta_path.insert(0, _RegistryFinder())

@@ -1,0 +1,25 @@
+"""Groups of responses to a prompt: where they come from, and how they are laid out in rows."""
+
+from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
+from humanline.data._chat import ChatTokenizer
+from humanline.data._dataset import GroupDataset
+from humanline.data._group import Group
+from humanline.data._pairs import as_pairs
+from humanline.data._rows import RowBudget, Rows, lay_out, pack
+from humanline.data._source import OfflineSource
+
+__all__ = [
+    "ChatTokenizer",
+    "Group",
+    "GroupDataset",
+    "OfflineSource",
+    "RowBudget",
+    "Rows",
+    "as_pairs",
+    "encoded_groups",
+    "labelled_groups",
+    "lay_out",
+    "pack",
+    "preference_groups",
+    "scored_groups",
+]

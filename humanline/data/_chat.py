@@ -1,0 +1,244 @@
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torchtune.data import Message
+from torchtune.modules.transforms import Transform
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+from humanline.data._chat_template import PROBE_RESPONSE, PROBES, Chat, ChatTemplate, squeeze
+from humanline.errors import ConfigError, DataError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's name for the author of a tool's result, and that of chat templates
+
+
+class ChatTokenizer(ModelTokenizer, Transform):
+    """Chats to token ids, by the tokenizer and the chat template that came with a Hugging Face checkpoint.
+
+    The ids are those of ``apply_chat_template`` in ``transformers``: the text is the same, BOS is there only if the
+    template writes it, and the string of a special token inside a message becomes that token. (So a message can open or
+    close a turn: strip such strings from text that is not trusted.)
+
+    A prompt and its response are tokenised apart, where generation starts, because that is what a model sees: the
+    prompt's ids first, then tokens it chooses itself. Tokenised as one text, the last token of the one and the first of
+    the other could merge (the newline that ends the header, and one that starts the answer); then the prompt would not
+    be the one that is sampled from.
+
+    It is a torchtune tokenizer as well (:meth:`tokenize_messages`, :meth:`encode`, and a transform of samples that have
+    ``messages``), so that torchtune's own datasets and recipes work with it.
+
+    Args:
+        path (str): a folder with tokenizer.json and tokenizer_config.json, such as ``tune download`` leaves. The
+            template is taken from its chat_template.jinja, else from tokenizer_config.json; generation_config.json may
+            add stop tokens.
+        max_seq_len (int | None): the length to which :meth:`tokenize_messages` and nothing else cuts, tokens.
+        chat_template (str | None): path of a Jinja file to use in place of the folder's template.
+
+    Attributes:
+        stop_tokens (list[int]): ids that end a generated response: the template's end of turn, then EOS.
+        special_tokens (dict[str, int]): the tokens outside the ordinary vocabulary, and their ids.
+        bos_id (int | None): beginning of sequence, None if there is none.
+        eos_id (int): end of sequence; the end of turn if there is none.
+        pad_id (int): padding; ``eos_id`` if there is none.
+        vocab_size (int): all ids are below it. (A model's embedding may have more rows.)
+
+    Raises:
+        ConfigError: if a file is missing or unreadable, or the template does not render a chat as its prompt, the
+            response and one special token, the end of turn.
+    """
+
+    def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str | None = None) -> None:
+        if max_seq_len is not None and max_seq_len < 1:
+            raise ConfigError(f"tokenizer.max_seq_len: {max_seq_len} is below 1; null sets no limit")
+        self._arguments = (path, max_seq_len, chat_template)
+        self.max_seq_len = max_seq_len
+
+        folder = Path(path)
+        self._tokenizer = read_tokenizer(folder)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added.items()}
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+
+        config = read_tokenizer_config(folder)
+        named = {name: token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        file, source = find_template(folder, config, chat_template)
+        self._template = ChatTemplate(source, file, named, [token.content for token in added.values() if token.special])
+        self._refuse_context_dependence()
+
+        end_of_turn = self.special_tokens[self._template.end_of_turn]
+        ids = {name: self._named_id(name, token) for name, token in named.items()}
+        self.bos_id: int | None = ids.get("bos_token")
+        self.eos_id: int = ids.get("eos_token", end_of_turn)
+        self.pad_id: int = ids.get("pad_token", self.eos_id)
+        self.stop_tokens = list(dict.fromkeys([end_of_turn, self.eos_id, *read_generation_stops(folder)]))
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # A compiled template cannot be pickled: a worker process reads the files again.
+        return type(self), self._arguments
+
+    # ---- Prompts and responses
+
+    def encode_prompt(self, messages: Chat) -> list[int]:
+        """The ids of ``messages`` (``{"role": ..., "content": ...}`` each), up to where the assistant's answer starts.
+
+        Raises:
+            DataError: if the template declines the chat.
+        """
+        return self._encode(self._template.prompt(messages))
+
+    def encode_response(self, prompt: Chat, response: str) -> list[int]:
+        """The ids of ``response`` as the answer to ``prompt``, the end of turn included.
+
+        The text is as the template renders it: Llama 3's and Gemma's, for two, trim the white space around it.
+
+        Raises:
+            DataError: if the template declines the chat, or renders the prompt differently once it is answered.
+        """
+        return self._encode(self._template.response(prompt, response))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    # ---- torchtune's protocol
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """The ids of plain text, without the template; between BOS (where there is one) and EOS unless declined."""
+        bos = [self.bos_id] if add_bos and self.bos_id is not None else []
+        eos = [self.eos_id] if add_eos else []
+        return bos + self._encode(text) + eos
+
+    def tokenize_messages(
+        self, messages: list[Message], *, add_end_tokens: bool = True
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a whole chat, and which of them a loss leaves out.
+
+        An answer and its end of turn are masked if its message is; what lies between two answers, headers included, is
+        masked if any message there is. Ids beyond ``max_seq_len`` are cut off with no end of turn put at the cut:
+        nothing ends there.
+
+        Args:
+            messages (list[Message]): the chat, text only.
+            add_end_tokens (bool): False leaves a last answer open, for generation to continue it; a chat whose last
+                message is another's ends where the answer would start.
+
+        Returns:
+            tuple[list[int], list[bool]]: ids and mask (True: not in the loss), equally long.
+
+        Raises:
+            DataError: if a message has an image, or the template renders earlier turns differently once later ones
+                follow.
+        """
+        if any(message.contains_media for message in messages):
+            raise DataError("messages: a message has an image, and this tokenizer takes text only; drop the example")
+        chat = [{"role": TEMPLATE_ROLES.get(m.role, m.role), "content": m.text_content} for m in messages]
+        ids: list[int] = []
+        mask: list[bool] = []
+        text = ""  # what of the rendered chat has been tokenised,
+        seen = 0  # and how many messages that is
+
+        def append(rendered: str, until: int, masked: bool) -> None:
+            nonlocal text, seen
+            if not rendered.startswith(text):
+                raise DataError(
+                    f"messages: {self._template.file} renders earlier turns differently once later ones follow; "
+                    "end each example at its first answer"
+                )
+            ids.extend(self._encode(rendered[len(text) :]))
+            mask.extend([masked] * (len(ids) - len(mask)))
+            text, seen = rendered, until
+
+        for i, message in enumerate(messages):
+            if message.role == "assistant":
+                append(self._template.prompt(chat[:i]), i, any(m.masked for m in messages[seen:i]) or seen == i)
+                answer = self._template.response(chat[:i], message.text_content)
+                if not add_end_tokens and i == len(messages) - 1:
+                    answer = answer.removesuffix(self._template.end_of_turn)
+                append(text + answer, i + 1, message.masked)
+        if seen < len(messages):
+            rest = self._template.render(chat, add_generation_prompt=not add_end_tokens)
+            append(rest, len(messages), any(m.masked for m in messages[seen:]))
+        return ids[: self.max_seq_len], mask[: self.max_seq_len]
+
+    def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
+        """Replaces the sample's ``messages`` by ``tokens`` and ``mask`` (see :meth:`tokenize_messages`)."""
+        sample["tokens"], sample["mask"] = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
+        return sample
+
+    # ---- Inside
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise DataError("messages: the text is not valid Unicode (it has a lone surrogate); repair it") from None
+
+    def _refuse_context_dependence(self) -> None:
+        """Refuses tokenizers that give a text other ids by itself, such as those that put a space in front of it."""
+        prompt, response = self._template.prompt(PROBES[0]), self._template.response(PROBES[0], PROBE_RESPONSE)
+        if self._encode(prompt) + self._encode(response) != self._encode(prompt + response):
+            raise self._template.refusal("and tokenizer.json give an answer other ids by itself than behind its prompt")
+
+    def _named_id(self, name: str, token: str) -> int:
+        id = self._tokenizer.token_to_id(token)
+        if id is None:
+            raise ConfigError(f"tokenizer.path: tokenizer.json lacks {token!r}, tokenizer_config.json's {name}; add it")
+        return id
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"tokenizer.path: {file} is missing; the folder must be a whole HF checkpoint") from None
+    except ValueError as error:
+        raise ConfigError(f"tokenizer.path: {file} is not JSON ({squeeze(error)}); fetch it again") from error
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"tokenizer.path: {file} is missing; the folder must be a whole HF checkpoint")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ConfigError(f"tokenizer.path: {file} cannot be read ({squeeze(error)}); fetch it again") from error
+    tokenizer.no_truncation()  # files can carry either, and nothing is to be cut or padded unasked
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; in older checkpoints, special_tokens_map.json has the last word on the named tokens."""
+    config = read_json(folder / "tokenizer_config.json")
+    file = folder / "special_tokens_map.json"
+    return config | read_json(file) if file.is_file() and "added_tokens_decoder" not in config else config
+
+
+def read_generation_stops(folder: Path) -> list[int]:
+    """The ids at which generation_config.json, where there is one, says that generation stops."""
+    file = folder / "generation_config.json"
+    stops = read_json(file).get("eos_token_id") if file.is_file() else None
+    return [stops] if isinstance(stops, int) else stops or []
+
+
+def token_text(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def find_template(folder: Path, config: dict[str, Any], override: str | None) -> tuple[Path, str]:
+    """The file that has the chat template, and the template: the override's, else the one ``transformers`` picks."""
+    file = Path(override) if override is not None else folder / "chat_template.jinja"
+    if file.is_file():
+        return file, file.read_text(encoding="utf-8")
+    if override is not None:
+        raise ConfigError(f"tokenizer.chat_template: {file} is not a file; null takes the template in tokenizer.path")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {named["name"]: named["template"] for named in template}.get("default")
+    if template is None:
+        raise ConfigError(f"tokenizer.chat_template: {folder} has no chat template of its own; name a Jinja file")
+    return folder / "tokenizer_config.json", template

@@ -1,0 +1,40 @@
+"""Groups in memory, and one line that says what they are."""
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from humanline.data._group import Group
+
+__all__ = ["GroupDataset"]
+
+
+class GroupDataset(Dataset[Group]):
+    """Groups held in memory, in the order in which they were read.
+
+    Args:
+        groups (Sequence[Group]): at least one.
+        name (str): what they were read from.
+        notes (Sequence[str]): what was cut or dropped on the way, a phrase each, for the report.
+    """
+
+    def __init__(self, groups: Sequence[Group], name: str = "memory", notes: Sequence[str] = ()) -> None:
+        self.groups = groups
+        self.name = name
+        self.notes = tuple(notes)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+    def report(self) -> str:
+        """One line: how many groups, from where, what was cut or dropped, and how long they are in tokens."""
+        prompts = [len(group.prompt) for group in self.groups]
+        responses = [len(response) for group in self.groups for response in group.responses]
+        lengths = (
+            f"prompt/response tokens mean {sum(prompts) / len(prompts):.0f}/{sum(responses) / len(responses):.0f}, "
+            f"max {max(prompts)}/{max(responses)}"
+        )
+        return f"{len(self):,} groups from {self.name}: " + "; ".join([*self.notes, lengths])

@@ -1,0 +1,185 @@
+"""Rows out of a source: local JSON, JSON Lines and parquet files, or whatever ``load_dataset`` finds by name.
+
+Local files are read here rather than through ``datasets``, because a user who is told that an example is bad needs the
+line of the file, which a table no longer knows.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from glob import glob, has_magic
+from itertools import chain
+from os.path import expanduser
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from humanline.data._record import Record
+from humanline.errors import ConfigError, DataError
+
+__all__ = ["read_records"]
+
+Row = tuple[str, Any]
+"""Where a row stands, for people, and what stands there."""
+
+
+def read_records(
+    source: str | Sequence[str],
+    split: str,
+    data_files: str | Sequence[str] | None,
+    column_map: Mapping[str, str],
+) -> tuple[str, Iterator[Record]]:
+    """Opens a source.
+
+    Args:
+        source (str | Sequence[str]): a .json, .jsonl or .parquet file, a glob, or a list of those; "json" or "parquet"
+            with the files in ``data_files``; or else a folder or hub dataset for ``datasets.load_dataset``.
+        split (str): the split, with an optional slice such as "train[:95%]". Local files hold one split, "train".
+        data_files (str | Sequence[str] | None): the files to read, in the same forms as ``source``.
+        column_map (Mapping[str, str]): the source's name for each field that it calls otherwise.
+
+    Returns:
+        The source's name, and its records in the order of the source.
+
+    Raises:
+        ConfigError: if there is no such source or split.
+        DataError: while iterating, if a line cannot be parsed or is no object.
+    """
+    if not isinstance(split, str):
+        raise ConfigError(f"split: {split!r} is not the name of a split; write e.g. train or train[:95%]")
+    files = _local_files(source, data_files)
+    if files is None:
+        name, rows = str(source), _load_dataset(source, split, data_files)
+    else:
+        name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        rows = _take(split, chain.from_iterable(_READERS[Path(file).suffix](file) for file in files))
+    return name, (_record(where, row, column_map) for where, row in rows)
+
+
+def _record(where: str, row: Any, column_map: Mapping[str, str]) -> Record:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: is a {type(row).__name__}; it must be an object with named fields, {{...}}")
+    return Record(where, row, column_map)
+
+
+def _local_files(source: Any, data_files: Any) -> list[str] | None:
+    """The files on this machine that the source means; None when ``datasets`` has to find it."""
+    if data_files is None:
+        key, patterns = "source", [source] if isinstance(source, str) else source
+    else:
+        key, patterns = "data_files", [data_files] if isinstance(data_files, str) else data_files
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(it, str) and it for it in patterns):
+        raise ConfigError(f"{key}: {patterns!r} names no data; give a file, a glob, a list of them, or a hub dataset")
+    if data_files is not None:
+        if source not in ("json", "parquet") or any("://" in pattern for pattern in patterns):
+            return None
+    elif isinstance(source, str) and not _looks_like_files(source):
+        return None
+    files = list(chain.from_iterable(_expand(key, pattern) for pattern in patterns))
+    for file in files:
+        if Path(file).suffix not in _READERS:
+            raise ConfigError(f"{key}: '{file}' is of no known kind; convert it to one of {', '.join(_READERS)}")
+    return files
+
+
+def _looks_like_files(source: str) -> bool:
+    """Whether a source that may also be a folder or a hub dataset ("owner/name") means files."""
+    path = Path(expanduser(source))
+    if path.is_dir():
+        return False
+    return (
+        path.is_file()
+        or path.suffix in _READERS
+        or has_magic(source)
+        or path.is_absolute()
+        or source.count("/") > 1
+        or source.startswith(".")
+    )
+
+
+def _expand(key: str, pattern: str) -> list[str]:
+    pattern = expanduser(pattern)
+    # A file's own name may hold the characters of a glob, so the name comes first.
+    matches = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
+    files = [match for match in matches if Path(match).is_file()]
+    if not files:
+        raise ConfigError(f"{key}: there is no file '{pattern}' (looked for from {Path.cwd()}); correct the path")
+    return files
+
+
+def _take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of "train", or of slices of it in the notation of ``datasets``."""
+    if split == "train":
+        return rows
+    from datasets import ReadInstruction
+
+    everything = list(rows)
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute({"train": len(everything)})
+    except ValueError as error:
+        raise ConfigError(
+            f"split: '{split}' cannot be taken from local files ({error}); use train, or a slice such as train[:95%]"
+        ) from error
+    return chain.from_iterable(everything[piece.from_ : piece.to] for piece in slices)
+
+
+def _json_rows(file: str) -> Iterator[Row]:
+    """One array of rows, or one row a line: what the file starts with decides, as .json is used for both."""
+    with open(file, "rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+        stream.seek(0)
+        is_array = first.decode("utf-8-sig", errors="ignore").lstrip().startswith("[")
+        yield from _array_rows(file, stream) if is_array else _line_rows(file, stream)
+
+
+def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row]:
+    for number, row in enumerate(_parse(file, None, stream.read()), start=1):
+        yield f"{file} item {number}", row
+
+
+def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield f"{file} line {number}", _parse(file, number, line)
+
+
+def _parse(file: str, number: int | None, text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place, problem = f"{file} line {number or error.lineno}", f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # not UTF-8, or nothing that Python can hold
+        place, problem = file if number is None else f"{file} line {number}", str(error)
+    raise DataError(f"{place}: malformed JSON ({problem}); write UTF-8, one object a line, or an array of them")
+
+
+def _parquet_rows(file: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = chain.from_iterable(
+            batch.to_pylist() for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        )
+        for number, row in enumerate(rows, start=1):
+            yield f"{file} row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: cannot be read as parquet ({_first_line(error)}); write it again") from error
+
+
+_READERS = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+
+
+def _load_dataset(source: Any, split: str, data_files: Any) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, split=split, data_files=data_files)
+    except Exception as error:  # those of a dozen libraries come through; each means that there is no data
+        raise ConfigError(
+            f"source: '{source}' (split '{split}') cannot be loaded ({_first_line(error)}); correct the name, log in "
+            "with `hf auth login` if access is restricted, or give local files"
+        ) from error
+    return ((f"{source} ({split}) row {number}", row) for number, row in enumerate(dataset, start=1))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,220 @@
+"""Rows: how a microbatch of groups is laid out for the model.
+
+A row is a fixed budget of tokens into which groups are packed one after the other. A group's prompt stands once, and its responses
+branch from it: each response's positions restart after the prompt, and its tokens see the prompt and their own branch only. So the
+log-probs are those of one sequence a response, at the price of one prompt a group and of no padding between groups.
+
+    prompt A | A1 . . | A2 . | prompt B | B1 . . . | B2 . . | padding
+
+The last token of a response predicts nothing, so it is a target and never an input. One pass of the model takes at most
+``rows_per_pass`` rows of ``tokens_per_row`` tokens: that is the bound on a step's memory, whatever the data.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from humanline.data._group import Group
+from humanline.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBudget:
+    """What one pass of the model may hold.
+
+    Args:
+        tokens_per_row (int): length of a row, tokens.
+        rows_per_pass (int): rows of one forward and backward pass.
+        fixed_length (bool): pad every row to ``tokens_per_row``, as compiled kernels want it, not to the longest row of the pass.
+
+    Raises:
+        ConfigError: if a bound is not a positive whole number.
+    """
+
+    tokens_per_row: int = 2048
+    rows_per_pass: int = 1
+    fixed_length: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("tokens_per_row", "rows_per_pass"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{key}: {value!r} is not a positive whole number")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A prompt and the responses that branch from it in one row: a group, or as much of one as fits."""
+
+    group: int  # index into the microbatch
+    responses: tuple[int, ...]  # indices into the group's responses
+    tokens: int  # row space it takes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tensors of one pass: ``R`` rows of ``L`` tokens, holding ``N`` response tokens of ``B`` responses, the longest of ``S`` tokens.
+
+    ``B`` runs over ``groups`` in their order, and over each group's responses in theirs.
+    """
+
+    groups: tuple[Group, ...]
+    tokens: Tensor  # [R, L] int64
+    positions: Tensor  # [R, L] int64, restarting after the prompt
+    segments: Tensor  # [R, L] int64, which segment of the row; -1 is padding
+    branches: Tensor  # [R, L] int64, which response of the segment; 0 is the prompt
+    sources: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
+    targets: Tensor  # [N] int64, the response tokens
+    mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes on, padding excluded."""
+        return int((self.segments >= 0).sum())
+
+    def to(self, device: torch.device) -> "Rows":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
+        return Rows(groups=self.groups, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+
+    def visible(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The attention rule as FlexAttention's ``mask_mod(row, head, query, key)``."""
+        segments, branches = self.segments, self.branches
+
+        def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same_segment = segments[row, query] == segments[row, key]
+            key_branch = branches[row, key]
+            return (query >= key) & same_segment & ((key_branch == 0) | (key_branch == branches[row, query]))
+
+        return mask_mod
+
+    @cached_property
+    def attention_mask(self) -> Tensor | BlockMask:
+        """The mask for torchtune's attention: block-sparse on CUDA, a dense bool ``[R, L, L]`` elsewhere."""
+        rows, length = self.tokens.shape
+        if self.tokens.is_cuda:
+            return create_block_mask(self.visible(), rows, None, length, length, device=self.tokens.device)
+        row = torch.arange(rows, device=self.tokens.device)[:, None, None]
+        at = torch.arange(length, device=self.tokens.device)
+        return self.visible()(row, row, at[None, :, None], at[None, None, :])
+
+    def per_response(self, values: Tensor) -> Tensor:
+        """Scatters one value a response token, ``[N]``, to ``[B, S]``, zero where ``mask`` is False. Differentiable."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
+    """Cuts a group into segments that each fit a row; most groups are one segment.
+
+    Raises:
+        DataError: if the prompt with a single response is longer than a row.
+    """
+    segments: list[Segment] = []
+    responses: list[int] = []
+    used = prompt = len(group.prompt)
+    for i, response in enumerate(group.responses):
+        need = len(response) - 1
+        if prompt + need > budget.tokens_per_row:
+            raise DataError(
+                f"{group.id}: prompt and response take {prompt + need} tokens, a row holds {budget.tokens_per_row}; "
+                "raise tokens_per_row or lower dataset.max_tokens"
+            )
+        if used + need > budget.tokens_per_row:
+            segments.append(Segment(index, tuple(responses), used))
+            responses, used = [], prompt
+        responses.append(i)
+        used += need
+    return [*segments, Segment(index, tuple(responses), used)]
+
+
+def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]]:
+    """Packs groups into rows, and rows into passes, first fit by decreasing size. A group is never split over passes.
+
+    Returns:
+        list[list[list[Segment]]]: passes of rows of segments.
+
+    Raises:
+        DataError: if a group does not fit into one pass, naming it.
+    """
+    passes: list[list[list[Segment]]] = []
+    segmented = [split(i, group, budget) for i, group in enumerate(groups)]
+    for segments in sorted(segmented, key=lambda s: -sum(segment.tokens for segment in s)):
+        for index, rows in enumerate(passes):
+            if (placed := _place(segments, rows, budget)) is not None:
+                passes[index] = placed
+                break
+        else:
+            if (placed := _place(segments, [], budget)) is None:
+                raise DataError(
+                    f"{groups[segments[0].group].id}: its responses take {len(segments)} rows of {budget.tokens_per_row} tokens, "
+                    f"a pass holds {budget.rows_per_pass}; raise tokens_per_row or rows_per_pass"
+                )
+            passes.append(placed)
+    return passes
+
+
+def _place(segments: list[Segment], rows: list[list[Segment]], budget: RowBudget) -> list[list[Segment]] | None:
+    """The rows with the segments added, or None where they do not all fit."""
+    rows = [list(row) for row in rows]
+    for segment in segments:
+        for row in rows:
+            if sum(s.tokens for s in row) + segment.tokens <= budget.tokens_per_row:
+                row.append(segment)
+                break
+        else:
+            if len(rows) == budget.rows_per_pass:
+                return None
+            rows.append([segment])
+    return rows
+
+
+def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudget) -> Rows:
+    """Builds the tensors of one pass from the rows that :func:`pack` planned."""
+    length = max(sum(s.tokens for s in row) for row in rows)
+    if budget.fixed_length:
+        length = budget.tokens_per_row
+    order = sorted({s.group for row in rows for s in row})
+    first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0)))
+
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions = torch.zeros_like(tokens)
+    segment_ids = torch.full_like(tokens, -1)
+    branches = torch.zeros_like(tokens)
+    sources: dict[int, Tensor] = {}
+    targets: dict[int, Tensor] = {}
+    for r, row in enumerate(rows):
+        start = 0
+        for s, segment in enumerate(row):
+            group = groups[segment.group]
+            prompt = torch.tensor(group.prompt, dtype=torch.int64)
+            segment_ids[r, start : start + segment.tokens] = s
+            last_of_prompt = start + len(prompt) - 1
+            tokens[r, start : start + len(prompt)] = prompt
+            positions[r, start : start + len(prompt)] = torch.arange(len(prompt))
+            start += len(prompt)
+            for branch, i in enumerate(segment.responses, 1):
+                response = torch.tensor(group.responses[i], dtype=torch.int64)
+                inputs = slice(start, start + len(response) - 1)
+                tokens[r, inputs] = response[:-1]
+                positions[r, inputs] = len(prompt) + torch.arange(len(response) - 1)
+                branches[r, inputs] = branch
+                b = first_response[segment.group] + i
+                sources[b] = r * length + torch.tensor([last_of_prompt, *range(start, inputs.stop)])
+                targets[b] = response
+                start = inputs.stop
+    lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
+    return Rows(
+        groups=tuple(groups[i] for i in order),
+        tokens=tokens,
+        positions=positions,
+        segments=segment_ids,
+        branches=branches,
+        sources=torch.cat([sources[b] for b in range(len(sources))]),
+        targets=torch.cat([targets[b] for b in range(len(targets))]),
+        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+    )
+

@@ -1,0 +1,58 @@
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from humanline.errors import ConfigError
+
+__all__ = ["check_architecture", "load_decoder"]
+
+
+def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], checkpoint_dir: str) -> None:
+    """Compares names and shapes of a checkpoint's weights with those of a model, which may be on the meta device.
+
+    Args:
+        model (nn.Module): the model that the weights are for.
+        state_dict (Mapping[str, Tensor]): the checkpoint, in torchtune's names.
+        checkpoint_dir (str): where it came from, for the message.
+
+    Raises:
+        ConfigError: at the first difference.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(
+                f"checkpointer.checkpoint_dir: {checkpoint_dir} is another architecture than model: "
+                f"{name} is {_shape(found.get(name))} in the checkpoint and {_shape(wanted.get(name))} in the model; "
+                "let both keys name the same model"
+            )
+
+
+def load_decoder(
+    model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
+) -> TransformerDecoder:
+    """Gives a decoder that was built on the meta device its weights, on one device and in one dtype.
+
+    Args:
+        model (TransformerDecoder): the decoder, without memory; :func:`check_architecture` has passed it.
+        state_dict (Mapping[str, Tensor]): its weights, in torchtune's names.
+        device (torch.device): where they go.
+        dtype (torch.dtype): what they become.
+
+    Returns:
+        TransformerDecoder: the same decoder, in evaluation mode.
+    """
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state_dict.items()}
+    model.load_state_dict(weights, assign=True)
+    with device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its table is in no state dict
+                module.rope_init()
+    return model.eval()
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))

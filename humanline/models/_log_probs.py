@@ -1,0 +1,84 @@
+"""Log-probs of chosen tokens from hidden states and the output matrix, without ever holding the logits of all of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator; a piece that stays in the cache elsewhere.
+_LOGITS_ON_ACCELERATOR = 2**26
+_LOGITS_ON_CPU = 2**24
+
+
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None = None) -> Tensor:
+    """``log softmax(cap(hidden @ weight.T))[targets]``, projected piece by piece and projected again in backward.
+
+    Between forward and backward it keeps ``hidden`` and one float a token. Softmax and its gradient are computed in float32; the
+    matrix products run in the inputs' dtype (with float32 results where the device can).
+
+    Args:
+        hidden (Tensor): final hidden states that predict the targets, ``[N, D]``.
+        weight (Tensor): output embedding, ``[V, D]``.
+        targets (Tensor): token ids, int64 ``[N]``.
+        soft_cap (float | None): logits become ``soft_cap * tanh(logits / soft_cap)`` (Gemma 2).
+
+    Returns:
+        Tensor: log-probs in nats, float32 ``[N]``.
+    """
+    return _TokenLogProbs.apply(hidden, weight, targets, soft_cap)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None) -> Tensor:
+        target_logits = hidden.new_empty(len(hidden), dtype=torch.float32)
+        normalizers = torch.empty_like(target_logits)
+        for piece in _pieces(hidden, weight):
+            logits = _logits(hidden[piece], weight, soft_cap)
+            target_logits[piece] = logits.gather(1, targets[piece, None]).squeeze(1)
+            peak = logits.amax(1, keepdim=True)
+            normalizers[piece] = logits.sub_(peak).exp_().sum(1).log_().add_(peak.squeeze(1))
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.soft_cap = soft_cap
+        return target_logits - normalizers
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # Summed over the pieces in float32: bfloat16 would round the later pieces away.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for piece in _pieces(hidden, weight):
+            logits = _logits(hidden[piece], weight, ctx.soft_cap)
+            slope = 1 - (logits / ctx.soft_cap).square_() if ctx.soft_cap else None  # of cap * tanh(x / cap)
+            # d logp / d logits = onehot(target) - softmax(logits)
+            grad_logits = logits.sub_(normalizers[piece, None]).exp_().mul_(-grad[piece, None])
+            grad_logits.scatter_add_(1, targets[piece, None], grad[piece, None])
+            if slope is not None:
+                grad_logits.mul_(slope)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[piece])
+            if grad_weight is not None:
+                grad_weight += _mm(grad_logits.t(), hidden[piece])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    budget = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS_ON_ACCELERATOR
+    tokens = max(1, budget // weight.size(0))
+    return (slice(i, i + tokens) for i in range(0, len(hidden), tokens))
+
+
+def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None) -> Tensor:
+    logits = _mm(hidden, weight.t()).float()
+    return logits.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else logits
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; on CUDA a half-precision product keeps its float32 accumulator instead of rounding the logits to 8 bits."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b

@@ -1,0 +1,72 @@
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.attention_utils import _MaskType
+from torchtune.modules.tied_linear import TiedLinear
+
+from humanline.data import Rows
+from humanline.errors import ConfigError
+from humanline.models._log_probs import token_log_probs
+
+
+class LogProbDecoder(nn.Module):
+    """A torchtune decoder whose output is the log-probs of chosen tokens instead of the logits of all of them.
+
+    It takes over the decoder's modules under their own names, so its state dict *is* the decoder's: torchtune's checkpointers,
+    sharding conditions, activation checkpointing and per-layer compile apply unchanged.
+
+    Args:
+        decoder (TransformerDecoder): the model, from any torchtune builder whose output layer is a linear without bias, tied or not.
+        soft_cap (float | None): final logit soft-cap (Gemma 2).
+
+    Raises:
+        ConfigError: if the output layer is of another kind.
+    """
+
+    def __init__(self, decoder: TransformerDecoder, soft_cap: float | None = None) -> None:
+        super().__init__()
+        if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
+            raise ConfigError(
+                f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is supported, "
+                "tied to the embeddings or not (with LoRA: apply_lora_to_output: False)"
+            )
+        self.tok_embeddings = decoder.tok_embeddings
+        self.layers = decoder.layers
+        self.norm = decoder.norm
+        self.output = decoder.output
+        self.soft_cap = soft_cap
+        self.max_seq_len = decoder.max_seq_len
+
+    def forward(
+        self, tokens: Tensor, *, mask: _MaskType, positions: Tensor, sources: Tensor, targets: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            tokens (Tensor): token ids, int64 ``[R, L]``.
+            mask (_MaskType): which token sees which: bool ``[R, L, L]``, or a FlexAttention block mask.
+            positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
+            sources (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the flattened ``[R * L]``.
+            targets (Tensor): the predicted token ids, int64 ``[N]``.
+
+        Returns:
+            Tensor: log-probs of ``targets`` in nats, float32 ``[N]``.
+        """
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, mask=mask, input_pos=positions)
+        # Only the rows that predict a response token are normalised and projected.
+        hidden = self.norm(hidden.flatten(0, 1).index_select(0, sources))
+        return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
+
+    def _output_weight(self) -> Tensor:
+        return self.output.tied_module.weight if isinstance(self.output, TiedLinear) else self.output.weight
+
+
+def _is_plain_linear(module: object) -> bool:
+    return type(module) is nn.Linear and module.bias is None
+
+
+def log_probs(model: nn.Module, rows: Rows) -> Tensor:
+    """Log-probs of the response tokens of ``rows`` under a :class:`LogProbDecoder` (sharded or not), nats, float32 ``[N]``."""
+    return model(
+        rows.tokens, mask=rows.attention_mask, positions=rows.positions, sources=rows.sources, targets=rows.targets
+    )

@@ -1,0 +1,70 @@
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from humanline.data import Rows
+from humanline.errors import ConfigError
+from humanline.models import log_probs
+
+
+class ModelReference:
+    """The reference as a second model, sharded like the policy; syncing copies each rank's own shards, without communication.
+
+    **Syncing** (https://arxiv.org/abs/2509.24207): at optimizer step ``t`` (1-based), if ``t % sync_every == 0``, the reference
+    becomes the policy after backward and gradient clipping and *before* the optimizer's step. With ``sync_every: 1`` it therefore
+    lags the policy by exactly one step.
+
+    The copy is kept in the dtype in which the model computes, since its log-probs depend on nothing finer.
+
+    Args:
+        sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
+
+    Raises:
+        ConfigError: if ``sync_every`` is not a positive whole number or None.
+    """
+
+    def __init__(self, sync_every: int | None = 1) -> None:
+        if sync_every is not None and (isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1):
+            raise ConfigError(
+                f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps; 1 to 4 suit instruction "
+                "following, null never syncs"
+            )
+        self.sync_every = sync_every
+        self.last_sync = 0
+
+    def setup(self, policy: nn.Module, new_model: Callable[[], nn.Module]) -> None:
+        """Builds the reference: ``new_model`` gives a model sharded like ``policy``, whose weights it then takes."""
+        self.policy = policy
+        self.model = new_model().eval().requires_grad_(False)
+        self._sync()
+
+    @torch.no_grad()
+    def log_probs(self, rows: Rows) -> Tensor:
+        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
+        return log_probs(self.model, rows)
+
+    def before_optimizer_step(self, step: int) -> None:
+        """The sync hook: call it at every step (1-based), after gradient clipping and before ``optimizer.step()``."""
+        if self.sync_every is not None and step % self.sync_every == 0:
+            self._sync()
+            self.last_sync = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: the reference's weights and the step of the last sync."""
+        return {"model": self.model.state_dict(), "last_sync": self.last_sync}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.last_sync = state["last_sync"]
+
+    @torch.no_grad()
+    def _sync(self) -> None:
+        for reference, policy in zip(self.model.parameters(), self.policy.parameters(), strict=True):
+            _local(reference).copy_(_local(policy))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,133 @@
+"""Keys and values of a batch whose rows start, grow and end at different times.
+
+Each attention layer has slots, one a row, with room for the longest sequence. The model sees two kinds of pass: prompts
+that fill slots, and steps that add one token to every row. torchtune's own ``KVCache`` has one position for all rows,
+has every step attend over the whole allocated length, and has each key copied for every query head that shares it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchtune.modules import TransformerDecoder
+
+__all__ = ["KVCache", "Prefill", "Step", "attached"]
+
+
+class Pass(Protocol):
+    """What one pass of the model does with a layer's slots, ``[slots, kv heads, capacity, head dim]``."""
+
+    def store(self, slots: Tensor, new: Tensor) -> None:
+        """Writes the new keys or values, ``[B, kv heads, S, head dim]``."""
+
+    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention of ``queries``, ``[B, heads, S, head dim]``, given keys and values: the new ones, and the slots."""
+
+
+class Prefill:
+    """Whole prompts, padded on the right, where causal attention does not look.
+
+    Args:
+        copies (Sequence[int]): which prompt of the batch each of the slots gets.
+        first_slot (int): the first of these slots.
+        device (torch.device): the model's.
+    """
+
+    def __init__(self, copies: Sequence[int], first_slot: int, device: torch.device) -> None:
+        self._copies = torch.tensor(copies, device=device)
+        self._slots = slice(first_slot, first_slot + len(copies))
+
+    def store(self, slots: Tensor, new: Tensor) -> None:
+        slots[self._slots, :, : new.size(2)] = new[self._copies]
+
+    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
+        return F.scaled_dot_product_attention(queries, *new, is_causal=True)
+
+
+class Step:
+    """One token for each of the first ``B`` slots.
+
+    Args:
+        positions (Sequence[int]): where each row's token stands in its sequence, ``[B]``.
+        device (torch.device): the model's.
+    """
+
+    def __init__(self, positions: Sequence[int], device: torch.device) -> None:
+        self.positions = torch.tensor(positions, device=device)
+        self._rows = torch.arange(len(positions), device=device)
+        self._used = max(positions) + 1
+        visible = torch.arange(self._used, device=device) <= self.positions[:, None]
+        self._visible = visible[:, None, None]  # [B, 1, 1, used]
+
+    def store(self, slots: Tensor, new: Tensor) -> None:
+        slots[self._rows, :, self.positions] = new.squeeze(2)
+
+    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
+        keys, values = (cached[: len(self._rows), :, : self._used] for cached in slots)
+        # The heads that share a key stand as several queries of one head: each key is read once, and never copied.
+        grouped = queries.view(keys.size(0), keys.size(1), -1, keys.size(3))
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._visible).view_as(queries)
+
+
+class KVCache:
+    """All layers' keys and values.
+
+    Args:
+        layers (int): attention layers of the model.
+        slots (int): the most rows of a step.
+        capacity (int): tokens in the longest sequence.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.layers = [_LayerCache(self) for _ in range(layers)]
+        self.current: Pass  # the pass under way, set before the model is called
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies slots onto others."""
+        for layer in self.layers:
+            layer.keys[targets] = layer.keys[sources]
+            layer.values[targets] = layer.values[sources]
+
+
+class _LayerCache:
+    """One layer's slots. Stands in for torchtune's ``KVCache`` (``update``) and its attention function (``attend``)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values, ``[B, kv heads, S, head dim]``, and returns just these, for :meth:`attend`."""
+        if not hasattr(self, "keys"):  # allocated here, where the dtype and the shape of a head are known
+            shape = (self._cache.slots, keys.size(1), self._cache.capacity, keys.size(3))
+            self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
+        self._cache.current.store(self.keys, keys)
+        self._cache.current.store(self.values, values)
+        return keys, values
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, **_: Any) -> Tensor:
+        return self._cache.current.attend(queries, (keys, values), (self.keys, self.values))
+
+
+@contextmanager
+def attached(model: TransformerDecoder, slots: int, capacity: int) -> Iterator[KVCache]:
+    """A cache that the model's attention uses, in evaluation mode, until the context ends; then all is as before."""
+    attentions = [layer.attn for layer in model.layers]
+    before = [(attn.kv_cache, attn.cache_enabled, attn._attention_call) for attn in attentions]
+    was_training = model.training
+    cache = KVCache(len(attentions), slots, capacity)
+    try:
+        model.eval()
+        for attn, layer in zip(attentions, cache.layers, strict=True):
+            attn.kv_cache, attn.cache_enabled, attn._attention_call = layer, True, layer.attend
+        yield cache
+    finally:
+        for attn, state in zip(attentions, before, strict=True):
+            attn.kv_cache, attn.cache_enabled, attn._attention_call = state
+        model.train(was_training)

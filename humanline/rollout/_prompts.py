@@ -1,0 +1,75 @@
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from humanline.data._read import read_records
+from humanline.data._record import Message, Record
+from humanline.errors import ConfigError, DataError
+
+__all__ = ["Prompt", "read_prompts"]
+
+_TABLES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as its file holds it.
+
+    Attributes:
+        where (str): the place a user can look up, such as "prompts.jsonl line 7".
+        messages (list[Message]): the chat to answer; the last message is the user's.
+        fields (Mapping[str, Any]): all that the file says of it, with the prompt itself under ``prompt``.
+    """
+
+    where: str
+    messages: list[Message]
+    fields: Mapping[str, Any]
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads a prompt file.
+
+    Args:
+        path (str): a .jsonl, .json (an array) or .parquet file of objects whose ``prompt`` (or ``instruction``, as in
+            AlpacaEval) is the user's text, or messages; or a .txt file with one prompt a line.
+
+    Returns:
+        list[Prompt]: the prompts, in the order of the file.
+
+    Raises:
+        ConfigError: if the file does not exist, is of another kind, or holds no prompt.
+        DataError: if a line cannot be used, naming it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"prompts: there is no file '{path}' (looked for from {Path.cwd()}); correct the path")
+    if file.suffix in _TABLES:
+        _, records = read_records(str(file), "train", None, {})
+        prompts = [_from_record(record) for record in records]
+    elif file.suffix == ".txt":
+        prompts = list(_from_lines(file))
+    else:
+        raise ConfigError(f"prompts: '{path}' is of no known kind; convert it to one of {', '.join(_TABLES)}, .txt")
+    if not prompts:
+        raise ConfigError(f"prompts: '{path}' holds no prompt; give a file with at least one")
+    return prompts
+
+
+def _from_record(record: Record) -> Prompt:
+    fields = dict(record.row)
+    if fields.get("prompt") is None and fields.get("instruction") is not None:
+        record = Record(record.where, record.row, {"prompt": "instruction"})
+        fields["prompt"] = fields["instruction"]
+    return Prompt(record.where, record.prompt(), fields)
+
+
+def _from_lines(file: Path) -> Iterator[Prompt]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file} line {number}: is not UTF-8 ({error.reason}); convert the file") from error
+            if text:
+                yield Prompt(f"{file} line {number}", [{"role": "user", "content": text}], {"prompt": text})

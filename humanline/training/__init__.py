@@ -1,0 +1,8 @@
+"""What the recipes share: settings, launch, models, the loop, checkpoints, metrics."""
+
+from humanline.training._lr_schedule import get_constant_schedule_with_warmup
+from humanline.training._objectives import DPO, Objective
+from humanline.training._recipe import HumanlineRecipe, run
+from humanline.training._settings import Settings, component
+
+__all__ = ["DPO", "HumanlineRecipe", "Objective", "Settings", "component", "get_constant_schedule_with_warmup", "run"]

@@ -1,0 +1,99 @@
+"""Checkpoints of a running training: every rank writes its shards, and a folder only gets its name once it is whole."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from humanline.errors import ConfigError
+from humanline.reference import ModelReference
+
+
+class TrainingCheckpoint:
+    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, schedule, reference and step.
+
+    Args:
+        output_dir (str): the run's folder.
+        policy (nn.Module): the sharded policy.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+        reference (ModelReference): the reference strategy.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        policy: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None,
+        reference: ModelReference,
+    ) -> None:
+        self.folder = Path(output_dir) / "checkpoints"
+        self.policy = policy
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.reference = reference
+
+    def save(self, step: int) -> Path:
+        """Writes ``step_N`` beside its name, renames it when all ranks are done, and removes the checkpoints before it."""
+        final = self.folder / f"step_{step}"
+        partial = self.folder / f"step_{step}.partial"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        dcp.save(self._state(step), checkpoint_id=partial)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for older in self._steps():
+                if older < step:
+                    shutil.rmtree(self.folder / f"step_{older}")
+        dist.barrier()
+        return final
+
+    def load(self, which: bool | str) -> int:
+        """Restores everything from the newest checkpoint (True or ``latest``) or from the folder named, and returns its step.
+
+        Raises:
+            ConfigError: if there is none there.
+        """
+        if which is True or which == "latest":
+            steps = self._steps()
+            if not steps:
+                raise ConfigError(
+                    f"resume_from_checkpoint: there is no checkpoint in {self.folder}; set save_every_n_steps to write some, or "
+                    "resume_from_checkpoint: False to start anew"
+                )
+            path = self.folder / f"step_{steps[-1]}"
+        else:
+            path = Path(str(which))
+        if not (path / ".metadata").is_file():
+            raise ConfigError(f"resume_from_checkpoint: {path} is not a checkpoint folder (a folder named step_N)")
+        state = self._state(0)
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(
+            self.policy, self.optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"]
+        )
+        self.reference.load_state_dict(state["reference"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        return int(state["step"])
+
+    def _state(self, step: int) -> dict[str, Any]:
+        policy, optimizer = get_state_dict(self.policy, self.optimizer)
+        state = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict(), "step": step}
+        if self.lr_scheduler is not None:
+            # Its function of the step belongs to the config, not to the checkpoint.
+            state["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        return state
+
+    def _steps(self) -> list[int]:
+        names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
+        return sorted(int(name) for name in names if name.isdigit())

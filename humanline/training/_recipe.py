@@ -1,0 +1,284 @@
+"""The machinery that every training recipe shares: set-up, the loop, evaluation, checkpoints, weights out."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torchtune import training, utils
+from torchtune.recipe_interfaces import FTRecipeInterface
+from torchtune.training.lr_schedulers import get_lr
+from tqdm import tqdm
+
+from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack
+from humanline.errors import ConfigError, DataError
+from humanline.models import log_probs
+check_architecture = lambda *a: None
+from humanline.training._checkpoint import TrainingCheckpoint
+from humanline.training._launch import process_group, start_on_every_device
+from humanline.training._metrics import MetricSums
+from humanline.training._model import full_state_dict, sharded_model
+from humanline.training._objectives import Objective
+from humanline.training._settings import DTYPES, Settings, component
+from humanline.training._weights import read_weights
+
+log = utils.get_logger("INFO")
+
+
+class HumanlineRecipe(FTRecipeInterface):
+    """Trains a policy on groups against a synced reference, sharded over all ranks.
+
+    A recipe names its objective; everything else comes from the config.
+
+    Args:
+        cfg (DictConfig): the whole config.
+
+    Raises:
+        ConfigError: if a top-level key is missing, unknown, or cannot work.
+    """
+
+    objective_type: ClassVar[type[Objective]]
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.settings = Settings.from_config(cfg)
+        self.device = self.settings.torch_device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        training.set_seed(seed=self.settings.seed)
+
+    # ---------------------------------------------------------------------------------------------------------------- set-up
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Builds everything in the order in which it can fail cheaply: loss and data first, weights last."""
+        settings = self.settings
+        self.objective = self.objective_type(component(cfg, "loss"))
+        self.reference = component(cfg, "reference")
+        tokenizer = component(cfg, "tokenizer")
+        self.source = OfflineSource(
+            self._dataset(cfg, "dataset", tokenizer),
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+        )
+        self.dataset_val = self._dataset(cfg, "dataset_val", tokenizer)
+        self.steps_per_epoch = min(self.source.steps_per_epoch, settings.max_steps_per_epoch or sys.maxsize)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+        self.policy = self._setup_models(cfg)
+        self.optimizer = component(cfg, "optimizer", self.policy.parameters())
+        self._warn_of_rounding(cfg)
+        self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
+        self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
+        # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with the policy
+        # and would show no progress.
+        self.initial_val_logps = [log_probs_on_host(self.policy, rows) for rows, _ in self._val_passes()]
+
+        self.checkpoint = TrainingCheckpoint(
+            settings.output_dir, self.policy, self.optimizer, self.lr_scheduler, self.reference
+        )
+        self.step = self.checkpoint.load(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else 0
+        profiler = component(cfg, "profiler")
+        self.profiler = profiler[0] if profiler else training.DummyProfiler()
+        self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
+        if self.metric_logger is not None:
+            self.metric_logger.log_config(cfg)
+            log.info(
+                f"{len(self.source.dataset):,} groups, {self.source.groups_per_step} a step on {self.world_size} "
+                f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
+            )
+
+    def _dataset(self, cfg: DictConfig, key: str, tokenizer: Any) -> GroupDataset | None:
+        dataset = component(cfg, key, tokenizer)
+        if dataset is None:
+            return None
+        dataset = self.objective.examples(dataset)
+        if self.rank == 0:
+            log.info(f"{key}: {dataset.report()}")
+        for group in dataset:
+            pack([group], self.settings.rows)  # raises, before training, for a group that no pass can hold
+        return dataset
+
+    def _setup_models(self, cfg: DictConfig) -> Any:
+        settings = self.settings
+        checkpointer, weights = read_weights(cfg)
+        self.checkpointer = checkpointer
+        self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+
+        def build() -> Any:
+            decoder = component(cfg, "model")
+            check_architecture(decoder, weights, cfg.checkpointer.checkpoint_dir)
+            return decoder
+
+        def model(**kwargs: Any) -> Any:
+            return sharded_model(
+                build,
+                weights,
+                mesh=mesh,
+                device=self.device,
+                compute_dtype=DTYPES[settings.dtype],
+                compile=settings.compile,
+                **kwargs,
+            )
+
+        start = time.perf_counter()
+        policy = model(
+            param_dtype=DTYPES[settings.master_dtype], activation_checkpointing=settings.enable_activation_checkpointing
+        )
+        self.reference.setup(policy, lambda: model(param_dtype=DTYPES[settings.dtype]))
+        if self.rank == 0:
+            log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
+        return policy
+
+    def _warn_of_rounding(self, cfg: DictConfig) -> None:
+        if self.rank == 0 and self.settings.master_dtype == "bf16" and not cfg.optimizer.get("bf16_stochastic_round"):
+            log.warning(
+                "master_dtype: bf16 rounds most updates away at alignment's learning rates; set optimizer._component_: "
+                "torchao.optim._AdamW with bf16_stochastic_round: True, or master_dtype: fp32"
+            )
+
+    # -------------------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        settings = self.settings
+        examples_per_rank = settings.batch_size * settings.gradient_accumulation_steps
+        sums = MetricSums(self.device)
+        self.profiler.start()
+        with tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step") as progress:
+            logged_at, tokens = time.perf_counter(), 0
+            while self.step < self.total_steps:
+                self.step += 1
+                for microbatch in self.source.microbatches(self._source_step()):
+                    for rows, weight in self._passes(microbatch):
+                        reference_logps = self.reference.log_probs(rows)
+                        with self.activations:
+                            policy_logps = log_probs(self.policy, rows)
+                        loss, metrics = self.objective(policy_logps, reference_logps, rows)
+                        # FSDP averages gradients over ranks: this makes it the mean over the global batch.
+                        (loss * weight / examples_per_rank).backward()
+                        if weight:
+                            sums.add(metrics)
+                            tokens += rows.num_tokens
+
+                grad_norm = self._clip_gradients()
+                self.reference.before_optimizer_step(self.step)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                self.profiler.step()
+                progress.update()
+
+                if self.step % settings.log_every_n_steps == 0:
+                    now = time.perf_counter()
+                    sums.add({"tokens_per_second": (torch.tensor(tokens / (now - logged_at)), 1 / self.world_size)})
+                    metrics = {**sums.means(), "grad_norm": grad_norm, "lr": get_lr(self.optimizer)}
+                    self._log(metrics, progress)
+                    logged_at, tokens = now, 0
+                if _every(settings.run_val_every_n_steps, self.step):
+                    self.evaluate()
+                if _every(settings.save_every_n_steps, self.step):
+                    self.checkpoint.save(self.step)
+                if self.step % self.steps_per_epoch == 0:
+                    self.save_checkpoint(epoch=self.step // self.steps_per_epoch - 1)
+        self.profiler.stop()
+
+    def _source_step(self) -> int:
+        """The step of the source: an epoch that ``max_steps_per_epoch`` ends early skips the rest of its groups."""
+        epoch, index = divmod(self.step - 1, self.steps_per_epoch)
+        return epoch * self.source.steps_per_epoch + index + 1
+
+    def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
+        """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
+        planned = pack(groups, self.settings.rows)
+        most = torch.tensor(len(planned))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        for index in range(int(most)):
+            rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.settings.rows)
+            yield rows.to(self.device), int(index < len(planned))
+
+    def _clip_gradients(self) -> float:
+        limit = self.settings.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), float("inf") if limit is None else float(limit))
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _log(self, metrics: dict[str, float], progress: "tqdm[Any]") -> None:
+        if self.metric_logger is None:
+            return
+        metrics["steps_since_sync"] = self.step - self.reference.last_sync
+        if self.settings.log_peak_memory_stats and self.device.type == "cuda":
+            metrics |= training.get_memory_stats(device=self.device)
+        self.metric_logger.log_dict(metrics, step=self.step)
+        shown = {"loss": "loss", "rewards/margins": "margin", "unclamped": "unclamped", "tokens_per_second": "tok/s"}
+        progress.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
+
+    # ---------------------------------------------------------------------------------------------------- evaluation, saving
+
+    def _val_passes(self) -> Iterator[tuple[Rows, int]]:
+        """The held-out groups in the same passes every time, shared out over the ranks."""
+        if self.dataset_val is None:
+            return
+        indices = range(self.rank, len(self.dataset_val), self.world_size)
+        groups = [self.dataset_val[i] for i in indices] or [self.dataset_val[0]]
+        for rows, weight in self._passes(groups):
+            yield rows, weight if len(indices) else 0
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Logs the objective's metrics on ``dataset_val`` under ``val/``, with the initial policy as the reference."""
+        sums = MetricSums(self.device)
+        for (rows, weight), initial_logps in zip(self._val_passes(), self.initial_val_logps, strict=True):
+            _, metrics = self.objective(log_probs(self.policy, rows), initial_logps.to(self.device), rows)
+            sums.add(metrics if weight else {name: (0, 0) for name in metrics})
+        metrics = {f"val/{name}": value for name, value in sums.means().items()}
+        if self.metric_logger is not None:
+            self.metric_logger.log_dict(metrics, step=self.step)
+
+    def save_checkpoint(self, epoch: int) -> None:
+        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes of the checkpoint that training started from."""
+        weights = full_state_dict(self.policy, rank=self.rank, dtypes=self.weight_dtypes)
+        if self.rank == 0:
+            self.checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=epoch)
+        dist.barrier()
+
+    def cleanup(self) -> None:
+        if self.metric_logger is not None:
+            self.metric_logger.close()
+
+
+@torch.no_grad()
+def log_probs_on_host(policy: Any, rows: Rows) -> Tensor:
+    return log_probs(policy, rows).cpu()
+
+
+def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> None:
+    """Runs a recipe on every visible device; a mistake in config or data ends it with one line instead of a traceback.
+
+    Args:
+        recipe_type (type[HumanlineRecipe]): the recipe.
+        cfg (DictConfig): its config.
+        script (str): the recipe's file, which further processes run.
+    """
+    try:
+        settings = Settings.from_config(cfg)
+        start_on_every_device(settings.device, script)
+        with process_group(settings.torch_device):
+            recipe = recipe_type(cfg)
+            recipe.setup(cfg)
+            recipe.train()
+            recipe.cleanup()
+    except (ConfigError, DataError) as error:
+        sys.exit(f"{os.path.basename(script)}: {error}")
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0

@@ -1,0 +1,181 @@
+"""The top-level keys of a training config, checked before anything is built."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, utils
+from torchtune.config._errors import InstantiationError
+
+from humanline.data import RowBudget
+from humanline.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+COMPONENTS = (
+    "model",
+    "checkpointer",
+    "tokenizer",
+    "dataset",
+    "dataset_val",
+    "loss",
+    "reference",
+    "optimizer",
+    "lr_scheduler",
+    "metric_logger",
+    "profiler",
+)
+REQUIRED_COMPONENTS = ("model", "checkpointer", "dataset", "loss", "reference", "optimizer", "metric_logger")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything at the top level of a training config that is not a component.
+
+    Args:
+        output_dir (str): where checkpoints, logs and the final weights go.
+        device (str): ``cuda`` or ``cpu``.
+        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
+        master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the memory but needs
+            an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05 round away.
+        seed (int): seed of the data order and of every generator.
+        shuffle (bool): whether epochs are shuffled.
+        batch_size (int): groups a microbatch and rank.
+        gradient_accumulation_steps (int): microbatches an optimizer step.
+        epochs (int): passes over the dataset.
+        max_steps_per_epoch (int | None): optimizer steps after which an epoch ends early.
+        tokens_per_row (int): length of a row of packed groups, tokens.
+        rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of activations.
+        clip_grad_norm (float | None): largest gradient norm; None only measures it.
+        compile (bool): compile the transformer layers.
+        enable_activation_checkpointing (bool): recompute each layer in backward.
+        enable_activation_offloading (bool): keep the checkpointed activations in host memory (CUDA only).
+        log_every_n_steps (int): optimizer steps between two log entries.
+        log_peak_memory_stats (bool): log the peak memory as well.
+        run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
+        save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of an epoch.
+        resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a path from that one.
+
+    Raises:
+        ConfigError: if a key is missing, unknown, or has a value that cannot work.
+    """
+
+    output_dir: str
+    device: str = "cuda"
+    dtype: str = "bf16"
+    master_dtype: str = "fp32"
+    seed: int = 0
+    shuffle: bool = True
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    tokens_per_row: int = 2048
+    rows_per_pass: int = 1
+    clip_grad_norm: float | None = 1.0
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    log_every_n_steps: int = 1
+    log_peak_memory_stats: bool = False
+    run_val_every_n_steps: int | None = None
+    save_every_n_steps: int | None = None
+    resume_from_checkpoint: bool | str = False
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "Settings":
+        """Reads the settings of a whole config, and checks that its components are there and that no key is unknown."""
+        known = {f.name: f for f in fields(cls)}
+        values = {key: cfg[key] for key in cfg if key not in COMPONENTS}
+        for key in values:
+            if key not in known and not isinstance(values[key], Mapping | DictConfig):
+                raise ConfigError(f"{key}: is not a key of this recipe{_suggest(str(key), [*known, *COMPONENTS])}")
+        for name, field in known.items():
+            if name not in values and field.default is MISSING:
+                raise ConfigError(f"{name}: is missing")
+        for key in REQUIRED_COMPONENTS:
+            if cfg.get(key) is None:
+                raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "gradient_accumulation_steps", "epochs", "log_every_n_steps"):
+            self._check(key, _positive_int(getattr(self, key)), "give a whole number of at least 1")
+        for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps"):
+            value = getattr(self, key)
+            self._check(key, value is None or _positive_int(value), "give a whole number of at least 1, or null")
+        for key in ("dtype", "master_dtype"):
+            value = getattr(self, key)
+            remedy = "float16 has too narrow a range to train in" if value == "fp16" else "choose one"
+            self._check(key, value in DTYPES, f"{remedy}; bf16 and fp32 are supported")
+        self._check(
+            "master_dtype",
+            not (self.dtype == "fp32" and self.master_dtype == "bf16"),
+            "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
+        )
+        limit = self.clip_grad_norm
+        self._check("clip_grad_norm", limit is None or float(limit) > 0, "give a norm above 0, or null to only measure it")
+        on_cuda = str(self.device).startswith("cuda")
+        offload = self.enable_activation_offloading
+        self._check("enable_activation_offloading", on_cuda or not offload, "needs device: cuda; on a CPU there is nothing to offload to")
+        self._check(
+            "enable_activation_offloading",
+            self.enable_activation_checkpointing or not offload,
+            "offloads what checkpointing keeps; set enable_activation_checkpointing: True as well",
+        )
+        _ = self.rows  # checks the row budget
+
+    @property
+    def rows(self) -> RowBudget:
+        fixed = self.compile or str(self.device).startswith("cuda")
+        return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_length=fixed)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """This rank's device.
+
+        Raises:
+            ConfigError: if there is no such device here.
+        """
+        try:
+            return utils.get_device(self.device)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"device: {self.device!r} cannot be used here ({error}); set device: cpu to run without a GPU") from error
+
+    def _check(self, key: str, holds: bool, remedy: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: {getattr(self, key)!r} {'' if remedy.startswith('needs') else 'does not work: '}{remedy}")
+
+
+def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiates the component of a config key (None where the key is absent or null).
+
+    Raises:
+        ConfigError: if it cannot be found or does not take its arguments.
+    """
+    node = cfg.get(key)
+    if node is None:
+        return None
+    if not OmegaConf.is_dict(node) or "_component_" not in node:
+        raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
+    try:
+        return config.instantiate(node, *args, **kwargs)
+    except ConfigError:
+        raise
+    except InstantiationError as error:
+        raise ConfigError(f"{key}._component_: {' '.join(str(error).split())}") from error
+    except TypeError as error:
+        raise ConfigError(f"{key}: {node['_component_']} does not take these arguments: {error}") from error
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

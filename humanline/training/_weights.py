@@ -1,0 +1,29 @@
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+from torchtune import training
+
+from humanline.errors import ConfigError
+from humanline.training._settings import component
+
+
+def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
+    """Reads the weights that ``cfg.checkpointer`` points to, in torchtune's names and memory-mapped where the format allows.
+
+    Returns:
+        tuple[Any, dict[str, Tensor]]: the checkpointer, which also writes the final weights, and the state dict.
+
+    Raises:
+        ConfigError: if files are missing or cannot be converted.
+    """
+    where = f"checkpointer: {cfg.checkpointer.get('checkpoint_dir')}"
+    try:
+        checkpointer = component(cfg, "checkpointer")
+        return checkpointer, checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{where}: {error}; download the model there (tune download) or correct the path") from error
+    except Exception as error:  # torchtune raises bare Exception for weights it has no name for
+        raise ConfigError(f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,125 @@
+"""A tiny Llama in HF layout, and the recipes as real processes on it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+TUNE = Path(sys.executable).with_name("tune")
+
+
+def hf_config(shape):
+    """The config.json of a Llama with the golden files' shape keys."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape["vocab_size"],
+        "hidden_size": shape["embed_dim"],
+        "intermediate_size": shape["intermediate_dim"],
+        "num_hidden_layers": shape["num_layers"],
+        "num_attention_heads": shape["num_heads"],
+        "num_key_value_heads": shape["num_kv_heads"],
+        "max_position_embeddings": shape["max_seq_len"],
+        "rms_norm_eps": shape["norm_eps"],
+        "rope_theta": shape["rope_base"],
+        "tie_word_embeddings": shape["tie_word_embeddings"],
+        "torch_dtype": "float32",
+    }
+
+
+class TrajectoryRun:
+    """A golden trajectory laid out on disk: an HF folder, a JSONL of groups, and a config that repeats the authors' run."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.golden = json.loads((GOLDEN / "trajectories" / f"{name}.json").read_text())
+        self.folder = folder
+        shape = self.golden["model"]
+        model = folder / "model"
+        model.mkdir(parents=True)
+        shutil.copy(GOLDEN / "trajectories" / shape["weights"], model / "model.safetensors")
+        (model / "config.json").write_text(json.dumps(hf_config(shape)))
+        self.data = folder / "groups.jsonl"
+        self.data.write_text("".join(self.line(example) for batch in self.golden["batches"] for example in batch))
+        optimizer = self.golden["optimizer"]
+        self.config = {
+            "output_dir": str(folder / "out"),
+            "device": "cpu",
+            "dtype": "fp32",
+            "shuffle": False,
+            "batch_size": len(self.golden["batches"][0]),
+            "tokens_per_row": 64,
+            "rows_per_pass": 4,
+            "clip_grad_norm": self.golden["max_grad_norm"],
+            "model": {
+                "_component_": "torchtune.models.llama3.llama3",
+                **{key: shape[key] for key in shape if key not in ("weights", "tie_word_embeddings")},
+            },
+            "checkpointer": {
+                "_component_": "torchtune.training.FullModelHFCheckpointer",
+                "checkpoint_dir": str(model),
+                "checkpoint_files": ["model.safetensors"],
+                "model_type": "LLAMA3",
+                "output_dir": str(folder / "out"),
+            },
+            "tokenizer": None,
+            "dataset": {"_component_": "humanline.data.encoded_groups", "source": str(self.data)},
+            "loss": {
+                "_component_": "humanline.losses.HumanlineDPOLoss",
+                "beta": self.golden["beta"],
+                "log_eps_P": self.golden["log_eps_P"],
+                "log_eps_R": self.golden["log_eps_R"],
+            },
+            "reference": {"_component_": "humanline.reference.ModelReference", "sync_every": self.golden["sync_every"]},
+            "optimizer": {
+                "_component_": "torch.optim.AdamW",
+                "lr": optimizer["lr"],
+                "betas": optimizer["betas"],
+                "eps": optimizer["eps"],
+                "weight_decay": optimizer["weight_decay"],
+            },
+            "metric_logger": {
+                "_component_": "torchtune.training.metric_logging.DiskLogger",
+                "log_dir": str(folder / "logs"),
+                "filename": "log.txt",
+            },
+        }
+
+    @staticmethod
+    def line(example: dict) -> str:
+        return json.dumps({"prompt": example["prompt"], "responses": [example["chosen"], example["rejected"]]}) + "\n"
+
+    def tune(self, *overrides: str, nproc: int | None = None, recipe: str = "humanline_dpo_distributed", check: bool = True):
+        """Runs the recipe through ``tune run`` from the clone, with torchrun options where ``nproc`` is given."""
+        config = self.folder / "config.yaml"
+        config.write_text(yaml.safe_dump(self.config))
+        torchrun = [f"--nproc_per_node={nproc}"] if nproc else []
+        command = [str(TUNE), "run", *torchrun, f"recipes/{recipe}", "--config", str(config), *overrides]
+        return run(command, cwd=ROOT, check=check)
+
+    def log(self, metric: str = "loss") -> dict[int, float]:
+        """The logged values of a metric by step; a step logged twice keeps its last value."""
+        lines = (self.folder / "logs" / "log.txt").read_text().splitlines()
+        found = (re.match(rf"Step (\d+) \|.* {re.escape(metric)}:(\S+)", line.replace("|", "| ", 1)) for line in lines)
+        return {int(match[1]): float(match[2]) for match in found if match}
+
+
+def run(command: list[str], *, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+@pytest.fixture
+def trajectory(tmp_path):
+    """``trajectory(name)`` lays a golden trajectory out in a folder of its own."""
+    return lambda name: TrajectoryRun(name, tmp_path / name)

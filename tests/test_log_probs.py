@@ -1,0 +1,107 @@
+"""The head: log-probs of chosen tokens without the logits of all of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import humanline.models._log_probs as head
+from humanline.models import token_log_probs
+
+TOKENS, DIM, VOCAB = 37, 16, 101
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+
+
+def full_logits(hidden, weight, targets, soft_cap=None):
+    logits = hidden @ weight.T
+    logits = soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+    return -F.cross_entropy(logits.double(), targets, reduction="none")
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("tokens_a_piece", [1, 10, 1000])
+def test_values_and_gradients_equal_those_of_full_logits(monkeypatch, soft_cap, tokens_a_piece):
+    monkeypatch.setattr(head, "_LOGITS_ON_CPU", tokens_a_piece * VOCAB)
+    grad = torch.linspace(-1, 1, TOKENS)
+    results = []
+    for log_probs in (token_log_probs, full_logits):
+        hidden, weight, targets = inputs(torch.float32)
+        logps = log_probs(hidden, weight, targets, soft_cap)
+        logps.backward(grad.to(logps.dtype))
+        results.append((logps.detach().double(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_bfloat16_weight_gradients_are_summed_over_pieces_in_float32(monkeypatch):
+    def weight_grad(dtype, tokens_a_piece):
+        monkeypatch.setattr(head, "_LOGITS_ON_CPU", tokens_a_piece * VOCAB)
+        hidden, weight, targets = inputs(dtype)
+        token_log_probs(hidden, weight, targets).sum().backward()
+        return weight.grad.double()
+
+    exact = weight_grad(torch.float32, 1000)
+    in_one_piece = (weight_grad(torch.bfloat16, 1000) - exact).norm()
+    in_many = (weight_grad(torch.bfloat16, 1) - exact).norm()
+    assert in_many < 1.5 * in_one_piece
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_full_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(head, "_LOGITS_ON_CPU", 4 * VOCAB)
+    hidden, weight, targets = inputs(torch.float32)
+    with LargestTensor() as largest:
+        token_log_probs(hidden, weight, targets).sum().backward()
+    assert largest.elements == VOCAB * DIM  # the weight's gradient; a piece of logits has 4 * VOCAB elements
+    assert largest.elements < TOKENS * VOCAB
+
+
+def test_no_token_at_all_gives_no_log_prob():
+    hidden, weight, targets = inputs(torch.float32)
+    assert token_log_probs(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_it_works_under_compile_and_inside_a_checkpoint():
+    def run(log_probs):
+        hidden, weight, targets = inputs(torch.float32)
+        log_probs(hidden, weight, targets).sum().backward()
+        return hidden.grad, weight.grad
+
+    def checkpointed(*args):
+        return torch.utils.checkpoint.checkpoint(token_log_probs, *args, use_reentrant=False)
+
+    plain = run(token_log_probs)
+    for variant in (torch.compile(token_log_probs, backend="aot_eager"), checkpointed):
+        for ours, theirs in zip(run(variant), plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_an_output_layer_with_bias_is_refused():
+    from torchtune.models.llama3 import llama3
+
+    from humanline.errors import ConfigError
+    from humanline.models import LogProbDecoder
+
+    decoder = llama3(vocab_size=8, num_layers=1, num_heads=1, num_kv_heads=1, embed_dim=8, max_seq_len=8, intermediate_dim=8)
+    decoder.output = nn.Linear(8, 8, bias=True)
+    with pytest.raises(ConfigError, match="model: its output layer is a Linear"):
+        LogProbDecoder(decoder)

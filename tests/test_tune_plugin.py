@@ -1,0 +1,263 @@
+"""`tune` in a fresh environment, where humanline is installed from its wheel or editable from a clone.
+
+The recipe that runs here is a stand-in that prints which file it is and what it was started with.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from virtual_environment import REPOSITORY, VirtualEnvironment, build_wheel, copy_repository
+
+STAND_IN_RECIPE = """
+import os, sys
+
+rank, world_size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+print(f"ran {__file__} as {rank} of {world_size} with {sys.argv[1:]}\\n", end="")  # one write, whole among other ranks'
+"""
+STAND_IN_CONFIG = """# recipe: humanline_standin_distributed, humanline_standin_single_device
+norm:
+  _component_: torchtune.modules.RMSNorm
+  dim: 8
+"""
+FORKS_ENTRY = """
+_ALL_RECIPES.append(
+    Recipe(
+        name="humanline_standin_distributed",
+        file_path="humanline_standin_distributed.py",
+        configs=[Config(name="llama3/8B_standin", file_path="llama3/8B_standin.yaml")],
+        supports_distributed=True,
+    )
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with the stand-in among its recipes and configs."""
+    clone = copy_repository(tmp_path_factory.mktemp("clone"))
+    (clone / "recipes" / "humanline_standin_distributed.py").write_text(STAND_IN_RECIPE)
+    (clone / "recipes" / "humanline_standin_single_device.py").write_text(STAND_IN_RECIPE)
+    (clone / "configs" / "standin.yaml").write_text(STAND_IN_CONFIG)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def from_wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvironment:
+    environment = VirtualEnvironment(tmp_path_factory.mktemp("from_wheel"))
+    environment.install(build_wheel(clone, tmp_path_factory.mktemp("wheel")))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def from_clone(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvironment:
+    environment = VirtualEnvironment(tmp_path_factory.mktemp("from_clone"))
+    environment.install("-e", clone)
+    return environment
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvironment:
+    """An environment with torchtune alone."""
+    return VirtualEnvironment(tmp_path_factory.mktemp("without"))
+
+
+@pytest.fixture(scope="module", params=["from_wheel", "from_clone"])
+def environment(request: pytest.FixtureRequest) -> VirtualEnvironment:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def home(from_wheel: VirtualEnvironment) -> Path:
+    """Where a wheel's recipes and configs are."""
+    return from_wheel.site_packages / "humanline" / "_tune"
+
+
+@pytest.fixture(scope="module")
+def torchtunes_own(without: VirtualEnvironment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return listed(without.tune("ls", cwd=tmp_path_factory.mktemp("anywhere")))
+
+
+@pytest.fixture(scope="module")
+def fork(without: VirtualEnvironment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fork of torchtune that has copied the stand-in and its config, and registers them itself."""
+    fork, torchtune = tmp_path_factory.mktemp("fork"), without.libraries / "torchtune"
+    (fork / "torchtune").mkdir()
+    for entry in torchtune.iterdir():
+        if entry.name != "_recipe_registry.py":
+            (fork / "torchtune" / entry.name).symlink_to(entry)
+    registry = (torchtune / "_recipe_registry.py").read_text()
+    (fork / "torchtune" / "_recipe_registry.py").write_text(registry + FORKS_ENTRY)
+    (fork / "recipes" / "configs" / "llama3").mkdir(parents=True)
+    shutil.copy(without.libraries / "recipes" / "__init__.py", fork / "recipes")
+    (fork / "recipes" / "humanline_standin_distributed.py").write_text(STAND_IN_RECIPE)
+    (fork / "recipes" / "configs" / "llama3" / "8B_standin.yaml").write_text(STAND_IN_CONFIG)
+    return fork
+
+
+@pytest.fixture
+def bare_tune(without: VirtualEnvironment, tmp_path: Path) -> Path:
+    """A folder with a `tune` that only prints its arguments and the registry, which is all it imports of torchtune."""
+    (tmp_path / "torchtune").mkdir()
+    (tmp_path / "torchtune" / "__init__.py").touch()
+    shutil.copy(without.libraries / "torchtune" / "_recipe_registry.py", tmp_path / "torchtune")
+    (tmp_path / "tune").write_text(
+        "import sys\n"
+        "from torchtune._recipe_registry import get_all_recipes\n"
+        "print(*sys.argv[1:])\n"
+        "print(*[recipe.name for recipe in get_all_recipes()])\n"
+    )
+    return tmp_path
+
+
+def listed(table: str) -> dict[str, list[str]]:
+    """The configs of each recipe in the table that `tune ls` printed."""
+    recipes: dict[str, list[str]] = {}
+    for row in table.splitlines()[1:]:
+        words = row.split()
+        if not row.startswith(" "):
+            recipe = words.pop(0)
+            recipes[recipe] = []
+        recipes[recipe] += words
+    return recipes
+
+
+def humanline_recipes(clone: Path) -> dict[str, list[str]]:
+    """What `tune ls` has to show for `clone`, going by its files."""
+    configs = {path.stem: path.read_text().splitlines()[0] for path in sorted((clone / "configs").glob("*.yaml"))}
+    recipes = sorted(path.stem for path in (clone / "recipes").glob("humanline_*.py"))
+    return {
+        recipe: [f"humanline/{name}" for name, line in configs.items() if re.search(rf"\b{recipe}\b", line)] or ["<>"]
+        for recipe in recipes
+    }
+
+
+def test_every_config_names_recipes_that_exist() -> None:
+    for config in (REPOSITORY / "configs").glob("*.yaml"):
+        header = re.fullmatch(r"# recipe: (\w+(?:, \w+)*)", config.read_text().splitlines()[0])
+        assert header, config
+        for recipe in header[1].split(", "):
+            assert (REPOSITORY / "recipes" / f"{recipe}.py").is_file(), config
+
+
+def test_ls_lists_torchtunes_recipes_unchanged_and_then_humanlines(
+    environment: VirtualEnvironment, torchtunes_own: dict[str, list[str]], clone: Path, tmp_path: Path
+) -> None:
+    table = listed(environment.tune("ls", cwd=tmp_path))
+    assert list(table.items()) == [*torchtunes_own.items(), *humanline_recipes(clone).items()]
+    assert table["humanline_standin_distributed"] == ["humanline/standin"]
+
+
+def test_cp_copies_a_recipe_by_name(environment: VirtualEnvironment, tmp_path: Path) -> None:
+    environment.tune("cp", "humanline_standin_distributed", "mine.py", cwd=tmp_path)
+    assert (tmp_path / "mine.py").read_text() == STAND_IN_RECIPE
+
+
+def test_cp_copies_a_config_by_name(from_wheel: VirtualEnvironment, tmp_path: Path) -> None:
+    from_wheel.tune("cp", "humanline/standin", "mine.yaml", cwd=tmp_path)
+    assert (tmp_path / "mine.yaml").read_text() == STAND_IN_CONFIG
+
+
+def test_cat_prints_a_config_by_name(from_wheel: VirtualEnvironment, tmp_path: Path) -> None:
+    assert "torchtune.modules.RMSNorm" in from_wheel.tune("cat", "humanline/standin", cwd=tmp_path)
+
+
+def test_validate_reads_a_config_by_name(from_wheel: VirtualEnvironment, tmp_path: Path) -> None:
+    assert "Config is well-formed!" in from_wheel.tune("validate", "humanline/standin", cwd=tmp_path)
+
+
+def test_validate_prefers_a_local_file(from_wheel: VirtualEnvironment, home: Path, bare_tune: Path) -> None:
+    config, arguments = home / "configs" / "standin.yaml", ["tune", "validate", "humanline/standin"]
+    assert from_wheel.run(*arguments, cwd=bare_tune).stdout.startswith(f"validate {config}\n")
+    (bare_tune / "humanline").mkdir()
+    (bare_tune / "humanline" / "standin").touch()
+    assert from_wheel.run(*arguments, cwd=bare_tune).stdout.startswith("validate humanline/standin\n")
+
+
+def test_run_by_name_works_from_any_folder(from_wheel: VirtualEnvironment, home: Path, tmp_path: Path) -> None:
+    printed = from_wheel.tune(
+        "run", "humanline_standin_distributed", "--config", "humanline/standin", "norm.dim=4", cwd=tmp_path
+    )
+    recipe, config = home / "recipes" / "humanline_standin_distributed.py", home / "configs" / "standin.yaml"
+    assert f"ran {recipe} as 0 of 1 with ['--config', '{config}', 'norm.dim=4']" in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "suffix"), [("from_wheel", ""), ("from_clone", ".py")], indirect=["environment"]
+)
+def test_run_by_path_runs_the_clones_own_edited_recipe(
+    environment: VirtualEnvironment, clone: Path, suffix: str
+) -> None:
+    recipe = clone / "recipes" / "humanline_standin_distributed.py"
+    recipe.write_text(STAND_IN_RECIPE.replace("ran", "edited"))
+    path = f"recipes/humanline_standin_distributed{suffix}"
+    printed = environment.tune("run", path, "--config", "configs/standin.yaml", cwd=clone)
+    recipe.write_text(STAND_IN_RECIPE)
+    assert f"edited {recipe} as 0 of 1 with ['--config', 'configs/standin.yaml']" in printed
+
+
+def test_run_by_path_with_torchrun_options_runs_it_on_every_rank(environment: VirtualEnvironment, clone: Path) -> None:
+    recipe = clone / "recipes" / "humanline_standin_distributed.py"
+    path = "recipes/humanline_standin_distributed"
+    printed = environment.tune("run", "--nproc_per_node", "2", path, "--config", "configs/standin.yaml", cwd=clone)
+    for rank in (0, 1):
+        assert f"ran {recipe} as {rank} of 2 with ['--config', 'configs/standin.yaml']" in printed
+
+
+def test_run_refuses_torchrun_options_for_a_single_device_recipe(from_wheel: VirtualEnvironment, clone: Path) -> None:
+    arguments = ["run", "--nproc_per_node", "2", "recipes/humanline_standin_single_device", "--config", "standin.yaml"]
+    result = from_wheel.run(from_wheel.tune_script, *arguments, cwd=clone)
+    assert result.returncode != 0 and "does not support distributed training" in result.stderr
+
+
+def test_run_in_a_fork_by_path(from_wheel: VirtualEnvironment, fork: Path) -> None:
+    config = "recipes/configs/llama3/8B_standin.yaml"
+    printed = from_wheel.tune(
+        "run", "./recipes/humanline_standin_distributed", "--config", config, cwd=fork, first_on_path=fork
+    )
+    recipe = fork / "recipes" / "humanline_standin_distributed.py"
+    assert f"ran {recipe} as 0 of 1 with ['--config', '{config}']" in printed
+
+
+def test_run_in_a_fork_by_the_name_it_registers(from_wheel: VirtualEnvironment, fork: Path, tmp_path: Path) -> None:
+    name, config = "humanline_standin_distributed", "llama3/8B_standin"
+    printed = from_wheel.tune("run", name, "--config", config, cwd=tmp_path, first_on_path=fork)
+    recipe = fork / "recipes" / "humanline_standin_distributed.py"
+    assert f"ran {recipe} as 0 of 1 with ['--config', '{fork / 'recipes' / 'configs' / config}.yaml']" in printed
+
+
+def test_a_name_that_a_fork_registers_is_not_registered_again(from_wheel: VirtualEnvironment, bare_tune: Path) -> None:
+    with (bare_tune / "torchtune" / "_recipe_registry.py").open("a") as registry:
+        registry.write(FORKS_ENTRY)
+    names = from_wheel.run("tune", "ls", cwd=bare_tune).stdout.split()
+    assert names.count("humanline_standin_distributed") == names.count("humanline_standin_single_device") == 1
+
+
+def test_a_registry_that_cannot_be_extended_is_left_as_it_is(from_wheel: VirtualEnvironment, bare_tune: Path) -> None:
+    (bare_tune / "torchtune" / "_recipe_registry.py").write_text("def get_all_recipes(): return []")
+    result = from_wheel.run("tune", "ls", cwd=bare_tune)
+    assert (result.returncode, result.stdout) == (0, "ls\n\n")
+    assert len(result.stderr.splitlines()) == 1 and "without the humanline recipes" in result.stderr
+
+
+def test_tune_goes_on_when_humanline_cannot_be_imported(without: VirtualEnvironment, bare_tune: Path) -> None:
+    expected = without.run("tune", "ls", cwd=bare_tune)
+    hook = without.site_packages / "humanline_tune.pth"
+    shutil.copy(REPOSITORY / "humanline" / "_tune_plugin.pth", hook)
+    result = without.run("tune", "ls", cwd=bare_tune)
+    hook.unlink()
+    assert (result.returncode, result.stdout) == (expected.returncode, expected.stdout) and expected.returncode == 0
+    assert "No module named 'humanline'" in result.stderr
+
+
+@pytest.mark.parametrize(("program", "imported"), [("tune", True), ("tuned", False), ("finetune.py", False)])
+def test_only_a_program_called_tune_imports_humanline_and_then_no_torch(
+    environment: VirtualEnvironment, tmp_path: Path, program: str, imported: bool
+) -> None:
+    (tmp_path / program).write_text("import sys; print('humanline' in sys.modules, 'torch' in sys.modules)")
+    assert environment.run(program, cwd=tmp_path).stdout == f"{imported} False\n"
+
+
+def test_a_plain_python_does_not_import_humanline(environment: VirtualEnvironment, tmp_path: Path) -> None:
+    assert environment.run("-c", "import sys; print('humanline' in sys.modules)", cwd=tmp_path).stdout == "False\n"

@@ -1,0 +1,78 @@
+"""Fresh virtual environments that see the libraries of the running one, but not the humanline installed there.
+
+Installing torch anew takes minutes, so its files are linked, like those of every other library. humanline itself is
+installed by pip, from a copy of this repository that the tests may edit.
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copies what an installation reads, and returns the copy's root."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("humanline", "recipes", "configs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "Makefile"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    return folder
+
+
+class VirtualEnvironment:
+    """A virtual environment in `folder`, with the command `tune` as pip would install it."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.python = folder / "bin" / "python"
+        self.tune_script = folder / "bin" / "tune"
+        self.tune_script.write_text("import sys\nfrom torchtune._cli.tune import main\nsys.exit(main())\n")
+        (self.site_packages,) = (folder / "lib").glob("python*/site-packages")
+
+        self.libraries = folder / "libraries"
+        self.libraries.mkdir()
+        for library in {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}:
+            for entry in library.iterdir():
+                if "humanline" not in entry.name:
+                    (self.libraries / entry.name).symlink_to(entry)
+        (self.site_packages / "libraries.pth").write_text(f"{self.libraries}\n")
+
+    def run(
+        self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs this environment's Python in `cwd`, with only the folder `first_on_path` before its own libraries."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment["OMP_NUM_THREADS"] = "1"
+        if first_on_path is not None:
+            environment["PYTHONPATH"] = str(first_on_path)
+        command = [str(argument) for argument in (self.python, *arguments)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+    def pip(self, *arguments: str | Path) -> None:
+        """Runs pip, which must succeed."""
+        result = self.run("-m", "pip", "--disable-pip-version-check", *arguments, cwd=self.site_packages)
+        assert result.returncode == 0, result.stderr
+
+    def install(self, *source: str | Path) -> None:
+        """Installs from a wheel, or `-e` and a clone, asking no index for anything."""
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *source)
+
+    def tune(self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None) -> str:
+        """Runs `tune`, which must succeed, and returns what it printed."""
+        result = self.run(self.tune_script, *arguments, cwd=cwd, first_on_path=first_on_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+def build_wheel(clone: Path, folder: Path) -> Path:
+    """Builds the wheel of `clone` into the empty `folder`."""
+    VirtualEnvironment(folder / "builder").pip(
+        "wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, clone
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
