@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config, utils
 from tqdm import tqdm
 
@@ -96,8 +96,8 @@ class HumanlineSampleRecipe:
         for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True):
             if len(ids) + self.params.max_new_tokens > model.max_seq_len:
                 raise DataError(
-                    f"{prompt.where}: the prompt's {len(ids)} tokens and max_new_tokens: {self.params.max_new_tokens} are "
-                    f"more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
+                    f"{prompt.where}: the prompt's {len(ids)} tokens and max_new_tokens: {self.params.max_new_tokens} "
+                    f"are more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
                 )
 
     def sample(self) -> list[list[Completion]]:
@@ -160,7 +160,7 @@ def check_keys(cfg: DictConfig) -> None:
         if key not in known:
             raise ConfigError(f"{key}: is not a key of this recipe; its keys are {', '.join(known)}")
     for key in REQUIRED:
-        if OmegaConf.is_missing(cfg, key) or cfg.get(key) is None:
+        if cfg.get(key) is None:
             raise ConfigError(f"{key}: is missing; add it to the config, or {key}=... to the command line")
 
 

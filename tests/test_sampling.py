@@ -1,13 +1,15 @@
 """Sampling: the engine against transformers and against exact probabilities, and the recipe as a real process."""
 
 import json
-import subprocess
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, run
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
@@ -16,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
-from humanline.models._load import check_architecture, load_decoder
+from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, SamplingParams, TorchtuneEngine, read_prompts
 from humanline.rollout._sampling import draw
 
@@ -41,6 +43,8 @@ HF = {
     "pad_token_id": None,
 }
 STOPS = [7, 100]
+BUILDER = "torchtune.models.llama3_2.llama3_2"
+RECIPE = ROOT / "recipes" / "humanline_sample.py"
 
 
 def hf_llama(folder, **changes):
@@ -162,7 +166,7 @@ def test_temperature_divides_the_logits():
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
-    [(0.5, [0, 0, 1, 0]), (0.6, [0, 0, 1, 0]), (0.61, [0, 0, 2 / 3, 1 / 3]), (0.95, [0.1, 0, 0.6, 0.3])],
+    [(0.3, [0, 0, 1, 0]), (0.59, [0, 0, 1, 0]), (0.61, [0, 0, 2 / 3, 1 / 3]), (0.95, [0.1, 0, 0.6, 0.3])],
 )
 def test_the_nucleus_is_the_smallest_set_that_holds_top_p(top_p, expected):
     assert shares([0.1, 0.0, 0.6, 0.3], temperature=1, top_p=top_p) == pytest.approx(expected, abs=2e-4)
@@ -201,9 +205,7 @@ def test_a_prompt_keeps_its_completions_whatever_follows_it(llama, prompts):
 
 def test_the_seed_decides_the_completions(llama, prompts):
     engine = TorchtuneEngine(llama[1], stop_tokens=STOPS, batch_size=8)
-    first, again, other = (
-        engine.generate(prompts, SamplingParams(max_new_tokens=10, seed=seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (engine.generate(prompts, SamplingParams(max_new_tokens=10, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -276,6 +278,18 @@ def test_the_model_is_left_as_it_was(llama, prompts, interrupted):
     assert torch.equal(model(ids), before)
 
 
+def test_caches_that_torchtune_set_up_before_are_neither_used_nor_lost(llama, prompts):
+    model = llama3_2(**LLAMA).eval()
+    model.load_state_dict(llama[1].state_dict())
+    model.setup_caches(batch_size=1, dtype=torch.float32, decoder_max_seq_len=4)
+    caches = [layer.attn.kv_cache for layer in model.layers]
+    expected, found = (
+        TorchtuneEngine(it, stop_tokens=STOPS, batch_size=4).generate(prompts, greedy()) for it in (llama[1], model)
+    )
+    assert found == expected
+    assert all(layer.attn.kv_cache is cache for layer, cache in zip(model.layers, caches, strict=True))
+
+
 def test_bfloat16_weights_sample_on_a_cpu(llama, tmp_path, prompts):
     llama[0].save_pretrained(tmp_path / "model")
     model = load(tmp_path / "model", lambda: llama3_2(**LLAMA), dtype=torch.bfloat16)
@@ -331,12 +345,21 @@ def test_a_model_of_another_architecture_is_refused_with_the_first_difference(tm
         load(tmp_path / "model", lambda: llama3_2(**LLAMA | {"intermediate_dim": 80}))
     assert str(error.value) == (
         f"checkpointer.checkpoint_dir: {tmp_path / 'model'} is another architecture than model: "
-        "layers.0.mlp.w1.weight is [64, 48] in the checkpoint and [80, 48] in the model; let both keys name the same model"
+        "layers.0.mlp.w1.weight is [64, 48] in the checkpoint and [80, 48] in the model; "
+        "let both keys name the same model"
     )
     with pytest.raises(ConfigError, match="output.weight is absent in the checkpoint and "):
         load(tmp_path / "model", lambda: llama3_2(**LLAMA, tie_word_embeddings=False))
     with pytest.raises(ConfigError, match=r"layers.2.\S+ is \[.*\] in the checkpoint and absent in the model"):
         load(tmp_path / "model", lambda: llama3_2(**LLAMA | {"num_layers": 2}))
+
+
+def test_attention_of_another_kind_is_refused():
+    with torch.device("meta"):
+        model = llama3_2(**LLAMA)
+    model.layers[1].attn = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="^model: its attention is a Identity"):
+        TorchtuneEngine(model, stop_tokens=[], batch_size=1)
 
 
 # ---- Prompt files
@@ -406,35 +429,37 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def recipe_config(folder, model_folder, lines, **changes):
+    """The config of a run over these prompt lines, whose output is ``folder/samples/responses``."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "prompts": str(folder / "prompts.jsonl"),
+        "output": str(folder / "samples" / "responses"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "max_new_tokens": 16,
+        "batch_size": 4,
+        "model": {"_component_": BUILDER, **LLAMA},
+        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(model_folder),
+            "checkpoint_files": ["model.safetensors"],
+            "model_type": "LLAMA3_2",
+            "output_dir": str(folder / "samples"),
+        },
+    } | changes
+
+
 @pytest.fixture
 def sample(model_folder, tmp_path):
-    """``sample(prompt_lines, **changes)`` runs the recipe, and returns the process and the output's path."""
+    """``sample(lines, **changes)`` runs the recipe in a process, and returns that and the path of its output."""
 
-    def start(lines, **changes) -> tuple[subprocess.CompletedProcess, object]:
-        prompts = tmp_path / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        output = tmp_path / "samples" / "responses"
-        config = {
-            "prompts": str(prompts),
-            "output": str(output),
-            "device": "cpu",
-            "dtype": "fp32",
-            "max_new_tokens": 16,
-            "batch_size": 4,
-            "model": {"_component_": "torchtune.models.llama3_2.llama3_2", **LLAMA},
-            "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
-            "checkpointer": {
-                "_component_": "torchtune.training.FullModelHFCheckpointer",
-                "checkpoint_dir": str(model_folder),
-                "checkpoint_files": ["model.safetensors"],
-                "model_type": "LLAMA3_2",
-                "output_dir": str(output.parent),
-            },
-        }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | changes))
-        script = ROOT / "recipes" / "humanline_sample.py"
-        command = [sys.executable, str(script), "--config", str(tmp_path / "config.yaml")]
-        return run(command, cwd=tmp_path, check=False), output
+    def start(lines, **changes):
+        config = recipe_config(tmp_path, model_folder, lines, **changes)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        command = [sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")]
+        return run(command, cwd=tmp_path, check=False), Path(config["output"])
 
     return start
 
@@ -486,30 +511,30 @@ def test_the_recipe_samples_what_the_engine_samples(sample, model_folder, llama)
 
 
 @pytest.mark.parametrize(
-    ("lines", "changes", "message"),
+    ("changes", "message"),
     [
-        (LINES, {"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
-        (LINES, {"temprature": 1}, "temprature: is not a key of this recipe"),
-        (LINES, {"top_p": 0}, "top_p: 0 is not"),
-        (LINES, {"prompts": None}, "prompts: is missing"),
-        (LINES, {"format": "alpaca_eval", "samples_per_prompt": 2}, "samples_per_prompt: 2 does not work with"),
-        ([{"prompt": "x" * 200}], {}, "prompts.jsonl line 1: the prompt's"),
-        ([*LINES, {"answer": 1}], {}, "prompts.jsonl line 4: field 'prompt' is absent"),
-        (LINES, {"model": {"_component_": "torchtune.models.llama3_2.llama3_2", **LLAMA, "vocab_size": 300}}, "tok_embeddings.weight is [260, 48]"),
+        ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
+        ({"temprature": 1}, "temprature: is not a key of this recipe"),
+        ({"top_p": 0}, "top_p: 0 is not above 0"),
+        ({"prompts": None}, "prompts: is missing"),
+        ({"format": "alpaca_eval", "samples_per_prompt": 2}, "samples_per_prompt: 2 does not work with format"),
+        ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
+        ({"model": {"_component_": BUILDER, **LLAMA, "vocab_size": 200}}, "tokenizer.path: its vocabulary of 258 is"),
+        ({"model": {"_component_": BUILDER, **LLAMA, "vocab_size": 300}}, "checkpointer.checkpoint_dir: "),
     ],
-)  # fmt: skip
-def test_a_mistake_ends_the_recipe_with_one_line(sample, lines, changes, message):
-    process, output = sample(lines, **changes)
+)
+def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, changes, message):
+    recipe = runpy.run_path(str(RECIPE))["HumanlineSampleRecipe"]
+    config = OmegaConf.create(recipe_config(tmp_path, model_folder, LINES, **changes))
+    with pytest.raises((ConfigError, DataError)) as error:
+        recipe(config).setup(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_the_recipe_with_one_line(sample):
+    process, output = sample([*LINES, {"answer": 1}])
     assert process.returncode == 1
     assert not output.exists()
     assert "Traceback" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("humanline_sample.py: ") and message in last
-
-
-def test_attention_of_another_kind_is_refused():
-    with torch.device("meta"):
-        model = llama3_2(**LLAMA)
-    model.layers[1].attn = torch.nn.Identity()
-    with pytest.raises(ConfigError, match="^model: its attention is a Identity"):
-        TorchtuneEngine(model, stop_tokens=[], batch_size=1)
+    assert last.startswith("humanline_sample.py: ") and "prompts.jsonl line 4: field 'prompt' is absent" in last

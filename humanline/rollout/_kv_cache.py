@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 __all__ = ["KVCache", "Prefill", "Step", "attached"]
@@ -93,13 +93,17 @@ class KVCache:
             layer.values[targets] = layer.values[sources]
 
 
-class _LayerCache:
-    """One layer's slots. Stands in for torchtune's ``KVCache`` (``update``) and its attention function (``attend``)."""
+class _LayerCache(nn.Module):
+    """One layer's slots. Stands in for torchtune's ``KVCache`` (``update``) and its attention function (``attend``).
+
+    A module only because ``KVCache`` is one: where one has been, torch lets nothing else be.
+    """
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, cache: KVCache) -> None:
+        super().__init__()
         self._cache = cache
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,7 +241,7 @@ def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json, chat template included."""
     tokens = fields["tokenizer.ggml.tokens"]
     return {
-        # The class that takes tokenizer.json at its word: GPT2Tokenizer, the original's, brings rules of its own.
+        # The class that takes tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields["llama.context_length"],
         "clean_up_tokenization_spaces": False,

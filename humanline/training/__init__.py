@@ -4,5 +4,18 @@ from humanline.training._lr_schedule import get_constant_schedule_with_warmup
 from humanline.training._objectives import DPO, Objective
 from humanline.training._recipe import HumanlineRecipe, run
 from humanline.training._settings import Settings, component
+from humanline.training._stochastic_adamw import StochasticAdamW, stochastic_round
+from humanline.training._weights import read_weights
 
-__all__ = ["DPO", "HumanlineRecipe", "Objective", "Settings", "component", "get_constant_schedule_with_warmup", "run"]
+__all__ = [
+    "DPO",
+    "HumanlineRecipe",
+    "Objective",
+    "Settings",
+    "StochasticAdamW",
+    "component",
+    "get_constant_schedule_with_warmup",
+    "read_weights",
+    "run",
+    "stochastic_round",
+]

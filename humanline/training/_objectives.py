@@ -45,6 +45,7 @@ class DPO:
                 "rewards/accuracies": ((margins > 0).sum(), len(losses)),
                 "log_probs/chosen": (policy[chosen].sum(), len(losses)),
                 "log_probs/rejected": (policy[rejected].sum(), len(losses)),
+                "log_probs/accuracies": ((policy[chosen].sum(1) > policy[rejected].sum(1)).sum(), len(losses)),
                 **reference_metrics(policy, reference, mask, self.loss.log_eps_P, self.loss.log_eps_R),
             }
         return losses.sum(), metrics

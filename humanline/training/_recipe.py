@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack
 from humanline.errors import ConfigError, DataError
-from humanline.models import log_probs
-check_architecture = lambda *a: None
+from humanline.models import check_architecture, log_probs
 from humanline.training._checkpoint import TrainingCheckpoint
 from humanline.training._launch import process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import full_state_dict, sharded_model
 from humanline.training._objectives import Objective
 from humanline.training._settings import DTYPES, Settings, component
+from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._weights import read_weights
 
 log = utils.get_logger("INFO")
@@ -74,7 +74,7 @@ class HumanlineRecipe(FTRecipeInterface):
 
         self.policy = self._setup_models(cfg)
         self.optimizer = component(cfg, "optimizer", self.policy.parameters())
-        self._warn_of_rounding(cfg)
+        self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
         # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with the policy
@@ -90,6 +90,8 @@ class HumanlineRecipe(FTRecipeInterface):
         self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
         if self.metric_logger is not None:
             self.metric_logger.log_config(cfg)
+            if self.device.type != self.settings.device.split(":")[0]:
+                log.warning(f"device: {self.settings.device} is not here; training on the {self.device.type} instead")
             log.info(
                 f"{len(self.source.dataset):,} groups, {self.source.groups_per_step} a step on {self.world_size} "
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
@@ -138,11 +140,11 @@ class HumanlineRecipe(FTRecipeInterface):
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
         return policy
 
-    def _warn_of_rounding(self, cfg: DictConfig) -> None:
-        if self.rank == 0 and self.settings.master_dtype == "bf16" and not cfg.optimizer.get("bf16_stochastic_round"):
+    def _warn_of_rounding(self) -> None:
+        if self.rank == 0 and self.settings.master_dtype == "bf16" and not isinstance(self.optimizer, StochasticAdamW):
             log.warning(
                 "master_dtype: bf16 rounds most updates away at alignment's learning rates; set optimizer._component_: "
-                "torchao.optim._AdamW with bf16_stochastic_round: True, or master_dtype: fp32"
+                "humanline.training.StochasticAdamW, or master_dtype: fp32"
             )
 
     # -------------------------------------------------------------------------------------------------------------- the loop
@@ -153,6 +155,8 @@ class HumanlineRecipe(FTRecipeInterface):
         examples_per_rank = settings.batch_size * settings.gradient_accumulation_steps
         sums = MetricSums(self.device)
         self.profiler.start()
+        if self.step == 0:
+            self.evaluate()  # what the run starts from
         with tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step") as progress:
             logged_at, tokens = time.perf_counter(), 0
             while self.step < self.total_steps:
@@ -184,7 +188,7 @@ class HumanlineRecipe(FTRecipeInterface):
                     metrics = {**sums.means(), "grad_norm": grad_norm, "lr": get_lr(self.optimizer)}
                     self._log(metrics, progress)
                     logged_at, tokens = now, 0
-                if _every(settings.run_val_every_n_steps, self.step):
+                if _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps:
                     self.evaluate()
                 if _every(settings.save_every_n_steps, self.step):
                     self.checkpoint.save(self.step)
@@ -235,6 +239,8 @@ class HumanlineRecipe(FTRecipeInterface):
     @torch.no_grad()
     def evaluate(self) -> None:
         """Logs the objective's metrics on ``dataset_val`` under ``val/``, with the initial policy as the reference."""
+        if self.dataset_val is None:
+            return
         sums = MetricSums(self.device)
         for (rows, weight), initial_logps in zip(self._val_passes(), self.initial_val_logps, strict=True):
             _, metrics = self.objective(log_probs(self.policy, rows), initial_logps.to(self.device), rows)

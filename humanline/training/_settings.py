@@ -36,7 +36,7 @@ class Settings:
 
     Args:
         output_dir (str): where checkpoints, logs and the final weights go.
-        device (str): ``cuda`` or ``cpu``.
+        device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
         dtype (str): what the model computes in, ``bf16`` or ``fp32``.
         master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the memory but needs
             an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05 round away.
@@ -117,9 +117,12 @@ class Settings:
         )
         limit = self.clip_grad_norm
         self._check("clip_grad_norm", limit is None or float(limit) > 0, "give a norm above 0, or null to only measure it")
-        on_cuda = str(self.device).startswith("cuda")
         offload = self.enable_activation_offloading
-        self._check("enable_activation_offloading", on_cuda or not offload, "needs device: cuda; on a CPU there is nothing to offload to")
+        self._check(
+            "enable_activation_offloading",
+            self.torch_device.type == "cuda" or not offload,
+            "needs a GPU; on a CPU there is nowhere to offload to",
+        )
         self._check(
             "enable_activation_offloading",
             self.enable_activation_checkpointing or not offload,
@@ -129,12 +132,12 @@ class Settings:
 
     @property
     def rows(self) -> RowBudget:
-        fixed = self.compile or str(self.device).startswith("cuda")
+        fixed = self.compile or self.torch_device.type == "cuda"
         return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_length=fixed)
 
     @property
     def torch_device(self) -> torch.device:
-        """This rank's device.
+        """This rank's device: the CPU where ``device`` is ``cuda`` and there is no GPU.
 
         Raises:
             ConfigError: if there is no such device here.
@@ -142,11 +145,11 @@ class Settings:
         try:
             return utils.get_device(self.device)
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"device: {self.device!r} cannot be used here ({error}); set device: cpu to run without a GPU") from error
+            raise ConfigError(f"device: {self.device!r} cannot be used here ({error}); set device: cuda or cpu") from error
 
     def _check(self, key: str, holds: bool, remedy: str) -> None:
         if not holds:
-            raise ConfigError(f"{key}: {getattr(self, key)!r} {'' if remedy.startswith('needs') else 'does not work: '}{remedy}")
+            raise ConfigError(f"{key}: {getattr(self, key)!r} does not work: {remedy}")
 
 
 def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:

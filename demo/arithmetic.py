@@ -1,0 +1,45 @@
+"""The demo's task: sums of two numbers up to 30, which SmolLM2-135M gets right now and then and could nearly always."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TRAIN_GROUPS = HERE / "train_groups.jsonl"
+HELD_OUT_GROUPS = HERE / "held_out_groups.jsonl"
+HELD_OUT_PROMPTS = HERE / "held_out_prompts.jsonl"
+
+LARGEST = 30
+NUM_HELD_OUT = 240
+
+
+def problems() -> tuple[list[dict], list[dict]]:
+    """All sums in a fixed random order, as ``{"prompt", "answer"}``: the training prompts and the held-out ones."""
+    sums = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
+    random.Random(0).shuffle(sums)
+    rows = [{"prompt": f"What is {a} + {b}?", "answer": a + b} for a, b in sums]
+    return rows[NUM_HELD_OUT:], rows[:NUM_HELD_OUT]
+
+
+def is_right(response: str, answer: int) -> bool:
+    """Whether the last whole number of a response is the answer."""
+    numbers = re.findall(r"\d+", response)
+    return bool(numbers) and int(numbers[-1]) == answer
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson 1927), as fractions."""
+    z, p = 1.959964, successes / trials
+    centre = p + z**2 / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
+    return (centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

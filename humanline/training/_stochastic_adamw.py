@@ -1,0 +1,107 @@
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from humanline.errors import ConfigError
+
+
+class StochasticAdamW(Optimizer):
+    """AdamW whose weights and moments stay in their own dtype, bfloat16 rounded stochastically: 8 bytes a parameter with its gradient.
+
+    The update is computed in float32. Rounding up with a probability equal to the fraction cut off keeps updates far below a
+    bfloat16 step alive on average, where rounding to nearest loses them all. The moments are rounded in the same way, since
+    a second moment that changes by one part in a thousand a step would otherwise never change at all. Works on FSDP2's sharded
+    parameters, each rank on its own shard.
+
+    Args:
+        params (Iterable[Any]): parameters or parameter groups.
+        lr (float): learning rate.
+        betas (tuple[float, float]): decay of the first and second moment.
+        eps (float): added to the root of the second moment.
+        weight_decay (float): decoupled weight decay.
+
+    Raises:
+        ConfigError: if a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ConfigError(f"optimizer.{key}: {value} is below 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"optimizer.betas: {tuple(betas)} are not both in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                self._update(*map(_local, tensors), step=int(state["step"]), **group)
+
+    @staticmethod
+    def _update(
+        weight: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        **_: Any,
+    ) -> None:
+        beta1, beta2 = betas
+        grad = grad.float()
+        first = exp_avg.float().lerp(grad, 1 - beta1)
+        second = exp_avg_sq.float().lerp(grad.square(), 1 - beta2)
+        _store(exp_avg, first)
+        _store(exp_avg_sq, second)
+        denominator = second.div_(1 - beta2**step).sqrt_().add_(eps)
+        updated = (weight.float() * (1 - lr * weight_decay)).addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
+        _store(weight, updated)
+
+
+def stochastic_round(values: Tensor) -> Tensor:
+    """Rounds float32 to bfloat16, up with the probability of the fraction cut off, so that the mean is exact.
+
+    Args:
+        values (Tensor): float32, any shape; overwritten.
+
+    Returns:
+        Tensor: bfloat16, same shape.
+    """
+    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with just that probability.
+    bits = values.view(torch.int32)
+    bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-(1 << 16))
+    return bits.view(torch.float32).bfloat16()
+
+
+def _store(target: Tensor, values: Tensor) -> None:
+    """Copies float32 values into a tensor of any dtype, rounding stochastically to bfloat16."""
+    target.copy_(stochastic_round(values.clone()) if target.dtype == torch.bfloat16 else values)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

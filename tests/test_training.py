@@ -1,0 +1,220 @@
+"""The DPO recipe as a user runs it: real processes, real files, and what it leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from humanline.training import get_constant_schedule_with_warmup
+
+RUN = "dpo_8_k4"
+
+
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(trajectory):
+    run = trajectory(RUN)
+    run.config |= {"save_every_n_steps": 5, "shuffle": True}
+    run.tune()
+    whole = run.log()
+    final = (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").read_bytes()
+
+    # Steps 6 to 10 stand between two syncs, so the reference's own weights have to come back as well.
+    checkpoints = run.folder / "out" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_10"]
+    run.config["max_steps_per_epoch"] = None
+    run.tune("resume_from_checkpoint=latest")
+    resumed = run.log()
+    assert resumed == whole
+    assert (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").read_bytes() == final
+
+
+def test_the_final_weights_load_in_transformers_and_compute_the_same_function(trajectory):
+    transformers = pytest.importorskip("transformers")
+    from torchtune.models.llama3 import llama3
+    from torchtune.training import FullModelHFCheckpointer
+
+    run = trajectory(RUN)
+    run.tune("max_steps_per_epoch=4")
+    folder = run.folder / "out" / "epoch_0"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ours = llama3(**{key: value for key, value in run.config["model"].items() if key != "_component_"})
+    checkpointer = FullModelHFCheckpointer(
+        str(folder), ["model-00001-of-00001.safetensors"], "LLAMA3", str(run.folder / "elsewhere")
+    )
+    ours.load_state_dict(checkpointer.load_checkpoint()["model"])
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(model(tokens).logits, ours(tokens), atol=1e-5, rtol=0)
+
+    before = load_file(run.folder / "model" / "model.safetensors")
+    after = load_file(folder / "model-00001-of-00001.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_accumulating_gradients_and_several_passes_equal_one_large_microbatch(trajectory, accumulation):
+    run = trajectory(RUN)
+    run.config |= {"batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation, "rows_per_pass": 1}
+    run.tune()
+    assert list(run.log().values()) == pytest.approx(run.golden["losses"], abs=1e-5)
+
+
+def test_activation_checkpointing_changes_no_loss(trajectory):
+    run = trajectory(RUN)
+    run.tune("enable_activation_checkpointing=True")
+    assert list(run.log().values()) == pytest.approx(run.golden["losses"], abs=1e-5)
+
+
+def test_compiled_layers_change_no_loss(trajectory):
+    run = trajectory(RUN)
+    run.tune("compile=True", "max_steps_per_epoch=5")
+    assert list(run.log().values()) == pytest.approx(run.golden["losses"][:5], abs=1e-5)
+
+
+def test_ranks_with_unequal_numbers_of_passes_wait_for_each_other(trajectory):
+    run = trajectory(RUN)
+    # One row a pass, and groups of very different length: the ranks need different numbers of passes.
+    run.config |= {"batch_size": 2, "rows_per_pass": 1, "tokens_per_row": 64}
+    run.tune(nproc=2)
+    assert list(run.log().values()) == pytest.approx(run.golden["losses"], abs=1e-5)
+
+
+def test_bf16_compute_keeps_float32_masters_and_starts_at_ln_2(trajectory):
+    run = trajectory(RUN)
+    run.tune("dtype=bf16", "max_steps_per_epoch=8")
+    losses = run.log()
+    assert losses[1] == pytest.approx(math.log(2), abs=1e-7)
+    assert list(losses.values()) == pytest.approx(run.golden["losses"][:8], abs=5e-3)
+    assert losses[8] != run.golden["losses"][7]  # it did compute in another dtype
+    weights = load_file(run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights[name], weights[name].bfloat16().float())
+
+
+def test_bf16_weights_with_stochastic_rounding_train(trajectory):
+    run = trajectory(RUN)
+    run.config["batch_size"] = 2
+    run.config["optimizer"] = {"_component_": "humanline.training.StochasticAdamW", "lr": 0.002}
+    done = run.tune("dtype=bf16", "master_dtype=bf16", "max_steps_per_epoch=8", nproc=2)
+    losses = run.log()
+    assert losses[1] == pytest.approx(math.log(2), abs=1e-7)
+    assert len(set(losses.values())) == 8
+    assert "rounds most updates away" not in done.stderr
+    weights = load_file(run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+
+
+def test_bf16_weights_without_stochastic_rounding_are_warned_of(trajectory):
+    done = trajectory(RUN).tune("dtype=bf16", "master_dtype=bf16", "max_steps_per_epoch=1")
+    assert "rounds most updates away" in done.stderr
+
+
+def test_held_out_groups_are_measured_against_the_initial_policy(trajectory):
+    run = trajectory(RUN)
+    run.config |= {
+        "dataset_val": {"_component_": "humanline.data.encoded_groups", "source": str(run.data), "split": "train[:7]"},
+        "run_val_every_n_steps": 5,
+        "rows_per_pass": 1,
+    }
+    one = trajectory_log(run, None)
+    run.config["batch_size"] = 2
+    (run.folder / "logs" / "log.txt").unlink()
+    two = trajectory_log(run, 2)
+    assert list(one) == [0, 5, 10, 12]
+    assert one[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert one == pytest.approx(two, abs=1e-5)
+    # The reference synced at step 12, and the policy moved once since: against it the held-out loss would be ln 2 almost exactly.
+    assert abs(one[12] - math.log(2)) > 1e-3
+
+
+def trajectory_log(run, nproc):
+    run.tune(nproc=nproc)
+    return run.log("val/loss")
+
+
+def test_the_log_has_what_every_objective_logs(trajectory):
+    run = trajectory(RUN)
+    run.tune("max_steps_per_epoch=6")
+    for metric in ("loss", "rewards/margins", "kl", "grad_norm", "lr", "tokens_per_second", "steps_since_sync"):
+        assert len(run.log(metric)) == 6, metric
+    assert list(run.log("unclamped")) == [2, 3, 4, 5, 6]  # at step 1 no token has moved
+    assert [run.log("steps_since_sync")[step] for step in (3, 4, 5, 6)] == [3, 0, 1, 2]
+
+
+def test_the_profiler_writes_a_trace(trajectory):
+    run = trajectory(RUN)
+    run.config["profiler"] = {
+        "_component_": "torchtune.training.setup_torch_profiler",
+        "enabled": True,
+        "cuda": False,
+        "xpu": False,
+        "output_dir": str(run.folder / "trace"),
+        "wait_steps": 1,
+        "warmup_steps": 1,
+        "active_steps": 1,
+        "num_cycles": 1,
+    }
+    run.tune("max_steps_per_epoch=4")
+    assert list((run.folder / "trace").rglob("*.trace.json*"))
+
+
+def test_warm_up_is_linear_and_then_constant():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_constant_schedule_with_warmup(optimizer, num_training_steps=40, warmup_ratio=0.1)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+
+
+MISTAKES = {
+    "fp16": ({"dtype": "fp16"}, "dtype: 'fp16' does not work: float16 has too narrow a range"),
+    "negative sync_every": ({"reference.sync_every": -1}, "reference.sync_every: -1 is not a positive number"),
+    "bounds in the wrong order": ({"loss.log_eps_P": 2.0}, "loss.log_eps_P: 2.0 is not below log_eps_R"),
+    "unknown key": ({"bach_size": 2}, "bach_size: is not a key of this recipe; did you mean batch_size?"),
+    "unknown component argument": ({"loss.betta": 1.0}, "loss: humanline.losses.HumanlineDPOLoss does not take"),
+    "unknown component": ({"loss._component_": "humanline.losses.Nope"}, "loss._component_: Error loading"),
+    "missing component": ({"reference": None}, "reference: is missing"),
+    "missing data": ({"dataset.source": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "too large a step": ({"batch_size": 1000}, "batch_size: a step takes 1000 x 1 accumulated x 1 ranks = 1000 groups"),
+    "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
+    "another architecture": ({"model.embed_dim": 32}, "is another architecture than model"),
+    "missing weights": ({"checkpointer.checkpoint_files": ["nope.safetensors"]}, "checkpointer:"),
+    "missing checkpoint folder": ({"checkpointer.checkpoint_dir": "nowhere"}, "checkpointer: nowhere"),
+    "nothing to resume from": ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint: there is no checkpoint"),
+    "offloading on a CPU": ({"enable_activation_offloading": True}, "enable_activation_offloading: True does not work: needs a GPU"),
+    "finer compute than weights": ({"master_dtype": "bf16"}, "master_dtype: 'bf16' does not work"),
+    "no such device": ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_config_ends_the_run_with_one_line_before_training(trajectory, mistake):
+    changes, message = MISTAKES[mistake]
+    run = trajectory(RUN)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = run.config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    done = run.tune(check=False)
+    assert done.returncode != 0
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("humanline_dpo_distributed.py: ") and message in last_line
+    assert "Traceback" not in done.stderr
+    assert not (run.folder / "logs" / "log.txt").exists()
+
+
+def test_a_bad_line_ends_the_run_with_its_number(trajectory):
+    run = trajectory(RUN)
+    lines = run.data.read_text().splitlines()
+    lines[6] = json.dumps({"prompt": [1, 2], "responses": [[3], [3]]})
+    run.data.write_text("\n".join(lines))
+    done = run.tune(check=False)
+    assert done.returncode != 0
+    assert f"{run.data} line 7: field 'responses'" in done.stderr.strip().splitlines()[-1]
