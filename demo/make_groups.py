@@ -3,8 +3,8 @@
     python demo/make_groups.py          # about 15 minutes on 2 cores; the result is in the repository
 
 1. Every training prompt and every held-out prompt is sampled 16 times at temperature 1.
-2. A response scores 1 if its last number is the answer and 0 if not. Responses cut at 48 tokens are left out (they have no end of
-   turn), and so are repetitions of a response.
+2. A response scores 1 if its last number is the answer and 0 if not. Responses cut at 48 tokens are left out (they have
+   no end of turn), and so are repetitions of a response.
 3. A prompt's responses are dealt into groups of up to 4, as many as leave each group with a right and a wrong one.
 """
 
@@ -25,7 +25,13 @@ def sample(prompts: list[dict], name: str) -> list[dict]:
     WORK.mkdir(parents=True, exist_ok=True)
     source, output = WORK / f"{name}_prompts.jsonl", WORK / f"{name}_samples.jsonl"
     write_jsonl(source, prompts)
-    overrides = [f"prompts={source}", f"output={output}", f"samples_per_prompt={SAMPLES}", "max_new_tokens=48", "batch_size=256"]
+    overrides = [
+        f"prompts={source}",
+        f"output={output}",
+        f"samples_per_prompt={SAMPLES}",
+        "max_new_tokens=48",
+        "batch_size=256",
+    ]
     command = ["tune", "run", "recipes/humanline_sample", "--config", "configs/smollm2_135m_sample.yaml", *overrides]
     subprocess.run([Path(sys.executable).with_name("tune"), *command[1:]], cwd=ROOT, check=True)
     return read_jsonl(output)

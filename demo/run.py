@@ -65,18 +65,22 @@ def main() -> None:
     trained = time.perf_counter() - trained
     after = sample(ALIGNED, "model-00001-of-00001.safetensors", "after")
 
-    right = [sum(is_right(row["all_generated_responses"][0], row["answer"]) for row in rows) for rows in (before, after)]
+    right = [
+        sum(is_right(row["all_generated_responses"][0], row["answer"]) for row in rows) for rows in (before, after)
+    ]
     preferred_before, preferred_after, pairs = preference_accuracy()
     print(f"\n{'':28}{'before':^24}{'after':^24}")
-    print(f"{f'pass@1, {len(before)} held-out sums':28}{percent(right[0], len(before)):24}{percent(right[1], len(after)):24}")
-    counts = [round(share * pairs) for share in (preferred_before, preferred_after)]
-    print(f"{f'preference, {pairs} pairs':28}{percent(counts[0], pairs):24}{percent(counts[1], pairs):24}")
+    preferred = [round(share * pairs) for share in (preferred_before, preferred_after)]
+    for name, counts, trials in (("pass@1", right, len(before)), ("preference accuracy", preferred, pairs)):
+        columns = "".join(f"{percent(count, trials):24}" for count in counts)
+        print(f"{f'{name} (of {trials})':28}{columns}")
     print("\nThe first five held-out prompts:")
     for first, second in list(zip(before, after, strict=True))[:5]:
         print(f"  {first['prompt']}")
         for name, row in (("before", first), ("after", second)):
             print(f"    {name:7}{' '.join(row['all_generated_responses'][0].split())}")
-    print(f"\nTraining took {trained:.0f} s of {time.perf_counter() - start:.0f} s. The aligned model: {ALIGNED.relative_to(ROOT)}")
+    seconds = time.perf_counter() - start
+    print(f"\nTraining took {trained:.0f} s of {seconds:.0f} s. The aligned model: {ALIGNED.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

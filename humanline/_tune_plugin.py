@@ -69,7 +69,7 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
 
     users = {name: _recipes_of(path) for name, path in configs.items()}
     taken = {recipe.name for recipe in registry.get_all_recipes()}
-    registry._ALL_RECIPES += [
+    registry._ALL_RECIPES += [  # type: ignore[attr-defined]
         registry.Recipe(
             name=name,
             file_path=str(path),  # torchtune joins this to a root of its own, over which an absolute path wins

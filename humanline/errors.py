@@ -1,6 +1,7 @@
 """The two errors a user can cause: a setting that cannot work, and data that cannot be read.
 
-Both are raised before training starts, and both say in one line where the fault is (config key, or file and line), what was found, and what to do about it.
+Both are raised before training starts, and both say in one line where the fault is (config key, or file and line), what
+was found, and what to do about it.
 """
 
 __all__ = ["ConfigError", "DataError"]

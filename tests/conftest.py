@@ -36,7 +36,7 @@ def hf_config(shape):
 
 
 class TrajectoryRun:
-    """A golden trajectory laid out on disk: an HF folder, a JSONL of groups, and a config that repeats the authors' run."""
+    """A golden trajectory on disk: an HF folder, a JSONL of groups, and a config that repeats the authors' run."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.golden = json.loads((GOLDEN / "trajectories" / f"{name}.json").read_text())
@@ -96,7 +96,9 @@ class TrajectoryRun:
     def line(example: dict) -> str:
         return json.dumps({"prompt": example["prompt"], "responses": [example["chosen"], example["rejected"]]}) + "\n"
 
-    def tune(self, *overrides: str, nproc: int | None = None, recipe: str = "humanline_dpo_distributed", check: bool = True):
+    def tune(
+        self, *overrides: str, nproc: int | None = None, recipe: str = "humanline_dpo_distributed", check: bool = True
+    ):
         """Runs the recipe through ``tune run`` from the clone, with torchrun options where ``nproc`` is given."""
         config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(self.config))

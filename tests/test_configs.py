@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,9 @@ from torchtune.models.llama3 import Llama3Tokenizer, llama3_tokenizer
 from torchtune.training.checkpointing import FormattedCheckpointFiles
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from humanline.data import ChatTokenizer, encoded_groups, pack
-from humanline.training import HumanlineRecipe, Settings, component
-from humanline.training._settings import COMPONENTS, DTYPES
+from humanline.data import ChatTokenizer, Group, GroupDataset, encoded_groups, pack
+from humanline.training import DPO, HumanlineRecipe, Settings, component
+from humanline.training._settings import DTYPES
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAMA3 = ROOT / "configs" / "llama3_8b_offline.yaml"
@@ -82,28 +81,52 @@ def overrides(path: Path) -> list[str]:
     return re.findall(r"(?<!\S)[a-z_]\w*(?:\.\w+)*=\S+", header(path))
 
 
+def stated_memory(path: Path) -> tuple[str, ...] | None:
+    """What the header says: parameters, bytes of policy and reference for each, GB in all and on one of eight GPUs."""
+    found = MEMORY.search(" ".join(header(path).split()))
+    return found and found.groups()
+
+
 def recipe_names(path: Path) -> list[str]:
-    first_line = path.read_text().splitlines()[0]
-    assert first_line.startswith("# recipe: "), f"{path.name} starts with {first_line!r}"
-    return first_line.removeprefix("# recipe: ").replace(",", " ").split()
+    """The recipes that the first line, ``# recipe: NAME, NAME``, says the config is for."""
+    _, _, names = path.read_text().splitlines()[0].partition("# recipe: ")
+    return names.replace(",", " ").split()
+
+
+def recipe_file(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.py"
 
 
 @functools.cache
 def recipe_class(name: str) -> type:
     """The class in ``recipes/NAME.py``."""
-    module = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+    module = runpy.run_path(str(recipe_file(name)))
     (found,) = (it for it in module.values() if isinstance(it, type) and it.__module__ == module["__name__"])
     return found
 
 
-def is_for_training(path: Path) -> bool:
-    return any(issubclass(recipe_class(name), HumanlineRecipe) for name in recipe_names(path))
+def recipe_classes(path: Path) -> list[type]:
+    return [recipe_class(name) for name in recipe_names(path) if recipe_file(name).is_file()]
 
 
 def components(path: Path) -> dict[str, str]:
     """Each key that names a component -> the component."""
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return {key: node["_component_"] for key, node in content.items() if isinstance(node, dict)}
+    return {
+        key: node["_component_"] for key, node in content.items() if isinstance(node, dict) and "_component_" in node
+    }
+
+
+def line(dataset: DictConfig) -> dict:
+    """A line for the builder of this dataset, with the fields named as the config says they are."""
+    names = dataset.get("column_map") or {}
+    return {names.get(field, field): value for field, value in LINES[dataset._component_].items()}
+
+
+def from_file(dataset: DictConfig, folder: Path, *lines: dict) -> DictConfig:
+    """The dataset's config with a small file in place of its source."""
+    replaced = {"source": write_jsonl(folder / "data.jsonl", *lines), "split": "train"}
+    return OmegaConf.merge(dataset, replaced, {"data_files": None} if "data_files" in dataset else {})
 
 
 def build_model(cfg: DictConfig) -> torch.nn.Module:
@@ -134,34 +157,47 @@ def write_jsonl(file: Path, *lines: dict) -> str:
 
 
 def here(path: Path, folder: Path) -> DictConfig:
-    """The config with what only the user's machine has replaced: a small checkpoint folder, an output folder, the CPU."""
+    """The config as it is used here: on the CPU, with a small folder for a checkpoint and another for output."""
     cfg = OmegaConf.load(path)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     write_chat_tokenizer(checkpoint)
     (checkpoint / "config.json").write_text("{}")
-    for name in checkpoint_files(cfg):
-        (checkpoint / name).touch()
-    cfg.checkpointer.checkpoint_dir = str(checkpoint)
-    if cfg.get("tokenizer") is not None:
+    if "checkpointer" in components(path):
+        for name in checkpoint_files(cfg):
+            (checkpoint / name).touch()
+        cfg.checkpointer.checkpoint_dir = str(checkpoint)
+    if "tokenizer" in components(path):
         cfg.tokenizer.path = str(checkpoint)
     cfg.output_dir = str(folder / "out")
     cfg.device = "cpu"
     return cfg
 
 
+# ---- The cases
+
+
 def every(configs: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", configs, ids=lambda path: path.stem)
 
 
-def every_component(*kinds: str) -> pytest.MarkDecorator:
-    """Each config with each of its keys that names one of these ``kinds`` of component, and with any key if none is given."""
-    found = [(path, key) for path in CONFIGS for key, dotpath in components(path).items()]
-    cases = [(path, key) for path, key in found if not kinds or components(path)[key] in kinds]
+def every_key(cases: list[tuple[Path, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("path", "key"), cases, ids=[f"{path.stem}-{key}" for path, key in cases])
 
 
-TRAINING = [path for path in CONFIGS if is_for_training(path)]
+def is_local(source: str) -> bool:
+    return Path(source).suffix in (".json", ".jsonl", ".parquet")
+
+
+TRAINING = [path for path in CONFIGS if any(issubclass(it, HumanlineRecipe) for it in recipe_classes(path))]
+PAIRS = [path for path in TRAINING if any(it.objective_type is DPO for it in recipe_classes(path))]
+COMPONENT_KEYS = [(path, key) for path in CONFIGS for key in components(path)]
+DATASETS = [(path, key) for path, key in COMPONENT_KEYS if components(path)[key] in LINES]
+PAIR_DATASETS = [(path, key) for path, key in DATASETS if path in PAIRS]
+SHIPPED_DATASETS = [(path, key) for path, key in PAIR_DATASETS if is_local(OmegaConf.load(path)[key].source)]
+WITH_CHECKPOINT = [path for path in CONFIGS if "checkpointer" in components(path)]
+WITH_DOWNLOAD = [path for path in WITH_CHECKPOINT if commands(path, "tune download")]
+WITH_MEMORY = [path for path in TRAINING if stated_memory(path)]
 
 
 # ---- The config and its recipe
@@ -170,8 +206,7 @@ TRAINING = [path for path in CONFIGS if is_for_training(path)]
 @every(CONFIGS)
 def test_the_first_line_names_recipes_that_exist(path):
     names = recipe_names(path)
-    assert names
-    assert all((ROOT / "recipes" / f"{name}.py").is_file() for name in names)
+    assert names and all(recipe_file(name).is_file() for name in names)
 
 
 @every(CONFIGS)
@@ -182,19 +217,16 @@ def test_tune_validate_accepts_the_config(path):
 @every(CONFIGS)
 def test_the_recipe_knows_every_key_and_accepts_its_value(path, tmp_path):
     cfg = OmegaConf.merge(here(path, tmp_path), OmegaConf.from_dotlist(overrides(path)))
-    for recipe in map(recipe_class, recipe_names(path)):
-        if issubclass(recipe, HumanlineRecipe):
-            known = {*COMPONENTS, *(field.name for field in fields(Settings))}
-            assert set(cfg) - known == set()
-            Settings.from_config(cfg)
-        else:
-            recipe(cfg)  # checks its keys by itself
+    for recipe in recipe_classes(path):
+        # Either raises at an unknown key; a training recipe itself needs a process group.
+        check = Settings.from_config if issubclass(recipe, HumanlineRecipe) else recipe
+        check(cfg)
 
 
 # ---- The components
 
 
-@every_component()
+@every_key(COMPONENT_KEYS)
 def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path, monkeypatch):
     cfg = here(path, tmp_path)
     arguments, keywords = [], {}
@@ -204,16 +236,14 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
         arguments, keywords = [component(cfg, "optimizer", *arguments)], {"num_training_steps": 100}
     if key.startswith("dataset"):
         arguments = [component(cfg, "tokenizer")]
-        # data_files goes with the source: a source that is a file needs none.
-        replaced = {"source": write_jsonl(tmp_path / "data.jsonl", line(cfg[key])), "split": "train"}
-        cfg[key] = OmegaConf.merge(cfg[key], replaced, {"data_files": None} if "data_files" in cfg[key] else {})
-
+        cfg[key] = from_file(cfg[key], tmp_path, line(cfg[key]))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     built = build_model(cfg) if key == "model" else component(cfg, key, *arguments, **keywords)
     assert built is not None
     if key == "metric_logger":
+        built.log_config(cfg)
         built.log_dict({"loss": 0.5}, step=1)
         built.close()
         assert [file for file in Path(cfg.output_dir).rglob("*") if file.is_file()]
@@ -222,71 +252,91 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
     assert not list(elsewhere.iterdir()), "a run writes into output_dir only, not where it was started"
 
 
-def line(dataset: DictConfig) -> dict:
-    """A line for the builder of this dataset, with the fields named as the config says they are."""
-    names = dataset.get("column_map") or {}
-    return {names.get(field, field): value for field, value in LINES[dataset._component_].items()}
+# ---- The data
 
 
-@every_component(*LINES)
+@every_key(DATASETS)
 def test_the_split_is_one_that_datasets_understands(path, key):
-    split = OmegaConf.load(path)[key].get("split", "train")
-    assert ReadInstruction.from_spec(split)
+    assert ReadInstruction.from_spec(OmegaConf.load(path)[key].get("split", "train"))
 
 
-@every_component("humanline.data.preference_groups", "humanline.data.scored_groups", "humanline.data.encoded_groups")
-def test_the_recipe_learns_the_better_response_from_the_dataset(path, key, tmp_path):
+def pairs(cfg: DictConfig, path: Path, dataset: GroupDataset) -> list[Group]:
+    """What the config's recipe, or the first of several that share an objective, learns from ``dataset``."""
+    recipe = recipe_classes(path)[0]
+    return list(recipe.objective_type(component(cfg, "loss")).examples(dataset))
+
+
+@every_key(PAIR_DATASETS)
+def test_the_better_response_becomes_the_chosen_one(path, key, tmp_path):
     cfg = here(path, tmp_path)
-    source = write_jsonl(tmp_path / "data.jsonl", line(cfg[key]))
-    cfg[key] = OmegaConf.merge(cfg[key], {"source": source, "split": "train"})
     tokenizer = component(cfg, "tokenizer")
-    for recipe in map(recipe_class, recipe_names(path)):
-        objective = recipe.objective_type(component(cfg, "loss"))
-        (group,) = objective.examples(component(cfg, key, tokenizer))
-        assert list(group.prompt)
-        if "encoded_groups" in cfg[key]._component_:
-            assert list(group.responses[0]) == [3, 4]
-        else:
-            assert tokenizer.decode(group.responses[0]) == "4"
-            assert "What is 2 + 2?" in tokenizer.decode(group.prompt)
+    cfg[key] = from_file(cfg[key], tmp_path, line(cfg[key]))
+    (pair,) = pairs(cfg, path, component(cfg, key, tokenizer))
+    if "encoded_groups" in components(path)[key]:
+        assert [list(ids) for ids in (pair.prompt, *pair.responses)] == [[1, 2], [3, 4], [5, 4]]
+    else:
+        assert "What is 2 + 2?" in tokenizer.decode(pair.prompt)
+        assert [tokenizer.decode(response) for response in pair.responses] == ["4", "5"]
 
 
-def longest_pairs(path: Path, key: str, folder: Path) -> tuple[DictConfig, list]:
-    """The config, and what its recipe makes of the longest group that the limits of its dataset let through."""
-    cfg = here(path, folder)
-    # The prompt stands once in a row and each response takes what it leaves, so the shortest prompt makes the longest pair.
-    endless = {"prompt": [0], "responses": [[1] * 100_000, [2] * 100_000], "scores": [1.0, 0.0]}
+def longest_pair(path: Path, key: str, cfg: DictConfig, folder: Path) -> Group:
+    """The longest pair that the limits of the dataset let through.
+
+    The prompt stands once in a row and each response takes what it leaves: the shortest prompt makes the longest pair.
+    """
+    endless = {"prompt": [0], "responses": [[1] * 100_000, [2] * 100_000]}
     limits = {name: cfg[key][name] for name in ("max_tokens", "max_prompt_tokens") if name in cfg[key]}
-    groups = encoded_groups(None, write_jsonl(folder / "longest.jsonl", endless), **limits)
-    (recipe,) = map(recipe_class, recipe_names(path))
-    return cfg, list(recipe.objective_type(component(cfg, "loss")).examples(groups))
+    file = write_jsonl(folder / "longest.jsonl", endless)
+    (pair,) = pairs(cfg, path, encoded_groups(None, file, **limits))
+    return pair
 
 
-@every_component(*LINES)
-def test_the_longest_group_fits_a_pass_and_the_model_s_positions(path, key, tmp_path):
-    cfg, groups = longest_pairs(path, key, tmp_path)
-    pack(groups, Settings.from_config(cfg).rows)  # raises for what does not fit
-    longest = max(len(group.prompt) + len(response) for group in groups for response in group.responses)
-    assert longest <= build_model(cfg).max_seq_len
+@every_key(PAIR_DATASETS)
+def test_the_longest_pair_fits_one_pass_and_the_model_s_positions(path, key, tmp_path):
+    cfg = here(path, tmp_path)
+    pair = longest_pair(path, key, cfg, tmp_path)
+    assert len(pack([pair], Settings.from_config(cfg).rows)) == 1
+    assert all(len(pair.prompt) + len(it) <= build_model(cfg).max_seq_len for it in pair.responses)
+
+
+@every_key(SHIPPED_DATASETS)
+def test_the_file_that_the_dataset_names_is_in_the_repository_and_fills_the_steps(path, key, tmp_path):
+    cfg = here(path, tmp_path)
+    file = ROOT / cfg[key].source
+    assert file.is_file()
+    # The limits are for tokens of the config's own tokenizer; single bytes are more.
+    unlimited = {"source": str(file), "max_tokens": 1_000_000, "max_prompt_tokens": None}
+    cfg[key] = OmegaConf.merge(cfg[key], unlimited)
+    found = pairs(cfg, path, component(cfg, key, component(cfg, "tokenizer")))
+    if key == "dataset":
+        setting = Settings.from_config(cfg)
+        step = setting.batch_size * setting.gradient_accumulation_steps
+        assert len(found) >= step * (setting.max_steps_per_epoch or 1)
 
 
 # ---- The header
 
 
-@every(CONFIGS)
+@every(WITH_CHECKPOINT)
 def test_the_header_downloads_to_the_folder_that_the_config_reads(path):
     cfg = OmegaConf.load(path)
     downloads = re.findall(r"--output-dir (\S+)", header(path))
     assert downloads == [cfg.checkpointer.checkpoint_dir]
-    assert cfg.get("tokenizer") is None or cfg.tokenizer.path in downloads
+    assert "tokenizer" not in components(path) or cfg.tokenizer.path in downloads
 
 
-@every([path for path in CONFIGS if commands(path, "tune download")])
+@every(WITH_DOWNLOAD)
 def test_tune_download_takes_the_header_s_line_and_leaves_what_the_config_reads(path):
     cfg = OmegaConf.load(path)
     (words,) = commands(path, "tune download")
     parsed = TuneCLIParser()._parser.parse_args(words[1:])
-    needed = [*checkpoint_files(cfg), "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    needed = [
+        *checkpoint_files(cfg),
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert list(filter_repo_objects(needed, ignore_patterns=parsed.ignore_patterns)) == needed
     # A second copy of the weights, as large again, is left behind.
     assert not list(filter_repo_objects(["original/consolidated.00.pth"], ignore_patterns=parsed.ignore_patterns))
@@ -319,15 +369,15 @@ def test_what_the_comments_name_exists(path):
         assert pydoc.locate(name) is not None, name
 
 
-@every([path for path in TRAINING if MEMORY.search(" ".join(header(path).split()))])
-def test_the_memory_that_the_header_states_is_that_of_the_model(path):
-    stated = MEMORY.search(" ".join(header(path).split())).groups()
-    cfg = OmegaConf.load(path)
+@every(WITH_MEMORY)
+def test_the_memory_that_the_header_states_is_that_of_the_model(path, tmp_path):
+    cfg = here(path, tmp_path)
+    setting = Settings.from_config(cfg)
     parameters = sum(parameter.numel() for parameter in build_model(cfg).parameters())
-    policy, reference = 4 * DTYPES[cfg.master_dtype].itemsize, DTYPES[cfg.dtype].itemsize
+    policy, reference = 4 * DTYPES[setting.master_dtype].itemsize, DTYPES[setting.dtype].itemsize
     total = parameters * (policy + reference) / 1e9
     computed = (f"{parameters:.2e}".replace("e+0", "e"), policy, reference, f"{total:.0f}", f"{total / 8:.0f}")
-    assert stated == tuple(map(str, computed))
+    assert stated_memory(path) == tuple(map(str, computed))
 
 
 # ---- llama3_8b_offline: the paper's setting
@@ -376,9 +426,10 @@ def test_llama3_8b_offline_warms_up_over_a_tenth_of_its_steps():
 
 
 def test_llama3_8b_offline_holds_the_longest_pair_twice_in_one_pass(tmp_path):
-    cfg, pairs = longest_pairs(LLAMA3, "dataset", tmp_path)
-    assert [len(response) for pair in pairs for response in pair.responses] == [1249, 1249]
-    assert len(pack(pairs * 2, Settings.from_config(cfg).rows)) == 1
+    cfg = here(LLAMA3, tmp_path)
+    pair = longest_pair(LLAMA3, "dataset", cfg, tmp_path)
+    assert [len(response) for response in pair.responses] == [1249, 1249]
+    assert len(pack([pair, pair], Settings.from_config(cfg).rows)) == 1
 
 
 def test_llama3_8b_offline_reads_the_hub_s_four_files():
@@ -388,7 +439,7 @@ def test_llama3_8b_offline_reads_the_hub_s_four_files():
 
 def test_llama3_8b_offline_says_how_to_download_the_model_and_what_memory_it_takes():
     assert commands(LLAMA3, "tune download")[0][2] == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert MEMORY.search(" ".join(header(LLAMA3).split()))
+    assert stated_memory(LLAMA3)
 
 
 # ---- llama3_8b_offline: the tokenizer, with Llama 3's real vocabulary
@@ -397,8 +448,8 @@ def test_llama3_8b_offline_says_how_to_download_the_model_and_what_memory_it_tak
 def llama3_special_tokens() -> list[str]:
     """The 256 special tokens of Llama 3 in the order of their ids, which follow the vocabulary's."""
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    text, header, turn = ["<|begin_of_text|>", "<|end_of_text|>"], ["<|start_header_id|>", "<|end_header_id|>"], "<|eot_id|>"
-    return [*text, *reserved[:4], *header, reserved[4], turn, *reserved[5:]]
+    first = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>"]
+    return [*first, reserved[4], "<|eot_id|>", *reserved[5:]]
 
 
 @pytest.fixture(scope="session")
@@ -442,7 +493,7 @@ def ours(llama3_vocabulary, tmp_path_factory) -> ChatTokenizer:
 
 
 def assert_same_ids(ours: ChatTokenizer, theirs: Llama3Tokenizer, prompt: list[dict], response: str) -> None:
-    """``ours`` cuts a chat where generation starts, and torchtune's tokenizer gives the same ids on both sides of the cut."""
+    """torchtune's tokenizer gives the same ids on both sides of where generation starts."""
 
     def their_ids(answer: str, **kwargs: bool) -> list[int]:
         messages = [Message(role=m["role"], content=m["content"]) for m in prompt]
@@ -450,7 +501,7 @@ def assert_same_ids(ours: ChatTokenizer, theirs: Llama3Tokenizer, prompt: list[d
 
     # torchtune generates after an empty answer without an end: the chat up to the assistant's header.
     prompt_ids = their_ids("", add_end_tokens=False)
-    # Behind a whole chat it puts end-of-text as well, which Llama 3's chat template does not, nor does the model write it.
+    # Behind a whole chat it puts end-of-text, which Llama 3's chat template does not, and which the model never writes.
     *chat_ids, end_of_text = their_ids(response)
     assert end_of_text == theirs.eos_id and chat_ids[: len(prompt_ids)] == prompt_ids
     assert ours.encode_prompt(prompt) == prompt_ids

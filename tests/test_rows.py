@@ -13,7 +13,15 @@ from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder, log_probs
 
 VOCAB = 64
-SHAPE = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "max_seq_len": 256, "intermediate_dim": 64}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "max_seq_len": 256,
+    "intermediate_dim": 64,
+}
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -39,7 +47,9 @@ def one_sequence_each(decoder, groups):
 tokens = st.integers(0, VOCAB - 1)
 sequences = st.lists(tokens, min_size=1, max_size=12)
 groups = st.lists(
-    st.builds(Group, prompt=sequences, responses=st.lists(sequences, min_size=1, max_size=4).map(tuple)), min_size=1, max_size=6
+    st.builds(Group, prompt=sequences, responses=st.lists(sequences, min_size=1, max_size=4).map(tuple)),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -94,7 +104,11 @@ def test_flex_attention_is_given_the_rule_of_the_dense_mask(groups):
     rows = lay_out(groups, pack(groups, budget)[0], budget)
     count, length = rows.tokens.shape
     # One-token blocks, so that the block mask is the mask itself.
-    flex = create_block_mask(rows.visible(), count, None, length, length, device="cpu", BLOCK_SIZE=1).to_dense()[:, 0].bool()
+    flex = (
+        create_block_mask(rows.visible(), count, None, length, length, device="cpu", BLOCK_SIZE=1)
+        .to_dense()[:, 0]
+        .bool()
+    )
     assert torch.equal(flex, rows.attention_mask)
 
 
@@ -140,7 +154,9 @@ def test_the_order_of_groups_changes_no_loss(decoder):
     generator = torch.Generator().manual_seed(1)
 
     def sequence(longest):
-        return torch.randint(0, VOCAB, (int(torch.randint(1, longest, (1,), generator=generator)),), generator=generator).tolist()
+        return torch.randint(
+            0, VOCAB, (int(torch.randint(1, longest, (1,), generator=generator)),), generator=generator
+        ).tolist()
 
     groups = [Group(prompt=sequence(9), responses=(sequence(9), sequence(9)), id=str(i)) for i in range(7)]
     model, budget = LogProbDecoder(decoder), RowBudget(tokens_per_row=40, rows_per_pass=2)

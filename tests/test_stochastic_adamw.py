@@ -55,7 +55,9 @@ def test_in_bfloat16_it_moves_as_float32_does_where_rounding_to_nearest_stands_s
     assert train(torch.optim.AdamW, torch.bfloat16) == start
 
 
-@pytest.mark.parametrize(("setting", "key"), [({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1e-8}, "eps")])
+@pytest.mark.parametrize(
+    ("setting", "key"), [({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1e-8}, "eps")]
+)
 def test_settings_out_of_range_are_refused_by_name(setting, key):
     with pytest.raises(ConfigError, match=f"optimizer.{key}"):
         StochasticAdamW([torch.nn.Parameter(torch.zeros(1))], **setting)

@@ -125,7 +125,8 @@ def test_held_out_groups_are_measured_against_the_initial_policy(trajectory):
     assert list(one) == [0, 5, 10, 12]
     assert one[0] == pytest.approx(math.log(2), abs=1e-7)
     assert one == pytest.approx(two, abs=1e-5)
-    # The reference synced at step 12, and the policy moved once since: against it the held-out loss would be ln 2 almost exactly.
+    # The reference synced at step 12, and the policy moved once since: against it the held-out loss would be ln 2
+    # almost exactly.
     assert abs(one[12] - math.log(2)) > 1e-3
 
 
@@ -181,12 +182,16 @@ MISTAKES = {
     "missing component": ({"reference": None}, "reference: is missing"),
     "missing data": ({"dataset.source": "nowhere.jsonl"}, "nowhere.jsonl"),
     "too large a step": ({"batch_size": 1000}, "batch_size: a step takes 1000 x 1 accumulated x 1 ranks = 1000 groups"),
+    "a model too short for the data": ({"model.max_seq_len": 16}, "positions, the model has 16 (max_seq_len)"),
     "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
     "another architecture": ({"model.embed_dim": 32}, "is another architecture than model"),
     "missing weights": ({"checkpointer.checkpoint_files": ["nope.safetensors"]}, "checkpointer:"),
     "missing checkpoint folder": ({"checkpointer.checkpoint_dir": "nowhere"}, "checkpointer: nowhere"),
     "nothing to resume from": ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint: there is no checkpoint"),
-    "offloading on a CPU": ({"enable_activation_offloading": True}, "enable_activation_offloading: True does not work: needs a GPU"),
+    "offloading on a CPU": (
+        {"enable_activation_offloading": True},
+        "enable_activation_offloading: True does not work: needs a GPU",
+    ),
     "finer compute than weights": ({"master_dtype": "bf16"}, "master_dtype: 'bf16' does not work"),
     "no such device": ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
 }
@@ -208,6 +213,17 @@ def test_a_mistake_in_the_config_ends_the_run_with_one_line_before_training(traj
     assert last_line.startswith("humanline_dpo_distributed.py: ") and message in last_line
     assert "Traceback" not in done.stderr
     assert not (run.folder / "logs" / "log.txt").exists()
+
+
+def test_a_token_that_the_model_does_not_know_ends_the_run_with_its_line(trajectory):
+    run = trajectory(RUN)
+    lines = run.data.read_text().splitlines()
+    lines[6] = json.dumps({"prompt": [1, 2], "responses": [[3], [256]]})
+    run.data.write_text("\n".join(lines))
+    done = run.tune(check=False)
+    assert done.returncode != 0
+    expected = f"{run.data} line 7: token id 256 is outside the model's vocabulary of 256"
+    assert expected in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_bad_line_ends_the_run_with_its_number(trajectory):

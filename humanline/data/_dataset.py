@@ -1,6 +1,6 @@
 """Groups in memory, and one line that says what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset
 
@@ -28,6 +28,9 @@ class GroupDataset(Dataset[Group]):
 
     def __getitem__(self, index: int) -> Group:
         return self.groups[index]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
 
     def report(self) -> str:
         """One line: how many groups, from where, what was cut or dropped, and how long they are in tokens."""

@@ -1,8 +1,9 @@
 """Rows: how a microbatch of groups is laid out for the model.
 
-A row is a fixed budget of tokens into which groups are packed one after the other. A group's prompt stands once, and its responses
-branch from it: each response's positions restart after the prompt, and its tokens see the prompt and their own branch only. So the
-log-probs are those of one sequence a response, at the price of one prompt a group and of no padding between groups.
+A row is a fixed budget of tokens into which groups are packed one after the other. A group's prompt stands once, and
+its responses branch from it: each response's positions restart after the prompt, and its tokens see the prompt and
+their own branch only. So the log-probs are those of one sequence a response, at the price of one prompt a group and of
+no padding between groups.
 
     prompt A | A1 . . | A2 . | prompt B | B1 . . . | B2 . . | padding
 
@@ -30,7 +31,8 @@ class RowBudget:
     Args:
         tokens_per_row (int): length of a row, tokens.
         rows_per_pass (int): rows of one forward and backward pass.
-        fixed_length (bool): pad every row to ``tokens_per_row``, as compiled kernels want it, not to the longest row of the pass.
+        fixed_length (bool): pad every row to ``tokens_per_row``, as compiled kernels want it, not to the longest row of
+            the pass.
 
     Raises:
         ConfigError: if a bound is not a positive whole number.
@@ -58,7 +60,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tensors of one pass: ``R`` rows of ``L`` tokens, holding ``N`` response tokens of ``B`` responses, the longest of ``S`` tokens.
+    """The tensors of one pass: ``R`` rows of ``L`` tokens, holding ``N`` response tokens of ``B`` responses, the
+    longest of ``S`` tokens.
 
     ``B`` runs over ``groups`` in their order, and over each group's responses in theirs.
     """
@@ -150,8 +153,9 @@ def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]
         else:
             if (placed := _place(segments, [], budget)) is None:
                 raise DataError(
-                    f"{groups[segments[0].group].id}: its responses take {len(segments)} rows of {budget.tokens_per_row} tokens, "
-                    f"a pass holds {budget.rows_per_pass}; raise tokens_per_row or rows_per_pass"
+                    f"{groups[segments[0].group].id}: its responses take {len(segments)} rows of "
+                    f"{budget.tokens_per_row} tokens, a pass holds {budget.rows_per_pass}; raise tokens_per_row or "
+                    "rows_per_pass"
                 )
             passes.append(placed)
     return passes
@@ -178,7 +182,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
     if budget.fixed_length:
         length = budget.tokens_per_row
     order = sorted({s.group for row in rows for s in row})
-    first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0)))
+    first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0), strict=False))
 
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
@@ -217,4 +221,3 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
     )
-

@@ -1,8 +1,8 @@
 """Sources of groups: which groups a rank trains on at which optimizer step."""
 
 import torch
-from torch.utils.data import Dataset
 
+from humanline.data._dataset import GroupDataset
 from humanline.data._group import Group
 from humanline.errors import ConfigError
 
@@ -10,13 +10,13 @@ from humanline.errors import ConfigError
 class OfflineSource:
     """Groups of a dataset, in a shuffled order that depends on seed and epoch alone, shared out over the ranks.
 
-    An optimizer step takes ``accumulation`` microbatches, and a microbatch ``batch_size`` groups on each rank; rank ``r`` gets the
-    ``r``-th slice of each, so any number of ranks sees the same global microbatches in the same order as one rank with
-    ``world_size * batch_size`` groups. The position is the step number and nothing else: resuming needs no iterator state. The
-    groups that do not fill a last step are left out of that epoch.
+    An optimizer step takes ``accumulation`` microbatches, and a microbatch ``batch_size`` groups on each rank; rank
+    ``r`` gets the ``r``-th slice of each, so any number of ranks sees the same global microbatches in the same order as
+    one rank with ``world_size * batch_size`` groups. The position is the step number and nothing else: resuming needs
+    no iterator state. The groups that do not fill a last step are left out of that epoch.
 
     Args:
-        dataset (Dataset[Group]): the groups; the same on every rank.
+        dataset (GroupDataset): the groups; the same on every rank.
         batch_size (int): groups a microbatch and rank.
         accumulation (int): microbatches an optimizer step.
         rank (int): this rank.
@@ -29,7 +29,15 @@ class OfflineSource:
     """
 
     def __init__(
-        self, dataset: Dataset[Group], *, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, shuffle: bool
+        self,
+        dataset: GroupDataset,
+        *,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -39,11 +47,12 @@ class OfflineSource:
         self.seed = seed
         self.shuffle = shuffle
         self.groups_per_step = batch_size * accumulation * world_size
-        self.steps_per_epoch = len(dataset) // self.groups_per_step  # type: ignore[arg-type]
+        self.steps_per_epoch = len(dataset) // self.groups_per_step
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"batch_size: a step takes {batch_size} x {accumulation} accumulated x {world_size} ranks = {self.groups_per_step} "
-                f"groups, the dataset has {len(dataset)}; lower batch_size or gradient_accumulation_steps"  # type: ignore[arg-type]
+                f"batch_size: a step takes {batch_size} x {accumulation} accumulated x {world_size} ranks = "
+                f"{self.groups_per_step} groups, the dataset has {len(dataset)}; lower batch_size or "
+                "gradient_accumulation_steps"
             )
 
     def microbatches(self, step: int) -> list[list[Group]]:
@@ -54,7 +63,7 @@ class OfflineSource:
         return [[self.dataset[i] for i in microbatch] for microbatch in slices.tolist()]
 
     def _order(self, epoch: int) -> torch.Tensor:
-        count = len(self.dataset)  # type: ignore[arg-type]
+        count = len(self.dataset)
         if not self.shuffle:
             return torch.arange(count)
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))

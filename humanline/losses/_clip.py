@@ -7,9 +7,10 @@ from humanline.errors import ConfigError
 def humanline_clip(log_ratio: Tensor, log_eps_P: float | None, log_eps_R: float | None) -> Tensor:
     """Clips the token log-ratio to the asymmetric interval ``[log_eps_P, log_eps_R]``, upstream of any loss.
 
-    ``l~_t = clamp(l_t, log_eps_P, log_eps_R)`` with ``l_t = log pi_theta(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)``. A token
-    outside the interval keeps the bound as its value and gets no gradient. It is the limit of humanline sampling in which
-    acceptance is certain inside the interval and impossible outside (Theorem 4.3 of https://arxiv.org/abs/2509.24207).
+    ``l~_t = clamp(l_t, log_eps_P, log_eps_R)`` with ``l_t = log pi_theta(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)``.
+    A token outside the interval keeps the bound as its value and gets no gradient. It is the limit of humanline
+    sampling in which acceptance is certain inside the interval and impossible outside (Theorem 4.3 of
+    https://arxiv.org/abs/2509.24207).
 
     Args:
         log_ratio (Tensor): ``l_t`` in nats, any shape.
@@ -24,7 +25,9 @@ def humanline_clip(log_ratio: Tensor, log_eps_P: float | None, log_eps_R: float 
     return log_ratio.clamp(log_eps_P, log_eps_R)
 
 
-def unclamped(log_ratio: Tensor, mask: Tensor, log_eps_P: float | None, log_eps_R: float | None) -> tuple[Tensor, Tensor]:
+def unclamped(
+    log_ratio: Tensor, mask: Tensor, log_eps_P: float | None, log_eps_R: float | None
+) -> tuple[Tensor, Tensor]:
     """Counts the tokens whose log-ratio is non-zero, and those of them that the clip leaves alone.
 
     Args:
@@ -34,7 +37,8 @@ def unclamped(log_ratio: Tensor, mask: Tensor, log_eps_P: float | None, log_eps_
         log_eps_R (float | None): upper bound of the clip.
 
     Returns:
-        tuple[Tensor, Tensor]: scalars ``(inside, moved)``; the logged ``unclamped`` is their quotient, 1 where nothing moved.
+        tuple[Tensor, Tensor]: scalars ``(inside, moved)``; the logged ``unclamped`` is their quotient, 1 where nothing
+            moved.
     """
     moved = mask & (log_ratio != 0)
     inside = moved & (humanline_clip(log_ratio, log_eps_P, log_eps_R) == log_ratio)
@@ -48,11 +52,15 @@ def check_bounds(log_eps_P: float | None, log_eps_R: float | None) -> None:
             raise ConfigError(f"loss.{key}: {bound!r} is not a number; give a bound in nats, or null for no bound")
     if log_eps_P is not None and log_eps_R is not None and log_eps_P >= log_eps_R:
         raise ConfigError(
-            f"loss.log_eps_P: {log_eps_P} is not below log_eps_R ({log_eps_R}); the paper's values are -1.5 and 1.5, null never clips"
+            f"loss.log_eps_P: {log_eps_P} is not below log_eps_R ({log_eps_R}); the paper's values are -1.5 and 1.5, "
+            "null never clips"
         )
 
 
 def token_log_ratio(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
-    """``l_t`` in float32 nats, zero where ``mask`` is False (whatever stands there, NaN included). All shapes ``[B, S]``."""
+    """``l_t`` in float32 nats, zero where ``mask`` is False (whatever stands there, NaN included).
+
+    All shapes ``[B, S]``.
+    """
     log_ratio = policy_logps.float() - reference_logps.float()
     return torch.where(mask, log_ratio, torch.zeros_like(log_ratio))

@@ -8,9 +8,10 @@ from humanline.losses._clip import check_bounds, humanline_clip, token_log_ratio
 class HumanlineDPOLoss(nn.Module):
     """Direct Preference Optimization on humanline-clipped token log-ratios.
 
-    With ``l_t`` the token log-ratio of policy to reference and ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``, a response's
-    reward is ``r = beta * sum_t l~_t`` and a pair's loss ``-log sigmoid(r_chosen - r_rejected)``. Without bounds this is the DPO
-    of https://arxiv.org/abs/2305.18290; with them, and a synced reference, the humanline DPO of https://arxiv.org/abs/2509.24207.
+    With ``l_t`` the token log-ratio of policy to reference and ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``, a
+    response's reward is ``r = beta * sum_t l~_t`` and a pair's loss ``-log sigmoid(r_chosen - r_rejected)``. Without
+    bounds this is the DPO of https://arxiv.org/abs/2305.18290; with them, and a synced reference, the humanline DPO of
+    https://arxiv.org/abs/2509.24207.
 
     Args:
         beta (float): how strongly a log-ratio counts as reward, > 0.
@@ -33,7 +34,9 @@ class HumanlineDPOLoss(nn.Module):
         if not beta > 0:
             raise ConfigError(f"loss.beta: {beta} is not above 0; 0.1 is a common value")
         if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(f"loss.label_smoothing: {label_smoothing} is outside [0, 0.5); 0 takes every label at its word")
+            raise ConfigError(
+                f"loss.label_smoothing: {label_smoothing} is outside [0, 0.5); 0 takes every label at its word"
+            )
         check_bounds(log_eps_P, log_eps_R)
         self.beta = beta
         self.log_eps_P = log_eps_P
@@ -59,7 +62,8 @@ class HumanlineDPOLoss(nn.Module):
             rejected_mask (Tensor): True at the rejected responses' tokens, bool ``[B, S]``.
 
         Returns:
-            tuple[Tensor, Tensor, Tensor]: losses, chosen rewards, rejected rewards, each float32 ``[B]``; rewards carry no gradient.
+            tuple[Tensor, Tensor, Tensor]: losses, chosen rewards, rejected rewards, each float32 ``[B]``; rewards carry
+                no gradient.
         """
         chosen_reward = self._reward(policy_chosen_logps, reference_chosen_logps, chosen_mask)
         rejected_reward = self._reward(policy_rejected_logps, reference_rejected_logps, rejected_mask)

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens from hidden states and the output matrix, without ever holding the logits of all of them."""
+"""Log-probs of chosen tokens from hidden states and the output matrix, never holding the logits of all of them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator; a piece that stays in the cache elsewhere.
+# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator; a piece that stays in the cache
+# elsewhere.
 _LOGITS_ON_ACCELERATOR = 2**26
 _LOGITS_ON_CPU = 2**24
 
@@ -14,8 +15,8 @@ _LOGITS_ON_CPU = 2**24
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None = None) -> Tensor:
     """``log softmax(cap(hidden @ weight.T))[targets]``, projected piece by piece and projected again in backward.
 
-    Between forward and backward it keeps ``hidden`` and one float a token. Softmax and its gradient are computed in float32; the
-    matrix products run in the inputs' dtype (with float32 results where the device can).
+    Between forward and backward it keeps ``hidden`` and one float a token. Softmax and its gradient are computed in
+    float32; the matrix products run in the inputs' dtype (with float32 results where the device can).
 
     Args:
         hidden (Tensor): final hidden states that predict the targets, ``[N, D]``.
@@ -78,7 +79,7 @@ def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``; on CUDA a half-precision product keeps its float32 accumulator instead of rounding the logits to 8 bits."""
+    """``a @ b``; on CUDA a bfloat16 product keeps its float32 accumulator, so that logits are not rounded to 8 bits."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

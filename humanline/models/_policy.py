@@ -11,11 +11,12 @@ from humanline.models._log_probs import token_log_probs
 class LogProbDecoder(nn.Module):
     """A torchtune decoder whose output is the log-probs of chosen tokens instead of the logits of all of them.
 
-    It takes over the decoder's modules under their own names, so its state dict *is* the decoder's: torchtune's checkpointers,
-    sharding conditions, activation checkpointing and per-layer compile apply unchanged.
+    It takes over the decoder's modules under their own names, so its state dict *is* the decoder's: torchtune's
+    checkpointers, sharding conditions, activation checkpointing and per-layer compile apply unchanged.
 
     Args:
-        decoder (TransformerDecoder): the model, from any torchtune builder whose output layer is a linear without bias, tied or not.
+        decoder (TransformerDecoder): the model, from any torchtune builder whose output layer is a linear without bias,
+            tied or not.
         soft_cap (float | None): final logit soft-cap (Gemma 2).
 
     Raises:
@@ -26,8 +27,8 @@ class LogProbDecoder(nn.Module):
         super().__init__()
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
-                f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is supported, "
-                "tied to the embeddings or not (with LoRA: apply_lora_to_output: False)"
+                f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is "
+                "supported, tied to the embeddings or not (with LoRA: apply_lora_to_output: False)"
             )
         self.tok_embeddings = decoder.tok_embeddings
         self.layers = decoder.layers
@@ -44,7 +45,8 @@ class LogProbDecoder(nn.Module):
             tokens (Tensor): token ids, int64 ``[R, L]``.
             mask (_MaskType): which token sees which: bool ``[R, L, L]``, or a FlexAttention block mask.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
-            sources (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the flattened ``[R * L]``.
+            sources (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the flattened
+                ``[R * L]``.
             targets (Tensor): the predicted token ids, int64 ``[N]``.
 
         Returns:
@@ -66,7 +68,7 @@ def _is_plain_linear(module: object) -> bool:
 
 
 def log_probs(model: nn.Module, rows: Rows) -> Tensor:
-    """Log-probs of the response tokens of ``rows`` under a :class:`LogProbDecoder` (sharded or not), nats, float32 ``[N]``."""
+    """Log-probs of the response tokens of ``rows`` under a :class:`LogProbDecoder`, nats, float32 ``[N]``."""
     return model(
         rows.tokens, mask=rows.attention_mask, positions=rows.positions, sources=rows.sources, targets=rows.targets
     )

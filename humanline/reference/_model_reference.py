@@ -11,11 +11,12 @@ from humanline.models import log_probs
 
 
 class ModelReference:
-    """The reference as a second model, sharded like the policy; syncing copies each rank's own shards, without communication.
+    """The reference as a second model, sharded like the policy; syncing copies each rank's own shards, without
+    communication.
 
-    **Syncing** (https://arxiv.org/abs/2509.24207): at optimizer step ``t`` (1-based), if ``t % sync_every == 0``, the reference
-    becomes the policy after backward and gradient clipping and *before* the optimizer's step. With ``sync_every: 1`` it therefore
-    lags the policy by exactly one step.
+    **Syncing** (https://arxiv.org/abs/2509.24207): at optimizer step ``t`` (1-based), if ``t % sync_every == 0``, the
+    reference becomes the policy after backward and gradient clipping and *before* the optimizer's step. With
+    ``sync_every: 1`` it therefore lags the policy by exactly one step.
 
     The copy is kept in the dtype in which the model computes, since its log-probs depend on nothing finer.
 
@@ -27,10 +28,12 @@ class ModelReference:
     """
 
     def __init__(self, sync_every: int | None = 1) -> None:
-        if sync_every is not None and (isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1):
+        if sync_every is not None and (
+            isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1
+        ):
             raise ConfigError(
-                f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps; 1 to 4 suit instruction "
-                "following, null never syncs"
+                f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps; 1 to 4 suit "
+                "instruction following, null never syncs"
             )
         self.sync_every = sync_every
         self.last_sync = 0

@@ -41,7 +41,7 @@ class TrainingCheckpoint:
         self.reference = reference
 
     def save(self, step: int) -> Path:
-        """Writes ``step_N`` beside its name, renames it when all ranks are done, and removes the checkpoints before it."""
+        """Writes ``step_N`` beside its name, renames it when all ranks are done, and removes the older ones."""
         final = self.folder / f"step_{step}"
         partial = self.folder / f"step_{step}.partial"
         if dist.get_rank() == 0:
@@ -59,7 +59,8 @@ class TrainingCheckpoint:
         return final
 
     def load(self, which: bool | str) -> int:
-        """Restores everything from the newest checkpoint (True or ``latest``) or from the folder named, and returns its step.
+        """Restores everything from the newest checkpoint (True or ``latest``) or from the folder named, and returns its
+        step.
 
         Raises:
             ConfigError: if there is none there.
@@ -68,8 +69,8 @@ class TrainingCheckpoint:
             steps = self._steps()
             if not steps:
                 raise ConfigError(
-                    f"resume_from_checkpoint: there is no checkpoint in {self.folder}; set save_every_n_steps to write some, or "
-                    "resume_from_checkpoint: False to start anew"
+                    f"resume_from_checkpoint: there is no checkpoint in {self.folder}; set save_every_n_steps to write "
+                    "some, or resume_from_checkpoint: False to start anew"
                 )
             path = self.folder / f"step_{steps[-1]}"
         else:

@@ -13,7 +13,8 @@ from torchtune import training
 def start_on_every_device(device: str, script: str) -> None:
     """Replaces this process by one process a visible GPU, each running ``script`` with this process's arguments.
 
-    Does nothing under torchrun, on a machine with fewer than two GPUs, or when ``device`` is not CUDA: then this process is the one rank.
+    Does nothing under torchrun, on a machine with fewer than two GPUs, or when ``device`` is not CUDA: then this
+    process is the one rank.
 
     Args:
         device (str): the config's ``device``.
@@ -33,7 +34,10 @@ def launch(processes: int, script: str, arguments: list[str]) -> None:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group: torchrun's ranks, or this process alone. NCCL with gloo for host tensors on CUDA, gloo elsewhere."""
+    """The default process group: torchrun's ranks, or this process alone.
+
+    NCCL with gloo for host tensors on CUDA, gloo elsewhere.
+    """
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if training.is_distributed():
         dist.init_process_group(backend)

@@ -2,7 +2,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def get_constant_schedule_with_warmup(optimizer: Optimizer, num_training_steps: int, warmup_ratio: float = 0.1) -> LambdaLR:
+def get_constant_schedule_with_warmup(
+    optimizer: Optimizer, num_training_steps: int, warmup_ratio: float = 0.1
+) -> LambdaLR:
     """The learning rate rises linearly over the first ``warmup_ratio`` of the steps, and stays.
 
     Args:

@@ -2,8 +2,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Metrics = dict[str, tuple[Tensor, Tensor | int]]
-"""What an objective measures on one pass: name -> (sum, count); the logged value is the quotient over passes and ranks."""
+Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
+"""What an objective measures on one pass: name -> (sum, count); logged is the quotient over passes and ranks."""
 
 
 class MetricSums:

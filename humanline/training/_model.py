@@ -51,13 +51,13 @@ def sharded_model(
     for name, module in reversed(list(model.named_modules())):
         if training.get_shard_conditions(name, module):
             fully_shard(module, mesh=mesh, mp_policy=precision)
-    # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which would
-    # outlive the optimizer step or sync that changes their shards.
+    # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which
+    # would outlive the optimizer step or sync that changes their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     with training.set_default_dtype(param_dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its table is in no state dict
-                module.rope_init()
+                module.rope_init()  # type: ignore[operator]
     training.load_from_full_model_state_dict(model, state_dict, device, strict=True)
     training.validate_no_params_on_meta_device(model)
     training.disable_dropout(model)

@@ -1,6 +1,6 @@
 """What each objective makes of a pass: which groups it needs, which loss it has, what it logs."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from humanline.training._metrics import Metrics
 
 
 class Objective(Protocol):
-    """The part of a recipe that differs between DPO, KTO and GRPO."""
+    """The part of a recipe that differs between DPO, KTO and GRPO. It is made from the config's ``loss``."""
+
+    def __init__(self, loss: Any) -> None: ...
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         """Derives from any dataset the groups that the objective learns from."""
 
     def __call__(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> tuple[Tensor, Metrics]:
-        """The sum over the pass's groups of their losses (scalar), and what to log; log-probs are ``[N]``, as ``rows.targets``."""
+        """The sum of the losses of the pass's groups (scalar), and what to log; log-probs are ``[N]``."""
 
 
 class DPO:
@@ -56,8 +58,8 @@ def reference_metrics(
 ) -> Metrics:
     """What every objective logs of policy against reference, from token log-probs ``[B, S]``.
 
-    ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``; ``unclamped`` the share of the tokens with non-zero ``l_t`` that the clip
-    leaves alone (absent when no token moved).
+    ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``; ``unclamped`` the share of the tokens with non-zero
+    ``l_t`` that the clip leaves alone (absent when no token moved).
     """
     log_ratio = token_log_ratio(policy, reference, mask)
     inside, moved = unclamped(log_ratio, mask, log_eps_P, log_eps_R)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune import training, utils
+from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -51,7 +52,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         training.set_seed(seed=self.settings.seed)
 
-    # ---------------------------------------------------------------------------------------------------------------- set-up
+    # --------------------------------------------------------------------------------------------------------- set-up
 
     def setup(self, cfg: DictConfig) -> None:
         """Builds everything in the order in which it can fail cheaply: loss and data first, weights last."""
@@ -59,8 +60,10 @@ class HumanlineRecipe(FTRecipeInterface):
         self.objective = self.objective_type(component(cfg, "loss"))
         self.reference = component(cfg, "reference")
         tokenizer = component(cfg, "tokenizer")
+        with torch.device("meta"):
+            shape = component(cfg, "model")
         self.source = OfflineSource(
-            self._dataset(cfg, "dataset", tokenizer),
+            self._examples("dataset", component(cfg, "dataset", tokenizer), shape),
             batch_size=settings.batch_size,
             accumulation=settings.gradient_accumulation_steps,
             rank=self.rank,
@@ -68,7 +71,8 @@ class HumanlineRecipe(FTRecipeInterface):
             seed=settings.seed,
             shuffle=settings.shuffle,
         )
-        self.dataset_val = self._dataset(cfg, "dataset_val", tokenizer)
+        held_out = component(cfg, "dataset_val", tokenizer)
+        self.dataset_val = None if held_out is None else self._examples("dataset_val", held_out, shape)
         self.steps_per_epoch = min(self.source.steps_per_epoch, settings.max_steps_per_epoch or sys.maxsize)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -77,8 +81,8 @@ class HumanlineRecipe(FTRecipeInterface):
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
-        # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with the policy
-        # and would show no progress.
+        # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with
+        # the policy and would show no progress.
         self.initial_val_logps = [log_probs_on_host(self.policy, rows) for rows, _ in self._val_passes()]
 
         self.checkpoint = TrainingCheckpoint(
@@ -97,15 +101,26 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
             )
 
-    def _dataset(self, cfg: DictConfig, key: str, tokenizer: Any) -> GroupDataset | None:
-        dataset = component(cfg, key, tokenizer)
-        if dataset is None:
-            return None
+    def _examples(self, key: str, dataset: GroupDataset, shape: TransformerDecoder) -> GroupDataset:
+        """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
         dataset = self.objective.examples(dataset)
+        vocabulary = shape.tok_embeddings.num_embeddings
+        for group in dataset:
+            pack([group], self.settings.rows)
+            longest = len(group.prompt) + max(map(len, group.responses)) - 1
+            if longest > shape.max_seq_len:
+                raise DataError(
+                    f"{group.id}: prompt and response take {longest} positions, the model has {shape.max_seq_len} "
+                    f"(max_seq_len); lower {key}.max_tokens"
+                )
+            largest = max(map(max, (group.prompt, *group.responses)))
+            if largest >= vocabulary:
+                raise DataError(
+                    f"{group.id}: token id {largest} is outside the model's vocabulary of {vocabulary}; encode with "
+                    "the model's own tokenizer"
+                )
         if self.rank == 0:
             log.info(f"{key}: {dataset.report()}")
-        for group in dataset:
-            pack([group], self.settings.rows)  # raises, before training, for a group that no pass can hold
         return dataset
 
     def _setup_models(self, cfg: DictConfig) -> Any:
@@ -147,7 +162,8 @@ class HumanlineRecipe(FTRecipeInterface):
                 "humanline.training.StochasticAdamW, or master_dtype: fp32"
             )
 
-    # -------------------------------------------------------------------------------------------------------------- the loop
+    # -------------------------------------------------------------------------------------------------------------- the
+    # loop
 
     def train(self) -> None:
         """The loop. The reference syncs after the gradient is clipped and before the weights move."""
@@ -184,9 +200,8 @@ class HumanlineRecipe(FTRecipeInterface):
 
                 if self.step % settings.log_every_n_steps == 0:
                     now = time.perf_counter()
-                    sums.add({"tokens_per_second": (torch.tensor(tokens / (now - logged_at)), 1 / self.world_size)})
-                    metrics = {**sums.means(), "grad_norm": grad_norm, "lr": get_lr(self.optimizer)}
-                    self._log(metrics, progress)
+                    sums.add({"tokens_per_second": (tokens / (now - logged_at), 1 / self.world_size)})
+                    self._log(sums.means() | {"grad_norm": grad_norm, "lr": get_lr(self.optimizer)}, progress)
                     logged_at, tokens = now, 0
                 if _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps:
                     self.evaluate()
@@ -225,7 +240,7 @@ class HumanlineRecipe(FTRecipeInterface):
         shown = {"loss": "loss", "rewards/margins": "margin", "unclamped": "unclamped", "tokens_per_second": "tok/s"}
         progress.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
 
-    # ---------------------------------------------------------------------------------------------------- evaluation, saving
+    # ----------------------------------------------------------------------------------------- evaluation and saving
 
     def _val_passes(self) -> Iterator[tuple[Rows, int]]:
         """The held-out groups in the same passes every time, shared out over the ranks."""
@@ -244,13 +259,13 @@ class HumanlineRecipe(FTRecipeInterface):
         sums = MetricSums(self.device)
         for (rows, weight), initial_logps in zip(self._val_passes(), self.initial_val_logps, strict=True):
             _, metrics = self.objective(log_probs(self.policy, rows), initial_logps.to(self.device), rows)
-            sums.add(metrics if weight else {name: (0, 0) for name in metrics})
-        metrics = {f"val/{name}": value for name, value in sums.means().items()}
+            sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
+        means = {f"val/{name}": value for name, value in sums.means().items()}
         if self.metric_logger is not None:
-            self.metric_logger.log_dict(metrics, step=self.step)
+            self.metric_logger.log_dict(means, step=self.step)
 
     def save_checkpoint(self, epoch: int) -> None:
-        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes of the checkpoint that training started from."""
+        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes that they came in."""
         weights = full_state_dict(self.policy, rank=self.rank, dtypes=self.weight_dtypes)
         if self.rank == 0:
             self.checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=epoch)

@@ -1,6 +1,5 @@
 """The top-level keys of a training config, checked before anything is built."""
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -38,8 +37,9 @@ class Settings:
         output_dir (str): where checkpoints, logs and the final weights go.
         device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
         dtype (str): what the model computes in, ``bf16`` or ``fp32``.
-        master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the memory but needs
-            an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05 round away.
+        master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the
+            memory but needs an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05
+            round away.
         seed (int): seed of the data order and of every generator.
         shuffle (bool): whether epochs are shuffled.
         batch_size (int): groups a microbatch and rank.
@@ -47,7 +47,8 @@ class Settings:
         epochs (int): passes over the dataset.
         max_steps_per_epoch (int | None): optimizer steps after which an epoch ends early.
         tokens_per_row (int): length of a row of packed groups, tokens.
-        rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of activations.
+        rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of
+            activations.
         clip_grad_norm (float | None): largest gradient norm; None only measures it.
         compile (bool): compile the transformer layers.
         enable_activation_checkpointing (bool): recompute each layer in backward.
@@ -55,8 +56,10 @@ class Settings:
         log_every_n_steps (int): optimizer steps between two log entries.
         log_peak_memory_stats (bool): log the peak memory as well.
         run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
-        save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of an epoch.
-        resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a path from that one.
+        save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of
+            an epoch.
+        resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a
+            path from that one.
 
     Raises:
         ConfigError: if a key is missing, unknown, or has a value that cannot work.
@@ -88,17 +91,17 @@ class Settings:
     def from_config(cls, cfg: DictConfig) -> "Settings":
         """Reads the settings of a whole config, and checks that its components are there and that no key is unknown."""
         known = {f.name: f for f in fields(cls)}
-        values = {key: cfg[key] for key in cfg if key not in COMPONENTS}
+        values = {str(key): cfg[key] for key in cfg if key not in COMPONENTS}
         for key in values:
-            if key not in known and not isinstance(values[key], Mapping | DictConfig):
-                raise ConfigError(f"{key}: is not a key of this recipe{_suggest(str(key), [*known, *COMPONENTS])}")
+            if key not in known:
+                raise ConfigError(f"{key}: is not a key of this recipe{_suggest(key, [*known, *COMPONENTS])}")
         for name, field in known.items():
             if name not in values and field.default is MISSING:
                 raise ConfigError(f"{name}: is missing")
         for key in REQUIRED_COMPONENTS:
             if cfg.get(key) is None:
                 raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "log_every_n_steps"):
@@ -116,7 +119,9 @@ class Settings:
             "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
         )
         limit = self.clip_grad_norm
-        self._check("clip_grad_norm", limit is None or float(limit) > 0, "give a norm above 0, or null to only measure it")
+        self._check(
+            "clip_grad_norm", limit is None or float(limit) > 0, "give a norm above 0, or null to only measure it"
+        )
         offload = self.enable_activation_offloading
         self._check(
             "enable_activation_offloading",
@@ -145,7 +150,9 @@ class Settings:
         try:
             return utils.get_device(self.device)
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"device: {self.device!r} cannot be used here ({error}); set device: cuda or cpu") from error
+            raise ConfigError(
+                f"device: {self.device!r} cannot be used here ({error}); set device: cuda or cpu"
+            ) from error
 
     def _check(self, key: str, holds: bool, remedy: str) -> None:
         if not holds:

@@ -10,12 +10,13 @@ from humanline.errors import ConfigError
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW whose weights and moments stay in their own dtype, bfloat16 rounded stochastically: 8 bytes a parameter with its gradient.
+    """AdamW whose weights and moments stay in their own dtype, bfloat16 rounded stochastically: 8 bytes a parameter
+    with its gradient.
 
-    The update is computed in float32. Rounding up with a probability equal to the fraction cut off keeps updates far below a
-    bfloat16 step alive on average, where rounding to nearest loses them all. The moments are rounded in the same way, since
-    a second moment that changes by one part in a thousand a step would otherwise never change at all. Works on FSDP2's sharded
-    parameters, each rank on its own shard.
+    The update is computed in float32. Rounding up with a probability equal to the fraction cut off keeps updates far
+    below a bfloat16 step alive on average, where rounding to nearest loses them all. The moments are rounded in the
+    same way, since a second moment that changes by one part in a thousand a step would otherwise never change at all.
+    Works on FSDP2's sharded parameters, each rank on its own shard.
 
     Args:
         params (Iterable[Any]): parameters or parameter groups.
@@ -92,7 +93,8 @@ def stochastic_round(values: Tensor) -> Tensor:
     Returns:
         Tensor: bfloat16, same shape.
     """
-    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with just that probability.
+    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with just that
+    # probability.
     bits = values.view(torch.int32)
     bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).bfloat16()

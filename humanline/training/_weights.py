@@ -9,7 +9,8 @@ from humanline.training._settings import component
 
 
 def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
-    """Reads the weights that ``cfg.checkpointer`` points to, in torchtune's names and memory-mapped where the format allows.
+    """Reads the weights that ``cfg.checkpointer`` points to, in torchtune's names and memory-mapped where the format
+    allows.
 
     Returns:
         tuple[Any, dict[str, Tensor]]: the checkpointer, which also writes the final weights, and the state dict.
@@ -26,4 +27,6 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
     except OSError as error:
         raise ConfigError(f"{where}: {error}; download the model there (tune download) or correct the path") from error
     except Exception as error:  # torchtune raises bare Exception for weights it has no name for
-        raise ConfigError(f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
+        ) from error
