@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+RECIPE = ROOT / "recipes" / "humanline_dpo_distributed.py"
 TUNE = Path(sys.executable).with_name("tune")
 
 
@@ -96,29 +98,35 @@ class TrajectoryRun:
     def line(example: dict) -> str:
         return json.dumps({"prompt": example["prompt"], "responses": [example["chosen"], example["rejected"]]}) + "\n"
 
-    def tune(
-        self, *overrides: str, nproc: int | None = None, recipe: str = "humanline_dpo_distributed", check: bool = True
-    ):
+    def train(self, *overrides: str) -> str | None:
+        """Runs the recipe's file in this process; returns the line with which it gave up, None if it did not."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(RECIPE), "--config", str(self._write_config()), *overrides])
+            with pytest.raises(SystemExit) as exit:
+                runpy.run_path(str(RECIPE), run_name="__main__")
+        return exit.value.code
+
+    def tune(self, *overrides: str, nproc: int | None = None, check: bool = True) -> subprocess.CompletedProcess:
         """Runs the recipe through ``tune run`` from the clone, with torchrun options where ``nproc`` is given."""
-        config = self.folder / "config.yaml"
-        config.write_text(yaml.safe_dump(self.config))
         torchrun = [f"--nproc_per_node={nproc}"] if nproc else []
-        command = [str(TUNE), "run", *torchrun, f"recipes/{recipe}", "--config", str(config), *overrides]
-        return run(command, cwd=ROOT, check=check)
+        recipe = str(RECIPE.relative_to(ROOT).with_suffix(""))
+        command = [str(TUNE), "run", *torchrun, recipe, "--config", str(self._write_config()), *overrides]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        return done
+
+    def _write_config(self) -> Path:
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config))
+        return path
 
     def log(self, metric: str = "loss") -> dict[int, float]:
         """The logged values of a metric by step; a step logged twice keeps its last value."""
         lines = (self.folder / "logs" / "log.txt").read_text().splitlines()
         found = (re.match(rf"Step (\d+) \|.* {re.escape(metric)}:(\S+)", line.replace("|", "| ", 1)) for line in lines)
         return {int(match[1]): float(match[2]) for match in found if match}
-
-
-def run(command: list[str], *, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return done
 
 
 @pytest.fixture
