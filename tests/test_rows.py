@@ -54,9 +54,9 @@ groups = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(groups=groups, tokens_per_row=st.integers(24, 70), fixed_length=st.booleans())
-def test_log_probs_from_rows_equal_those_from_one_sequence_each(decoder, groups, tokens_per_row, fixed_length):
-    budget = RowBudget(tokens_per_row=tokens_per_row, rows_per_pass=4, fixed_length=fixed_length)
+@given(groups=groups, tokens_per_row=st.integers(24, 70), fixed_shape=st.booleans())
+def test_log_probs_from_rows_equal_those_from_one_sequence_each(decoder, groups, tokens_per_row, fixed_shape):
+    budget = RowBudget(tokens_per_row=tokens_per_row, rows_per_pass=4, fixed_shape=fixed_shape)
     model = LogProbDecoder(decoder)
     seen = []
     for planned in pack(groups, budget):
@@ -173,7 +173,7 @@ def test_the_order_of_groups_changes_no_loss(decoder):
 
 
 def test_padding_alone_is_visible_to_itself_so_that_attention_stays_finite():
-    budget = RowBudget(tokens_per_row=32, fixed_length=True)
+    budget = RowBudget(tokens_per_row=32, fixed_shape=True)
     groups = [Group(prompt=[1], responses=([2, 3],))]
     rows = lay_out(groups, pack(groups, budget)[0], budget)
     assert rows.tokens.shape == (1, 32)

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchtune.models.llama3 import llama3
+from torchtune.training import FullModelHFCheckpointer
 
 from humanline.training import get_constant_schedule_with_warmup
 
@@ -17,27 +19,69 @@ def assert_trained(run, *overrides):
     assert run.train(*overrides) is None
 
 
+METRICS = ("loss", "lr", "grad_norm", "steps_since_sync")
+
+
+def metrics(run):
+    return {metric: run.log(metric) for metric in METRICS}
+
+
+def final_weights(run):
+    return load_file(run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors")
+
+
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(trajectory):
     run = trajectory(RUN)
-    run.config |= {"save_every_n_steps": 5, "shuffle": True}
+    run.config |= {
+        "save_every_n_steps": 5,
+        "shuffle": True,
+        "enable_activation_checkpointing": True,
+        "lr_scheduler": {"_component_": "humanline.training.get_constant_schedule_with_warmup", "warmup_ratio": 0.95},
+    }
     assert_trained(run)
-    whole = run.log()
+    whole = metrics(run)
     final = (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").read_bytes()
 
-    # Steps 6 to 10 stand between two syncs, so the reference's own weights have to come back as well.
+    # The policy has moved twice since the sync at step 8, so the reference's own weights have to come back as well.
     checkpoints = run.folder / "out" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step_10"]
     (run.folder / "logs" / "log.txt").unlink()
     assert_trained(run, "resume_from_checkpoint=latest")
-    assert run.log() == {step: whole[step] for step in (11, 12)}
+    assert metrics(run) == {metric: {step: whole[metric][step] for step in (11, 12)} for metric in METRICS}
     assert (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").read_bytes() == final
+
+
+def test_a_resumed_run_on_two_ranks_rounds_stochastically_as_it_would_have(trajectory):
+    run = trajectory(RUN)
+    run.config |= {"batch_size": 2, "save_every_n_steps": 5, "dtype": "bf16", "master_dtype": "bf16"}
+    run.config["optimizer"] = {"_component_": "humanline.training.StochasticAdamW", "lr": 0.002}
+    run.tune(nproc=2)
+    whole, final = metrics(run), final_weights(run)
+    (run.folder / "logs" / "log.txt").unlink()
+    run.tune("resume_from_checkpoint=latest", nproc=2)
+    assert metrics(run) == {metric: {step: whole[metric][step] for step in (11, 12)} for metric in METRICS}
+    resumed = final_weights(run)
+    assert all(torch.equal(final[name], resumed[name]) for name in final)
+
+
+def test_the_latest_checkpoint_is_that_of_the_last_run_in_the_folder(trajectory):
+    run = trajectory(RUN)
+    run.config["save_every_n_steps"] = 5
+    assert_trained(run)
+    assert_trained(run, "max_steps_per_epoch=7")
+    assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_5"]
+
+
+def test_a_checkpoint_of_another_batch_is_refused(trajectory):
+    run = trajectory(RUN)
+    run.config["save_every_n_steps"] = 5
+    assert_trained(run)
+    line = run.train("resume_from_checkpoint=latest", "batch_size=2")
+    assert "step_10 was written with groups a step 4, this run has 2" in line
 
 
 def test_the_final_weights_load_in_transformers_and_compute_the_same_function(trajectory):
     transformers = pytest.importorskip("transformers")
-    from torchtune.models.llama3 import llama3
-    from torchtune.training import FullModelHFCheckpointer
-
     run = trajectory(RUN)
     assert_trained(run, "max_steps_per_epoch=4")
     folder = run.folder / "out" / "epoch_0"
@@ -63,6 +107,26 @@ def test_accumulating_gradients_and_several_passes_equal_one_large_microbatch(tr
     run.config |= {"batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation, "rows_per_pass": 1}
     assert_trained(run)
     assert list(run.log().values()) == pytest.approx(run.golden["losses"], abs=1e-5)
+    assert run.log("grad_norm")[1] == pytest.approx(gradient_norm_of_the_first_batch(run), abs=1e-5)
+
+
+def gradient_norm_of_the_first_batch(run):
+    """Before any sync the policy is its reference, so every pair has the margin 0 and the loss the slope -1/2 there."""
+    decoder = llama3(**{key: value for key, value in run.config["model"].items() if key != "_component_"})
+    checkpointer = FullModelHFCheckpointer(
+        str(run.folder / "model"), ["model.safetensors"], "LLAMA3", str(run.folder / "elsewhere")
+    )
+    decoder.load_state_dict(checkpointer.load_checkpoint()["model"])
+
+    def log_prob(prompt, response):
+        tokens = torch.tensor(prompt + response)
+        logps = decoder(tokens[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        return logps.gather(1, tokens[len(prompt) :, None]).sum()
+
+    batch = run.golden["batches"][0]
+    margins = [log_prob(x["prompt"], x["chosen"]) - log_prob(x["prompt"], x["rejected"]) for x in batch]
+    (-0.5 * run.golden["beta"] * torch.stack(margins).mean()).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()]).norm().item()
 
 
 def test_activation_checkpointing_changes_no_loss(trajectory):
@@ -83,6 +147,16 @@ def test_ranks_with_unequal_numbers_of_passes_wait_for_each_other(trajectory):
     run.config |= {"batch_size": 2, "rows_per_pass": 1, "tokens_per_row": 64}
     run.tune(nproc=2)
     assert list(run.log().values()) == pytest.approx(run.golden["losses"], abs=1e-5)
+    assert run.log("grad_norm")[1] == pytest.approx(gradient_norm_of_the_first_batch(run), abs=1e-5)
+
+
+def test_an_epoch_that_ends_early_starts_the_next_one_over(trajectory):
+    run = trajectory(RUN)
+    run.config["optimizer"]["lr"] = 0.0
+    assert_trained(run, "epochs=2", "max_steps_per_epoch=3")
+    seen = list(run.log("log_probs/chosen").values())
+    assert seen[:3] == seen[3:] and len(set(seen)) == 3
+    assert {path.name for path in (run.folder / "out").glob("epoch_*")} == {"epoch_0", "epoch_1"}
 
 
 def test_bf16_compute_keeps_float32_masters_and_starts_at_ln_2(trajectory):
@@ -175,6 +249,8 @@ def test_warm_up_is_linear_and_then_constant():
 
 
 MISTAKES = {
+    "a word for a switch": ({"shuffle": "maybe"}, "shuffle: 'maybe' does not work: it is a str; give a bool"),
+    "a negative rate": ({"optimizer.lr": -1.0}, "optimizer: Invalid learning rate: -1.0"),
     "fp16": ({"dtype": "fp16"}, "dtype: 'fp16' does not work: float16 has too narrow a range"),
     "negative sync_every": ({"reference.sync_every": -1}, "reference.sync_every: -1 is not a positive number"),
     "bounds in the wrong order": ({"loss.log_eps_P": 2.0}, "loss.log_eps_P: 2.0 is not below log_eps_R"),

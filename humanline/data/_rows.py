@@ -12,13 +12,15 @@ The last token of a response predicts nothing, so it is a target and never an in
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
 from humanline.data._group import Group
 from humanline.errors import ConfigError, DataError
@@ -31,8 +33,8 @@ class RowBudget:
     Args:
         tokens_per_row (int): length of a row, tokens.
         rows_per_pass (int): rows of one forward and backward pass.
-        fixed_length (bool): pad every row to ``tokens_per_row``, as compiled kernels want it, not to the longest row of
-            the pass.
+        fixed_shape (bool): pad every pass to ``rows_per_pass`` rows of ``tokens_per_row`` tokens, as compiled kernels
+            want it, and not just to the pass's longest row.
 
     Raises:
         ConfigError: if a bound is not a positive whole number.
@@ -40,7 +42,7 @@ class RowBudget:
 
     tokens_per_row: int = 2048
     rows_per_pass: int = 1
-    fixed_length: bool = False
+    fixed_shape: bool = False
 
     def __post_init__(self) -> None:
         for key in ("tokens_per_row", "rows_per_pass"):
@@ -74,15 +76,12 @@ class Rows:
     sources: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the model computes on, padding excluded."""
-        return int((self.segments >= 0).sum())
+    num_tokens: int  # that the model computes on, padding excluded
 
     def to(self, device: torch.device) -> "Rows":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
-        return Rows(groups=self.groups, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        here = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in here.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def visible(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The attention rule as FlexAttention's ``mask_mod(row, head, query, key)``."""
@@ -97,9 +96,9 @@ class Rows:
 
     @cached_property
     def attention_mask(self) -> Tensor | BlockMask:
-        """The mask for torchtune's attention: block-sparse on CUDA, a dense bool ``[R, L, L]`` elsewhere."""
+        """The mask for torchtune's attention: block-sparse for FlexAttention on CUDA, else dense bool ``[R, L, L]``."""
         rows, length = self.tokens.shape
-        if self.tokens.is_cuda:
+        if self.tokens.is_cuda and _SUPPORTS_FLEX_ATTENTION:
             return create_block_mask(self.visible(), rows, None, length, length, device=self.tokens.device)
         row = torch.arange(rows, device=self.tokens.device)[:, None, None]
         at = torch.arange(length, device=self.tokens.device)
@@ -178,13 +177,13 @@ def _place(segments: list[Segment], rows: list[list[Segment]], budget: RowBudget
 
 def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudget) -> Rows:
     """Builds the tensors of one pass from the rows that :func:`pack` planned."""
-    length = max(sum(s.tokens for s in row) for row in rows)
-    if budget.fixed_length:
-        length = budget.tokens_per_row
+    count, length = len(rows), max(sum(s.tokens for s in row) for row in rows)
+    if budget.fixed_shape:
+        count, length = budget.rows_per_pass, budget.tokens_per_row
     order = sorted({s.group for row in rows for s in row})
     first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0), strict=False))
 
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    tokens = torch.zeros(count, length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
     segment_ids = torch.full_like(tokens, -1)
     branches = torch.zeros_like(tokens)
@@ -220,4 +219,5 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         sources=torch.cat([sources[b] for b in range(len(sources))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        num_tokens=sum(segment.tokens for row in rows for segment in row),
     )

@@ -1,5 +1,5 @@
 from torch import Tensor, nn
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 from torchtune.modules.tied_linear import TiedLinear
 
@@ -15,16 +15,22 @@ class LogProbDecoder(nn.Module):
     checkpointers, sharding conditions, activation checkpointing and per-layer compile apply unchanged.
 
     Args:
-        decoder (TransformerDecoder): the model, from any torchtune builder whose output layer is a linear without bias,
-            tied or not.
+        decoder (TransformerDecoder): the model, from a torchtune builder with torchtune's ``MultiHeadAttention`` and an
+            output layer without bias, tied or not: Llama, Qwen2.5, Mistral and their like.
         soft_cap (float | None): final logit soft-cap (Gemma 2).
 
     Raises:
-        ConfigError: if the output layer is of another kind.
+        ConfigError: if the attention or the output layer is of another kind.
     """
 
     def __init__(self, decoder: TransformerDecoder, soft_cap: float | None = None) -> None:
         super().__init__()
+        for layer in decoder.layers:
+            if type(layer.attn) is not MultiHeadAttention:
+                raise ConfigError(
+                    f"model: its attention is a {type(layer.attn).__name__}, and rows need torchtune's "
+                    "MultiHeadAttention (torchtune's Gemma 2 computes another function than the published model)"
+                )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
                 f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is "

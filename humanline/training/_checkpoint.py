@@ -20,6 +20,8 @@ class TrainingCheckpoint:
 
     Args:
         output_dir (str): the run's folder.
+        position (dict[str, int]): what a step number means in this run, by config key; a run in which it means
+            something else cannot continue a checkpoint.
         policy (nn.Module): the sharded policy.
         optimizer (Optimizer): its optimizer.
         lr_scheduler (LRScheduler | None): its schedule.
@@ -29,19 +31,21 @@ class TrainingCheckpoint:
     def __init__(
         self,
         output_dir: str,
+        position: dict[str, int],
         policy: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
         reference: ModelReference,
     ) -> None:
         self.folder = Path(output_dir) / "checkpoints"
+        self.position = position
         self.policy = policy
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.reference = reference
 
     def save(self, step: int) -> Path:
-        """Writes ``step_N`` beside its name, renames it when all ranks are done, and removes the older ones."""
+        """Writes ``step_N`` beside its name, renames it when all ranks are done, and removes every other one."""
         final = self.folder / f"step_{step}"
         partial = self.folder / f"step_{step}.partial"
         if dist.get_rank() == 0:
@@ -52,9 +56,9 @@ class TrainingCheckpoint:
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            for older in self._steps():
-                if older < step:
-                    shutil.rmtree(self.folder / f"step_{older}")
+            for other in self._steps():
+                if other != step:  # a larger number is of an earlier run, and must not be taken for the latest
+                    shutil.rmtree(self.folder / f"step_{other}")
         dist.barrier()
         return final
 
@@ -63,7 +67,7 @@ class TrainingCheckpoint:
         step.
 
         Raises:
-            ConfigError: if there is none there.
+            ConfigError: if there is none there, or it is of a run with other data or another batch.
         """
         if which is True or which == "latest":
             steps = self._steps()
@@ -79,17 +83,30 @@ class TrainingCheckpoint:
             raise ConfigError(f"resume_from_checkpoint: {path} is not a checkpoint folder (a folder named step_N)")
         state = self._state(0)
         dcp.load(state, checkpoint_id=path)
+        for key, here in self.position.items():
+            if state["position"].get(key) != here:
+                raise ConfigError(
+                    f"resume_from_checkpoint: {path} was written with {key} {state['position'].get(key)}, this run has "
+                    f"{here}; a step would be of other groups, so set it back or start anew"
+                )
         set_state_dict(
             self.policy, self.optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"]
         )
         self.reference.load_state_dict(state["reference"])
         if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            functions = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"] | functions)
         return int(state["step"])
 
     def _state(self, step: int) -> dict[str, Any]:
         policy, optimizer = get_state_dict(self.policy, self.optimizer)
-        state = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict(), "step": step}
+        state = {
+            "policy": policy,
+            "optimizer": optimizer,
+            "reference": self.reference.state_dict(),
+            "position": dict(self.position),
+            "step": step,
+        }
         if self.lr_scheduler is not None:
             # Its function of the step belongs to the config, not to the checkpoint.
             state["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}

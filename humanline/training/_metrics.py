@@ -11,17 +11,18 @@ class MetricSums:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
-            pair = torch.stack([torch.as_tensor(x, device=self._device).detach().double() for x in (total, count)])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            totals, counts = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (totals + total, counts + count)
 
     def means(self) -> dict[str, float]:
         """Means over everything added on all ranks since the last call; a metric without any count is left out."""
-        names = list(self._sums)
-        table = torch.stack([self._sums[name] for name in names])
+        pairs = [torch.as_tensor(x, device=self._device).double() for pair in self._sums.values() for x in pair]
+        table = torch.stack(pairs).view(-1, 2)
         dist.all_reduce(table)
+        names = list(self._sums)
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}

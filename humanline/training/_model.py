@@ -15,7 +15,7 @@ from humanline.models import LogProbDecoder
 
 def sharded_model(
     build: Callable[[], TransformerDecoder],
-    state_dict: dict[str, Tensor],
+    state_dict: dict[str, Tensor] | None,
     *,
     mesh: DeviceMesh,
     device: torch.device,
@@ -30,7 +30,8 @@ def sharded_model(
 
     Args:
         build (Callable[[], TransformerDecoder]): the builder.
-        state_dict (dict[str, Tensor]): the full weights in torchtune's names, on every rank.
+        state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, on every rank; None leaves the
+            shards uninitialised, for a model that is about to become a copy of another.
         mesh (DeviceMesh): ranks to shard over.
         device (torch.device): this rank's device.
         param_dtype (torch.dtype): dtype of the shards.
@@ -54,11 +55,15 @@ def sharded_model(
     # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which
     # would outlive the optimizer step or sync that changes their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    if state_dict is None:
+        model.to_empty(device=device)
     with training.set_default_dtype(param_dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its table is in no state dict
                 module.rope_init()  # type: ignore[operator]
-    training.load_from_full_model_state_dict(model, state_dict, device, strict=True)
+    if state_dict is not None:
+        # A copy of the dict, since torchtune's main branch empties the one it is given.
+        training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
     training.validate_no_params_on_meta_device(model)
     training.disable_dropout(model)
     return model

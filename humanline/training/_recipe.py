@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack
 from humanline.errors import ConfigError, DataError
-from humanline.models import check_architecture, log_probs
+from humanline.models import LogProbDecoder, check_architecture, log_probs
 from humanline.training._checkpoint import TrainingCheckpoint
 from humanline.training._launch import process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
@@ -49,6 +49,7 @@ class HumanlineRecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         self.settings = Settings.from_config(cfg)
         self.device = self.settings.torch_device
+        self.budget = self.settings.row_budget(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         training.set_seed(seed=self.settings.seed)
 
@@ -83,10 +84,24 @@ class HumanlineRecipe(FTRecipeInterface):
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
         # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with
         # the policy and would show no progress.
-        self.initial_val_logps = [log_probs_on_host(self.policy, rows) for rows, _ in self._val_passes()]
+        with torch.no_grad():
+            self.val_passes = [
+                (rows, weight, log_probs(self.policy, rows.to(self.device)).cpu())
+                for rows, weight in self._val_passes()
+            ]
 
         self.checkpoint = TrainingCheckpoint(
-            settings.output_dir, self.policy, self.optimizer, self.lr_scheduler, self.reference
+            settings.output_dir,
+            {
+                "groups a step": self.source.groups_per_step,
+                "dataset": len(self.source.dataset),
+                "max_steps_per_epoch": self.steps_per_epoch,
+                "seed": settings.seed,
+            },
+            self.policy,
+            self.optimizer,
+            self.lr_scheduler,
+            self.reference,
         )
         self.step = self.checkpoint.load(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else 0
         profiler = component(cfg, "profiler")
@@ -106,7 +121,7 @@ class HumanlineRecipe(FTRecipeInterface):
         dataset = self.objective.examples(dataset)
         vocabulary = shape.tok_embeddings.num_embeddings
         for group in dataset:
-            pack([group], self.settings.rows)
+            pack([group], self.budget)
             longest = len(group.prompt) + max(map(len, group.responses)) - 1
             if longest > shape.max_seq_len:
                 raise DataError(
@@ -123,22 +138,22 @@ class HumanlineRecipe(FTRecipeInterface):
             log.info(f"{key}: {dataset.report()}")
         return dataset
 
-    def _setup_models(self, cfg: DictConfig) -> Any:
+    def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
         settings = self.settings
         checkpointer, weights = read_weights(cfg)
         self.checkpointer = checkpointer
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
 
-        def build() -> Any:
+        def build() -> TransformerDecoder:
             decoder = component(cfg, "model")
             check_architecture(decoder, weights, cfg.checkpointer.checkpoint_dir)
             return decoder
 
-        def model(**kwargs: Any) -> Any:
+        def model(state_dict: dict[str, Tensor] | None, **kwargs: Any) -> LogProbDecoder:
             return sharded_model(
                 build,
-                weights,
+                state_dict,
                 mesh=mesh,
                 device=self.device,
                 compute_dtype=DTYPES[settings.dtype],
@@ -148,9 +163,11 @@ class HumanlineRecipe(FTRecipeInterface):
 
         start = time.perf_counter()
         policy = model(
-            param_dtype=DTYPES[settings.master_dtype], activation_checkpointing=settings.enable_activation_checkpointing
+            weights,
+            param_dtype=DTYPES[settings.master_dtype],
+            activation_checkpointing=settings.enable_activation_checkpointing,
         )
-        self.reference.setup(policy, lambda: model(param_dtype=DTYPES[settings.dtype]))
+        self.reference.setup(policy, lambda: model(None, param_dtype=DTYPES[settings.dtype]))
         if self.rank == 0:
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
         return policy
@@ -162,29 +179,30 @@ class HumanlineRecipe(FTRecipeInterface):
                 "humanline.training.StochasticAdamW, or master_dtype: fp32"
             )
 
-    # -------------------------------------------------------------------------------------------------------------- the
-    # loop
+    # ------------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
         """The loop. The reference syncs after the gradient is clipped and before the weights move."""
         settings = self.settings
-        examples_per_rank = settings.batch_size * settings.gradient_accumulation_steps
+        groups_per_rank = settings.batch_size * settings.gradient_accumulation_steps
         sums = MetricSums(self.device)
         self.profiler.start()
         if self.step == 0:
             self.evaluate()  # what the run starts from
         with tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step") as progress:
-            logged_at, tokens = time.perf_counter(), 0
+            seconds, tokens = 0.0, 0
             while self.step < self.total_steps:
+                start = time.perf_counter()
                 self.step += 1
                 for microbatch in self.source.microbatches(self._source_step()):
                     for rows, weight in self._passes(microbatch):
+                        rows = rows.to(self.device)
                         reference_logps = self.reference.log_probs(rows)
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
                         loss, metrics = self.objective(policy_logps, reference_logps, rows)
                         # FSDP averages gradients over ranks: this makes it the mean over the global batch.
-                        (loss * weight / examples_per_rank).backward()
+                        (loss * weight / groups_per_rank).backward()
                         if weight:
                             sums.add(metrics)
                             tokens += rows.num_tokens
@@ -193,22 +211,24 @@ class HumanlineRecipe(FTRecipeInterface):
                 self.reference.before_optimizer_step(self.step)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                lr = get_lr(self.optimizer)
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
                 self.profiler.step()
                 progress.update()
+                seconds += time.perf_counter() - start
 
                 if self.step % settings.log_every_n_steps == 0:
-                    now = time.perf_counter()
-                    sums.add({"tokens_per_second": (tokens / (now - logged_at), 1 / self.world_size)})
-                    self._log(sums.means() | {"grad_norm": grad_norm, "lr": get_lr(self.optimizer)}, progress)
-                    logged_at, tokens = now, 0
+                    sums.add({"tokens_per_second": (tokens / seconds, 1 / self.world_size)})
+                    self._log(sums.means() | {"grad_norm": grad_norm, "lr": lr}, progress)
+                    seconds, tokens = 0.0, 0
                 if _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps:
                     self.evaluate()
-                if _every(settings.save_every_n_steps, self.step):
-                    self.checkpoint.save(self.step)
+                # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
                 if self.step % self.steps_per_epoch == 0:
                     self.save_checkpoint(epoch=self.step // self.steps_per_epoch - 1)
+                if _every(settings.save_every_n_steps, self.step):
+                    self.checkpoint.save(self.step)
         self.profiler.stop()
 
     def _source_step(self) -> int:
@@ -218,12 +238,12 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
-        planned = pack(groups, self.settings.rows)
+        planned = pack(groups, self.budget)
         most = torch.tensor(len(planned))
         dist.all_reduce(most, dist.ReduceOp.MAX)
         for index in range(int(most)):
-            rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.settings.rows)
-            yield rows.to(self.device), int(index < len(planned))
+            rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.budget)
+            yield rows, int(index < len(planned))
 
     def _clip_gradients(self) -> float:
         limit = self.settings.clip_grad_norm
@@ -243,7 +263,7 @@ class HumanlineRecipe(FTRecipeInterface):
     # ----------------------------------------------------------------------------------------- evaluation and saving
 
     def _val_passes(self) -> Iterator[tuple[Rows, int]]:
-        """The held-out groups in the same passes every time, shared out over the ranks."""
+        """The held-out groups in passes, shared out over the ranks."""
         if self.dataset_val is None:
             return
         indices = range(self.rank, len(self.dataset_val), self.world_size)
@@ -257,7 +277,8 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.dataset_val is None:
             return
         sums = MetricSums(self.device)
-        for (rows, weight), initial_logps in zip(self._val_passes(), self.initial_val_logps, strict=True):
+        for rows, weight, initial_logps in self.val_passes:
+            rows = rows.to(self.device)
             _, metrics = self.objective(log_probs(self.policy, rows), initial_logps.to(self.device), rows)
             sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
         means = {f"val/{name}": value for name, value in sums.means().items()}
@@ -274,11 +295,6 @@ class HumanlineRecipe(FTRecipeInterface):
     def cleanup(self) -> None:
         if self.metric_logger is not None:
             self.metric_logger.close()
-
-
-@torch.no_grad()
-def log_probs_on_host(policy: Any, rows: Rows) -> Tensor:
-    return log_probs(policy, rows).cpu()
 
 
 def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> None:

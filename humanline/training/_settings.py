@@ -1,5 +1,6 @@
 """The top-level keys of a training config, checked before anything is built."""
 
+import inspect
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, utils
 from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
 
 from humanline.data import RowBudget
-from humanline.errors import ConfigError
+from humanline.errors import ConfigError, DataError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,6 +27,13 @@ COMPONENTS = (
     "lr_scheduler",
     "metric_logger",
     "profiler",
+)
+SWITCHES = (
+    "shuffle",
+    "compile",
+    "enable_activation_checkpointing",
+    "enable_activation_offloading",
+    "log_peak_memory_stats",
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "dataset", "loss", "reference", "optimizer", "metric_logger")
 
@@ -104,6 +113,9 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
+        for key, kind in (("output_dir", str), ("device", str), ("seed", int), *((key, bool) for key in SWITCHES)):
+            value = getattr(self, key)
+            self._check(key, type(value) is kind, f"it is a {type(value).__name__}; give a {kind.__name__}")
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "log_every_n_steps"):
             self._check(key, _positive_int(getattr(self, key)), "give a whole number of at least 1")
         for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps"):
@@ -119,9 +131,8 @@ class Settings:
             "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
         )
         limit = self.clip_grad_norm
-        self._check(
-            "clip_grad_norm", limit is None or float(limit) > 0, "give a norm above 0, or null to only measure it"
-        )
+        above = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0
+        self._check("clip_grad_norm", limit is None or above, "give a norm above 0, or null to only measure it")
         offload = self.enable_activation_offloading
         self._check(
             "enable_activation_offloading",
@@ -133,12 +144,12 @@ class Settings:
             self.enable_activation_checkpointing or not offload,
             "offloads what checkpointing keeps; set enable_activation_checkpointing: True as well",
         )
-        _ = self.rows  # checks the row budget
+        self.row_budget(self.torch_device)
 
-    @property
-    def rows(self) -> RowBudget:
-        fixed = self.compile or self.torch_device.type == "cuda"
-        return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_length=fixed)
+    def row_budget(self, device: torch.device) -> RowBudget:
+        """What a pass may hold; of one shape throughout where kernels are compiled for their shapes."""
+        fixed = self.compile or device.type == "cuda"
+        return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_shape=fixed)
 
     @property
     def torch_device(self) -> torch.device:
@@ -171,13 +182,18 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     if not OmegaConf.is_dict(node) or "_component_" not in node:
         raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
     try:
-        return config.instantiate(node, *args, **kwargs)
-    except ConfigError:
-        raise
+        given = {name: value for name, value in node.items() if name != "_component_"}
+        inspect.signature(_get_component_from_path(node["_component_"])).bind(*args, **given | kwargs)
     except InstantiationError as error:
         raise ConfigError(f"{key}._component_: {' '.join(str(error).split())}") from error
     except TypeError as error:
         raise ConfigError(f"{key}: {node['_component_']} does not take these arguments: {error}") from error
+    try:
+        return config.instantiate(node, *args, **kwargs)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}; correct its arguments") from error
 
 
 def _positive_int(value: Any) -> bool:

@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -24,6 +25,8 @@ class StochasticAdamW(Optimizer):
         betas (tuple[float, float]): decay of the first and second moment.
         eps (float): added to the root of the second moment.
         weight_decay (float): decoupled weight decay.
+        seed (int): seed of the rounding. The noise of a step depends on seed, rank and step alone, so a resumed run
+            rounds as it would have.
 
     Raises:
         ConfigError: if a setting is out of its range.
@@ -36,16 +39,19 @@ class StochasticAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        seed: int = 0,
     ) -> None:
         for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ConfigError(f"optimizer.{key}: {value} is below 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"optimizer.betas: {tuple(betas)} are not both in [0, 1)")
+        self.seed = seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        noise: torch.Generator | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -56,8 +62,14 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
+                step = int(state["step"])
+                noise = noise or self._noise(step, parameter.device)
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                self._update(*map(_local, tensors), step=int(state["step"]), **group)
+                self._update(*map(_local, tensors), step=step, noise=noise, **group)
+
+    def _noise(self, step: int, device: torch.device) -> torch.Generator:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return torch.Generator(device).manual_seed((self.seed << 48) ^ (rank << 32) ^ step)
 
     @staticmethod
     def _update(
@@ -67,6 +79,7 @@ class StochasticAdamW(Optimizer):
         exp_avg_sq: Tensor,
         *,
         step: int,
+        noise: torch.Generator,
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -77,18 +90,19 @@ class StochasticAdamW(Optimizer):
         grad = grad.float()
         first = exp_avg.float().lerp(grad, 1 - beta1)
         second = exp_avg_sq.float().lerp(grad.square(), 1 - beta2)
-        _store(exp_avg, first)
-        _store(exp_avg_sq, second)
+        _store(exp_avg, first, noise)
+        _store(exp_avg_sq, second, noise)
         denominator = second.div_(1 - beta2**step).sqrt_().add_(eps)
         updated = (weight.float() * (1 - lr * weight_decay)).addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
-        _store(weight, updated)
+        _store(weight, updated, noise)
 
 
-def stochastic_round(values: Tensor) -> Tensor:
+def stochastic_round(values: Tensor, noise: torch.Generator | None = None) -> Tensor:
     """Rounds float32 to bfloat16, up with the probability of the fraction cut off, so that the mean is exact.
 
     Args:
         values (Tensor): float32, any shape; overwritten.
+        noise (torch.Generator | None): where the random bits come from; None is torch's own generator.
 
     Returns:
         Tensor: bfloat16, same shape.
@@ -96,13 +110,14 @@ def stochastic_round(values: Tensor) -> Tensor:
     # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with just that
     # probability.
     bits = values.view(torch.int32)
-    bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-(1 << 16))
+    random = torch.randint(1 << 16, bits.shape, generator=noise, dtype=bits.dtype, device=bits.device)
+    bits.add_(random).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).bfloat16()
 
 
-def _store(target: Tensor, values: Tensor) -> None:
+def _store(target: Tensor, values: Tensor, noise: torch.Generator) -> None:
     """Copies float32 values into a tensor of any dtype, rounding stochastically to bfloat16."""
-    target.copy_(stochastic_round(values.clone()) if target.dtype == torch.bfloat16 else values)
+    target.copy_(stochastic_round(values.clone(), noise) if target.dtype == torch.bfloat16 else values)
 
 
 def _local(tensor: Tensor) -> Tensor:
