@@ -2,7 +2,7 @@
 
     python demo/make_groups.py          # about 15 minutes on 2 cores; the result is in the repository
 
-1. Every training prompt and every held-out prompt is sampled 12 times at temperature 0.7.
+1. Every training prompt and every held-out prompt is sampled 16 times at temperature 1.
 2. A response scores 1 if its last number is the answer and 0 if not. Responses cut at 48 tokens are left out (they have
    no end of turn), and so are repetitions of a response.
 3. A prompt's responses are dealt into groups of up to 4, as many as leave each group with a right and a wrong one.
@@ -16,7 +16,7 @@ from arithmetic import HELD_OUT_GROUPS, HELD_OUT_PROMPTS, TRAIN_GROUPS, is_right
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "outputs" / "demo_groups"
-SAMPLES = 12
+SAMPLES = 16
 GROUP_SIZE = 4
 
 
@@ -29,7 +29,7 @@ def sample(prompts: list[dict], name: str) -> list[dict]:
         f"prompts={source}",
         f"output={output}",
         f"samples_per_prompt={SAMPLES}",
-        "temperature=0.7",
+        "temperature=1.0",
         "max_new_tokens=48",
         "batch_size=256",
     ]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
-from humanline.training import component, read_weights
+from humanline.training import component, hide_known_warnings, read_weights
 
 REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "output", "max_new_tokens")
 OPTIONAL = ("device", "dtype", "batch_size", "format", "generator", "output_dir")
@@ -174,6 +174,7 @@ def one_of(cfg: DictConfig, key: str, choices: dict[str, Any], default: str) -> 
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Samples responses to the prompts of a file. A mistake in config or data ends it with one line."""
+    hide_known_warnings()
     try:
         recipe = HumanlineSampleRecipe(cfg)
         recipe.setup(cfg)

@@ -1,5 +1,6 @@
 """What the recipes share: settings, launch, models, the loop, checkpoints, metrics."""
 
+from humanline.training._launch import hide_known_warnings
 from humanline.training._lr_schedule import get_constant_schedule_with_warmup
 from humanline.training._objectives import DPO, Objective
 from humanline.training._recipe import HumanlineRecipe, run
@@ -15,6 +16,7 @@ __all__ = [
     "StochasticAdamW",
     "component",
     "get_constant_schedule_with_warmup",
+    "hide_known_warnings",
     "read_weights",
     "run",
     "stochastic_round",

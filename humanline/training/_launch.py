@@ -2,12 +2,18 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torchtune import training
+
+
+def hide_known_warnings() -> None:
+    """Hides what torch says once a process about torchtune's norms: float32 inputs with bfloat16 weights are meant."""
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
 def start_on_every_device(device: str, script: str) -> None:

@@ -21,7 +21,7 @@ from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pa
 from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder, check_architecture, log_probs
 from humanline.training._checkpoint import TrainingCheckpoint
-from humanline.training._launch import process_group, start_on_every_device
+from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import full_state_dict, sharded_model
 from humanline.training._objectives import Objective
@@ -306,6 +306,7 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
         script (str): the recipe's file, which further processes run.
     """
     try:
+        hide_known_warnings()
         settings = Settings.from_config(cfg)
         start_on_every_device(settings.device, script)
         with process_group(settings.torch_device):

@@ -1,0 +1,32 @@
+"""A distributed recipe starts its own processes when no launcher did."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import os, sys
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:])
+"""
+
+
+def test_launch_replaces_the_process_by_one_a_device_with_the_same_arguments(tmp_path):
+    script = tmp_path / "recipe.py"
+    script.write_text(SCRIPT)
+    launch = (
+        f"from humanline.training._launch import launch; launch(2, {str(script)!r}, ['--config', 'c.yaml', 'seed=3'])"
+    )
+    done = subprocess.run([sys.executable, "-c", launch], capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Starting 2 processes on this machine..."
+    assert sorted(lines[1:]) == [f"rank {rank} of 2 --config c.yaml seed=3" for rank in (0, 1)]
+
+
+def test_on_a_cpu_this_process_is_the_one_rank(tmp_path):
+    start = (
+        "from humanline.training._launch import start_on_every_device, process_group\n"
+        "import torch, torch.distributed as dist\n"
+        "start_on_every_device('cpu', 'never started')\n"
+        "with process_group(torch.device('cpu')): print(dist.get_rank(), 'of', dist.get_world_size())"
+    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["0", "of", "1"]
