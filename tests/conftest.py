@@ -111,11 +111,7 @@ class TrajectoryRun:
         torchrun = [f"--nproc_per_node={nproc}"] if nproc else []
         recipe = str(RECIPE.relative_to(ROOT).with_suffix(""))
         command = [str(TUNE), "run", *torchrun, recipe, "--config", str(self._write_config()), *overrides]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-        if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-        return done
+        return run(command, cwd=ROOT, check=check)
 
     def _write_config(self) -> Path:
         path = self.folder / "config.yaml"
@@ -127,6 +123,15 @@ class TrajectoryRun:
         lines = (self.folder / "logs" / "log.txt").read_text().splitlines()
         found = (re.match(rf"Step (\d+) \|.* {re.escape(metric)}:(\S+)", line.replace("|", "| ", 1)) for line in lines)
         return {int(match[1]): float(match[2]) for match in found if match}
+
+
+def run(command: list[str], *, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a command to its end, with one thread a process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
 
 
 @pytest.fixture
