@@ -295,7 +295,7 @@ def longest_pair(path: Path, key: str, cfg: DictConfig, folder: Path) -> Group:
 def test_the_longest_pair_fits_one_pass_and_the_model_s_positions(path, key, tmp_path):
     cfg = here(path, tmp_path)
     pair = longest_pair(path, key, cfg, tmp_path)
-    assert len(pack([pair], Settings.from_config(cfg).rows)) == 1
+    assert len(pack([pair], Settings.from_config(cfg).row_budget(torch.device("cpu")))) == 1
     assert all(len(pair.prompt) + len(it) <= build_model(cfg).max_seq_len for it in pair.responses)
 
 
@@ -429,7 +429,7 @@ def test_llama3_8b_offline_holds_the_longest_pair_twice_in_one_pass(tmp_path):
     cfg = here(LLAMA3, tmp_path)
     pair = longest_pair(LLAMA3, "dataset", cfg, tmp_path)
     assert [len(response) for response in pair.responses] == [1249, 1249]
-    assert len(pack([pair, pair], Settings.from_config(cfg).rows)) == 1
+    assert len(pack([pair, pair], Settings.from_config(cfg).row_budget(torch.device("cpu")))) == 1
 
 
 def test_llama3_8b_offline_reads_the_hub_s_four_files():
