@@ -41,7 +41,6 @@ class LogProbDecoder(nn.Module):
         self.norm = decoder.norm
         self.output = decoder.output
         self.soft_cap = soft_cap
-        self.max_seq_len = decoder.max_seq_len
 
     def forward(
         self, tokens: Tensor, *, mask: _MaskType, positions: Tensor, sources: Tensor, targets: Tensor
