@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -246,6 +247,15 @@ def test_warm_up_is_linear_and_then_constant():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+
+
+def test_a_component_may_stand_in_the_working_directory(trajectory, tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text("from humanline.losses import HumanlineDPOLoss\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    run = trajectory(RUN)
+    run.config["loss"]["_component_"] = "my_losses.HumanlineDPOLoss"
+    assert_trained(run, "max_steps_per_epoch=1")
 
 
 MISTAKES = {

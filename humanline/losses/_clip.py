@@ -37,8 +37,8 @@ def unclamped(
         log_eps_R (float | None): upper bound of the clip.
 
     Returns:
-        tuple[Tensor, Tensor]: scalars ``(inside, moved)``; the logged ``unclamped`` is their quotient, 1 where nothing
-            moved.
+        tuple[Tensor, Tensor]: scalars ``(inside, moved)``; the logged ``unclamped`` is their quotient, which
+            does not exist where nothing moved.
     """
     moved = mask & (log_ratio != 0)
     inside = moved & (humanline_clip(log_ratio, log_eps_P, log_eps_R) == log_ratio)

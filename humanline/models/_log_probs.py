@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator; a piece that stays in the cache
-# elsewhere.
+# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator, 64 MiB elsewhere.
 _LOGITS_ON_ACCELERATOR = 2**26
 _LOGITS_ON_CPU = 2**24
 

@@ -20,8 +20,8 @@ class TrainingCheckpoint:
 
     Args:
         output_dir (str): the run's folder.
-        position (dict[str, int]): what a step number means in this run, by config key; a run in which it means
-            something else cannot continue a checkpoint.
+        position (dict[str, int]): what a step number means in this run, by name; a run in which it means something
+            else cannot continue a checkpoint.
         policy (nn.Module): the sharded policy.
         optimizer (Optimizer): its optimizer.
         lr_scheduler (LRScheduler | None): its schedule.

@@ -1,6 +1,8 @@
 """The top-level keys of a training config, checked before anything is built."""
 
 import inspect
+import os
+import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -181,6 +183,8 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         return None
     if not OmegaConf.is_dict(node) or "_component_" not in node:
         raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
+    if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
+        sys.path.append(os.getcwd())
     try:
         given = {name: value for name, value in node.items() if name != "_component_"}
         inspect.signature(_get_component_from_path(node["_component_"])).bind(*args, **given | kwargs)
