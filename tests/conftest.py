@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = ROOT / "recipes" / "humanline_dpo_distributed.py"
 TUNE = Path(sys.executable).with_name("tune")
+
+settings.register_profile("humanline", deadline=None)  # a busy machine must not fail a property
+settings.load_profile("humanline")
 
 
 def hf_config(shape):

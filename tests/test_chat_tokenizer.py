@@ -190,7 +190,7 @@ def conversation(family: Family, system_content: str | None, earlier: list[tuple
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(system_content=st.none() | contents, earlier=turns, last=contents)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prompt_ids_are_those_of_apply_chat_template(ours, theirs, name, system_content, earlier, last):
     prompt = conversation(FAMILIES[name], system_content, earlier, last)
     expected = theirs[name].apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -199,7 +199,7 @@ def test_prompt_ids_are_those_of_apply_chat_template(ours, theirs, name, system_
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(system_content=st.none() | contents, earlier=turns, last=contents, response=contents)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prompt_and_response_ids_are_those_of_the_whole_chat(
     ours, theirs, name, system_content, earlier, last, response
 ):
@@ -221,7 +221,7 @@ def test_a_response_is_rendered_with_the_template_s_own_treatment_of_white_space
 
 
 @given(text=contents)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_plain_text_is_tokenised_as_by_transformers(ours, theirs, text):
     for name in FAMILIES:
         expected = theirs[name].encode(text, add_special_tokens=False)

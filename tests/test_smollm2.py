@@ -168,7 +168,7 @@ def test_transformers_and_chat_tokenizer_agree_on_text(tokenizer, hf_tokenizer, 
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_transformers_and_chat_tokenizer_agree_on_any_text(tokenizer, hf_tokenizer, text):
     assert_same_text(tokenizer, hf_tokenizer, text)
 
