@@ -15,7 +15,6 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-RECIPE = ROOT / "recipes" / "humanline_dpo_distributed.py"
 TUNE = Path(sys.executable).with_name("tune")
 
 settings.register_profile("humanline", deadline=None)  # a busy machine must not fail a property
@@ -46,6 +45,7 @@ class TrajectoryRun:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.golden = json.loads((GOLDEN / "trajectories" / f"{name}.json").read_text())
+        self.recipe = ROOT / "recipes" / f"humanline_{self.golden['objective']}_distributed.py"
         self.folder = folder
         shape = self.golden["model"]
         model = folder / "model"
@@ -78,10 +78,11 @@ class TrajectoryRun:
             "tokenizer": None,
             "dataset": {"_component_": "humanline.data.encoded_groups", "source": str(self.data)},
             "loss": {
-                "_component_": "humanline.losses.HumanlineDPOLoss",
+                "_component_": f"humanline.losses.Humanline{self.golden['objective'].upper()}Loss",
                 "beta": self.golden["beta"],
                 "log_eps_P": self.golden["log_eps_P"],
                 "log_eps_R": self.golden["log_eps_R"],
+                **self._loss_settings(),
             },
             "reference": {"_component_": "humanline.reference.ModelReference", "sync_every": self.golden["sync_every"]},
             "optimizer": {
@@ -98,22 +99,36 @@ class TrajectoryRun:
             },
         }
 
+    def _loss_settings(self) -> dict:
+        """What only one objective's loss has."""
+        kto = {key: self.golden[key] for key in ("desirable_weight", "undesirable_weight")}
+        grpo = dict.fromkeys(("epsilon_low", "epsilon_high"), self.golden["epsilon"])
+        return {"dpo": {}, "kto": kto, "grpo": grpo}[self.golden["objective"]]
+
     @staticmethod
     def line(example: dict) -> str:
-        return json.dumps({"prompt": example["prompt"], "responses": [example["chosen"], example["rejected"]]}) + "\n"
+        """A golden example as a line of encoded groups."""
+        group = {"prompt": example["prompt"]}
+        if "chosen" in example:
+            group["responses"] = [example["chosen"], example["rejected"]]
+        elif "desirable" in example:
+            group |= {"responses": [example["response"]], "labels": [example["desirable"]]}
+        else:
+            group |= {"responses": example["responses"], "scores": example["scores"]}
+        return json.dumps(group) + "\n"
 
     def train(self, *overrides: str) -> str | None:
         """Runs the recipe's file in this process; returns the line with which it gave up, None if it did not."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [str(RECIPE), "--config", str(self._write_config()), *overrides])
+            patch.setattr(sys, "argv", [str(self.recipe), "--config", str(self._write_config()), *overrides])
             with pytest.raises(SystemExit) as exit:
-                runpy.run_path(str(RECIPE), run_name="__main__")
+                runpy.run_path(str(self.recipe), run_name="__main__")
         return exit.value.code
 
     def tune(self, *overrides: str, nproc: int | None = None, check: bool = True) -> subprocess.CompletedProcess:
         """Runs the recipe through ``tune run`` from the clone, with torchrun options where ``nproc`` is given."""
         torchrun = [f"--nproc_per_node={nproc}"] if nproc else []
-        recipe = str(RECIPE.relative_to(ROOT).with_suffix(""))
+        recipe = str(self.recipe.relative_to(ROOT).with_suffix(""))
         command = [str(TUNE), "run", *torchrun, recipe, "--config", str(self._write_config()), *overrides]
         return run(command, cwd=ROOT, check=check)
 

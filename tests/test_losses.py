@@ -1,7 +1,9 @@
-"""The losses against the values of the authors' code, and the properties that define the clip."""
+"""The losses against the values of the authors' code, and the properties that define them."""
 
+import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,33 +12,94 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from humanline.errors import ConfigError
-from humanline.losses import HumanlineDPOLoss, humanline_clip, unclamped
+from humanline.losses import (
+    HumanlineDPOLoss,
+    HumanlineGRPOLoss,
+    HumanlineKTOLoss,
+    group_advantages,
+    humanline_clip,
+    unclamped,
+)
+from humanline.perception import humanline_sample
 
 CASES = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["cases"]
-DPO_CASES = [case for case in CASES if case["objective"] == "dpo"]
+DPO_CASES, KTO_CASES, GRPO_CASES = ([case for case in CASES if case["objective"] == o] for o in ("dpo", "kto", "grpo"))
 
 nats = st.floats(-8, 8, width=32)
 
 
-@pytest.mark.parametrize("case", DPO_CASES, ids=lambda case: f"seed{case['seed']}")
+every_case = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: f"seed{case['seed']}")
+
+
+def clip_of(case):
+    return (case["log_eps_P"], case["log_eps_R"]) if case["humanline"] else (None, None)
+
+
+def sides(case, key, names):
+    """The golden tensors of both sides, one after the other; either may have no rows."""
+    return torch.cat([torch.tensor(case[key.format(name)]).reshape(-1, 12) for name in names])
+
+
+def assert_close(ours, golden):
+    torch.testing.assert_close(ours, torch.as_tensor(golden), atol=1e-6, rtol=0)
+
+
+@every_case(DPO_CASES)
 def test_dpo_equals_the_authors_code(case):
     sides = ("chosen", "rejected")
     policy = [torch.tensor(case[f"policy_{side}_logps"], requires_grad=True) for side in sides]
     reference = [torch.tensor(case[f"reference_{side}_logps"]) for side in sides]
     masks = [torch.tensor(case[f"{side}_mask"]).bool() for side in sides]
-    bounds = (case["log_eps_P"], case["log_eps_R"]) if case["humanline"] else (None, None)
+    bounds = clip_of(case)
 
     losses, *rewards = HumanlineDPOLoss(case["beta"], *bounds)(*policy, *reference, *masks)
     losses.mean().backward()
 
-    torch.testing.assert_close(losses, torch.tensor(case["losses"]), atol=1e-6, rtol=0)
+    assert_close(losses, case["losses"])
     for side, reward, logps, reference_logps, mask in zip(sides, rewards, policy, reference, masks, strict=True):
-        torch.testing.assert_close(reward, torch.tensor(case[f"{side}_rewards"]), atol=1e-6, rtol=0)
+        assert_close(reward, case[f"{side}_rewards"])
         # The authors' inputs are zero off the mask and their gradients there are of no token; ours are zero.
         golden = torch.tensor(case[f"grad_policy_{side}"]).where(mask, 0.0)
-        torch.testing.assert_close(logps.grad, golden, atol=1e-6, rtol=0)
+        assert_close(logps.grad, golden)
         inside, moved = unclamped(logps.detach() - reference_logps, mask, *bounds)
         assert float(inside / moved) == pytest.approx(case[f"{side}_unclamped"], abs=1e-6)
+
+
+@every_case(KTO_CASES)
+def test_kto_equals_the_authors_code(case):
+    kinds = ("desirable", "undesirable")
+    policy = sides(case, "policy_{}_logps", kinds).requires_grad_()
+    reference = sides(case, "reference_{}_logps", kinds)
+    mask = sides(case, "{}_mask", kinds).bool()
+    desirable = torch.arange(len(mask)) < len(case["desirable_mask"])
+    weights = {key: case[key] for key in ("desirable_weight", "undesirable_weight")}
+    loss = HumanlineKTOLoss(case["beta"], *clip_of(case), **weights)
+
+    policy_kl, reference_kl = (torch.tensor(case[f"{model}_kl_logps"]) for model in ("policy", "reference"))
+    kl = loss.kl_baseline(policy_kl.requires_grad_(), reference_kl, torch.tensor(case["kl_mask"]).bool())
+    losses, rewards = loss(policy, reference, mask, desirable, kl)
+    losses.mean().backward()
+
+    assert_close(kl, case["kl"])
+    assert_close(losses, case["losses"])
+    assert_close(rewards, case["desirable_rewards"] + case["undesirable_rewards"])
+    assert_close(policy.grad, sides(case, "grad_policy_{}", kinds).where(mask, 0.0))
+    assert policy_kl.grad is None
+
+
+@every_case(GRPO_CASES)
+def test_grpo_equals_the_authors_code(case):
+    policy = torch.tensor(case["policy_logps"], requires_grad=True)
+    reference, mask = torch.tensor(case["reference_logps"]), torch.tensor(case["mask"]).bool()
+    advantages = group_advantages(torch.tensor(case["scores"]), torch.tensor(case["group_ids"]), case["advantage_eps"])
+    epsilons = {"epsilon_low": case["epsilon"], "epsilon_high": case["epsilon"]}
+
+    loss = HumanlineGRPOLoss(case["beta"], *clip_of(case), **epsilons)(policy, reference, mask, advantages)
+    loss.backward()
+
+    assert_close(advantages, case["advantages"])
+    assert_close(loss, case["loss"])
+    assert_close(policy.grad, torch.tensor(case["grad_policy"]).where(mask, 0.0))
 
 
 @given(st.lists(nats, min_size=1), st.floats(-3, -0.01), st.floats(0.01, 3))
@@ -88,6 +151,142 @@ def test_label_smoothing_mixes_the_losses_of_both_labels():
     assert loss.item() == pytest.approx(-0.8 * log_sigmoid(margin) - 0.2 * log_sigmoid(-margin), abs=1e-6)
 
 
+def random_responses(responses=4, length=6):
+    """Token log-probs of policy and reference, far enough apart for every clip to bind, and a mask of ragged ends."""
+    torch.manual_seed(0)
+    policy = -3 * torch.rand(responses, length)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (responses,))[:, None]
+    return policy.requires_grad_(), -3 * torch.rand(responses, length), mask
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_takes_examples_of_one_kind_only(label):
+    policy, reference, mask = random_responses()
+    losses, _ = HumanlineKTOLoss()(policy, reference, mask, torch.full((4,), label), torch.tensor(0.3))
+    losses.mean().backward()
+    # A likelier desirable response lowers the loss, a likelier undesirable one raises it.
+    inside = mask & ((policy - reference).abs() < 1.5)
+    assert bool((policy.grad[inside] < 0).all() if label else (policy.grad[inside] > 0).all())
+    assert not policy.grad[~inside].any()
+
+
+def test_the_kl_baseline_counts_only_sequences_with_tokens():
+    policy, reference = torch.tensor([[0.0, 0.0], [0.9, 0.5]]), torch.zeros(2, 2)
+    loss = HumanlineKTOLoss()
+    both, second = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[False, False], [True, True]])
+    assert loss.kl_baseline(policy, reference, both).item() == pytest.approx(0.7)
+    assert loss.kl_baseline(policy, reference, second).item() == pytest.approx(1.4)
+    assert loss.kl_baseline(policy, reference, ~both).item() == 0.0
+    assert loss.kl_baseline(-policy, reference, both).item() == 0.0
+
+
+def test_kto_weights_scale_the_losses_of_their_kind():
+    policy, reference, mask = random_responses()
+    desirable, kl = torch.tensor([True, True, False, False]), torch.tensor(0.1)
+    plain, _ = HumanlineKTOLoss()(policy, reference, mask, desirable, kl)
+    weighted, _ = HumanlineKTOLoss(desirable_weight=1.1, undesirable_weight=0.5)(policy, reference, mask, desirable, kl)
+    torch.testing.assert_close(weighted, plain * torch.tensor([1.1, 1.1, 0.5, 0.5]))
+
+
+def test_grpo_aggregations_differ_in_what_they_take_the_mean_of():
+    policy, reference = torch.tensor([[-1.0, -1.0, -1.0], [-2.0, 0.0, 0.0]]), torch.full((2, 3), -1.0)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    advantages = torch.tensor([1.0, -1.0])
+    # Tokens of ratio 1 lose -A; the last one has ratio exp(-1), held at 0.8 where its advantage is negative.
+    losses = {name: HumanlineGRPOLoss(beta=0.0, aggregation=name) for name in ("token", "sequence", "dapo")}
+    value = {name: loss(policy, reference, mask, advantages).item() for name, loss in losses.items()}
+    assert value["token"] == value["dapo"] == pytest.approx((-3 + 0.8) / 4)
+    assert value["sequence"] == pytest.approx((-1 + 0.8) / 2)
+    halves = [losses["dapo"](policy[i : i + 1], reference[:1], mask[i : i + 1], advantages[i : i + 1], normalizer=4)
+              for i in (0, 1)]  # fmt: skip
+    assert sum(halves).item() == pytest.approx(value["dapo"])
+
+
+def test_grpo_s_kl_is_of_the_unclipped_ratio():
+    policy, reference = torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[-4.0]])
+    loss = HumanlineGRPOLoss(beta=1.0)(policy, reference, torch.ones(1, 1, dtype=torch.bool), torch.zeros(1))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.exp(-3) + 3 - 1)
+    assert policy.grad.item() == pytest.approx(1 - math.exp(-3))
+
+
+def test_a_token_that_became_impossible_does_not_poison_grpo_without_kl():
+    policy, reference = torch.tensor([[-200.0]], requires_grad=True), torch.zeros(1, 1)
+    loss = HumanlineGRPOLoss(beta=0.0)(policy, reference, torch.ones(1, 1, dtype=torch.bool), torch.ones(1))
+    loss.backward()
+    assert math.isfinite(loss.item()) and math.isfinite(policy.grad.item())
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1e3, 1e3)), min_size=1, max_size=20), st.floats(-1e6, 1e6))
+def test_advantages_are_centred_and_scaled_within_each_group(pairs, shift):
+    groups, scores = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    scores = scores.double()
+    advantages = group_advantages(scores, groups)
+    shifted = group_advantages(scores + shift, groups)
+    torch.testing.assert_close(advantages, shifted, atol=1e-4, rtol=1e-4)  # scores have no zero point
+    for group in groups.unique():
+        ours, theirs = advantages[groups == group].double(), scores[groups == group]
+        expected = (theirs - theirs.mean()) / (theirs.std(correction=0) + 0.01)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def losses_of(settings):
+    """Each loss as a function of policy, reference, mask and draws ``[2, 4, S]``, with the same perception."""
+    dpo, kto, grpo = HumanlineDPOLoss(**settings), HumanlineKTOLoss(**settings), HumanlineGRPOLoss(**settings)
+    labels, advantages = torch.tensor([True, False, True, False]), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    return {
+        "dpo": lambda p, r, m, d: dpo(p[:2], p[2:], r[:2], r[2:], m[:2], m[2:], d[:, :2], d[:, 2:])[0].mean(),
+        "kto": lambda p, r, m, d: kto(p, r, m, labels, torch.tensor(0.2), d)[0].mean(),
+        "grpo": lambda p, r, m, d: grpo(p, r, m, advantages, d),
+    }
+
+
+BOUNDS = {"log_eps_P": -0.4, "log_eps_R": 0.4}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(objective):
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    gammas = {"gamma_P": 2.0, "gamma_R": 5.0}
+    sampled = losses_of(BOUNDS | gammas | {"perception": "sample"})[objective](policy, reference, mask, draws)
+    plain = losses_of({"perception": "none"})[objective](policy, reference, mask, draws)
+    torch.testing.assert_close(sampled, plain)
+
+    log_ratio = (policy - reference).detach().requires_grad_()
+    kept = humanline_sample(log_ratio, *BOUNDS.values(), *gammas.values(), draws)
+    (accepted,) = torch.autograd.grad(kept.sum(), log_ratio)
+    # GRPO's KL to the reference is of the log-ratio as it is, so that it reaches rejected tokens.
+    kl = 0.0
+    if objective == "grpo":
+        kl = 0.01 * (1 - (reference - policy).detach().exp()).where(mask, 0.0) / mask.sum()
+    ours, whole = (torch.autograd.grad(loss, policy)[0] for loss in (sampled, plain))
+    torch.testing.assert_close(ours - kl, (whole - kl) * accepted, atol=1e-7, rtol=1e-5)
+    assert 0 < accepted[mask].sum() < mask.sum()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_sampling_with_large_gammas_has_the_gradients_of_a_detached_clip(objective):
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    sampled = losses_of(BOUNDS | {"perception": "sample", "gamma_P": 1e6, "gamma_R": 1e6})[objective]
+    (gradient,) = torch.autograd.grad(sampled(policy, reference, mask, draws), policy)
+    kl = 0.0
+    if objective == "grpo":
+        kl = 0.01 * (1 - (reference - policy).detach().exp()).where(mask, 0.0) / mask.sum()
+    clipped_away = mask & ((policy - reference).abs() > 0.4 + 1e-4)
+    assert clipped_away.any()
+    assert (gradient - kl)[clipped_away].abs().max() < 1e-7
+
+
+def test_perception_none_ignores_the_bounds():
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    for name, loss in losses_of(BOUNDS | {"perception": "none"}).items():
+        unbounded = losses_of({"log_eps_P": None, "log_eps_R": None})[name]
+        assert loss(policy, reference, mask, draws) == unbounded(policy, reference, mask, draws)
+
+
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
@@ -101,3 +300,45 @@ def test_label_smoothing_mixes_the_losses_of_both_labels():
 def test_settings_that_cannot_work_are_refused_by_name(settings, names):
     with pytest.raises(ConfigError, match=names):
         HumanlineDPOLoss(**settings)
+
+
+@pytest.mark.parametrize("loss", [HumanlineDPOLoss, HumanlineKTOLoss, HumanlineGRPOLoss])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"perception": "squint"}, "loss.perception: 'squint' is unknown; choose clip, sample or none"),
+        ({"gamma_P": 2.0}, "loss.gamma_P: 2.0 means nothing with perception: clip"),
+        ({"perception": "none", "gamma_R": 2.0}, "loss.gamma_R: 2.0 means nothing with perception: none"),
+        ({"perception": "sample", "gamma_P": 2.0}, "loss.gamma_R: None is not a number above 0"),
+        ({"perception": "sample", "gamma_P": 0, "gamma_R": 1.0}, "loss.gamma_P: 0 is not a number above 0"),
+        (
+            {"perception": "sample", "log_eps_P": None, "gamma_P": 2.0, "gamma_R": 2.0},
+            "loss.gamma_P: 2.0 means nothing with log_eps_P: null",
+        ),
+        (
+            {"perception": "sample", "log_eps_P": None, "log_eps_R": None},
+            "loss.perception: sample rejects nothing without bounds",
+        ),
+        ({"log_eps_P": 1.0, "log_eps_R": 0.5}, "loss.log_eps_P: 1.0 is not below log_eps_R"),
+    ],
+)
+def test_contradictory_perception_is_refused_by_every_loss(loss, settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        loss(**settings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        (HumanlineKTOLoss, {"beta": 0}, "loss.beta: 0 is not above 0"),
+        (HumanlineKTOLoss, {"desirable_weight": 0}, "loss.desirable_weight: 0 is not above 0"),
+        (HumanlineKTOLoss, {"undesirable_weight": -1}, "loss.undesirable_weight: -1 is not above 0"),
+        (HumanlineGRPOLoss, {"beta": -0.1}, "loss.beta: -0.1 is below 0"),
+        (HumanlineGRPOLoss, {"epsilon_low": 1.0}, "loss.epsilon_low: 1.0 is outside (0, 1)"),
+        (HumanlineGRPOLoss, {"epsilon_high": 0}, "loss.epsilon_high: 0 is not above 0"),
+        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: 'mean' is unknown; choose token, sequence"),
+    ],
+)
+def test_kto_and_grpo_refuse_what_cannot_work_by_name(loss, settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        loss(**settings)

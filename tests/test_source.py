@@ -1,4 +1,4 @@
-"""Which groups a rank trains on at which step."""
+"""Which groups are trained on at which step."""
 
 import pytest
 from hypothesis import given
@@ -8,13 +8,12 @@ from humanline.data import Group, GroupDataset, OfflineSource
 from humanline.errors import ConfigError
 
 
-def source(count, *, batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, shuffle=True):
+def source(count, *, batch_size=2, accumulation=1, world_size=1, seed=0, shuffle=True):
     dataset = GroupDataset([Group([i], ([i], [i + 1]), id=str(i)) for i in range(count)])
     return OfflineSource(
         dataset,
         batch_size=batch_size,
         accumulation=accumulation,
-        rank=rank,
         world_size=world_size,
         seed=seed,
         shuffle=shuffle,
@@ -27,19 +26,19 @@ def ids(groups):
 
 def epoch(source, index=0):
     steps = range(index * source.steps_per_epoch + 1, (index + 1) * source.steps_per_epoch + 1)
-    return [i for step in steps for microbatch in source.microbatches(step) for i in ids(microbatch)]
+    return [i for step in steps for microbatch in source.batch(step) for i in ids(microbatch)]
 
 
 @given(st.integers(12, 60), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.booleans())
-def test_the_ranks_together_see_what_one_rank_sees(count, batch_size, accumulation, world_size, shuffle):
+def test_any_number_of_ranks_sees_the_same_microbatches(count, batch_size, accumulation, world_size, shuffle):
     shape = {"accumulation": accumulation, "shuffle": shuffle}
     if count < batch_size * accumulation * world_size:
         return
     alone = source(count, batch_size=batch_size * world_size, **shape)
-    ranks = [source(count, batch_size=batch_size, rank=r, world_size=world_size, **shape) for r in range(world_size)]
+    together = source(count, batch_size=batch_size, world_size=world_size, **shape)
     for step in (1, alone.steps_per_epoch, alone.steps_per_epoch + 1):
-        for m, whole in enumerate(alone.microbatches(step)):
-            assert ids(whole) == [i for rank in ranks for i in ids(rank.microbatches(step)[m])]
+        assert [len(microbatch) for microbatch in alone.batch(step)] == [batch_size * world_size] * accumulation
+        assert list(map(ids, alone.batch(step))) == list(map(ids, together.batch(step)))
 
 
 def test_an_epoch_has_every_group_once_in_an_order_of_its_own():

@@ -1,12 +1,14 @@
-"""The real recipe repeats the authors' training runs, step by step."""
+"""The real recipes repeat the authors' training runs, step by step."""
 
 import math
 
 import pytest
 
+NAMES = [f"{objective}_{run}" for objective in ("dpo", "kto", "grpo") for run in ("7_k1", "8_k4")]
+
 
 @pytest.mark.parametrize("nproc", [1, 2], ids=["one process", "two FSDP2 ranks"])
-@pytest.mark.parametrize("name", ["dpo_7_k1", "dpo_8_k4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_step_has_the_loss_of_the_authors_code(trajectory, name, nproc):
     run = trajectory(name)
     run.config["batch_size"] //= nproc
@@ -14,4 +16,5 @@ def test_every_step_has_the_loss_of_the_authors_code(trajectory, name, nproc):
     losses = run.log()
     assert list(losses) == list(range(1, len(run.golden["losses"]) + 1))
     assert list(losses.values()) == pytest.approx(run.golden["losses"], abs=1e-5)
-    assert losses[1] == pytest.approx(math.log(2), abs=1e-7)
+    if name.startswith("dpo"):
+        assert losses[1] == pytest.approx(math.log(2), abs=1e-7)

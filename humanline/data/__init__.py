@@ -3,9 +3,9 @@
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer
 from humanline.data._dataset import GroupDataset
-from humanline.data._group import Group
-from humanline.data._pairs import as_pairs
-from humanline.data._rows import RowBudget, Rows, lay_out, pack
+from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
+from humanline.data._group import Group, TokenBudget
+from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
 from humanline.data._source import OfflineSource
 
 __all__ = [
@@ -15,11 +15,16 @@ __all__ = [
     "OfflineSource",
     "RowBudget",
     "Rows",
+    "TokenBudget",
+    "as_labelled",
     "as_pairs",
+    "as_scored",
+    "best_and_worst",
     "encoded_groups",
     "labelled_groups",
     "lay_out",
     "pack",
+    "parts",
     "preference_groups",
     "scored_groups",
 ]

@@ -208,7 +208,7 @@ def _build(
     ]
     if dropped:
         notes.append(f"{dropped:,} pairs dropped (equal once encoded and cut)")
-    return GroupDataset(groups, name, notes)
+    return GroupDataset(groups, name, notes, budget)
 
 
 def _check_tokenizer(tokenizer: "ChatTokenizer") -> None:

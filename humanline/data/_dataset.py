@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset
 
-from humanline.data._group import Group
+from humanline.data._group import Group, TokenBudget
 
 __all__ = ["GroupDataset"]
 
@@ -16,12 +16,25 @@ class GroupDataset(Dataset[Group]):
         groups (Sequence[Group]): at least one.
         name (str): what they were read from.
         notes (Sequence[str]): what was cut or dropped on the way, a phrase each, for the report.
+        budget (TokenBudget | None): what the groups were cut to; None takes the length of the longest prompt and
+            response.
     """
 
-    def __init__(self, groups: Sequence[Group], name: str = "memory", notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        name: str = "memory",
+        notes: Sequence[str] = (),
+        budget: TokenBudget | None = None,
+    ) -> None:
         self.groups = groups
         self.name = name
         self.notes = tuple(notes)
+        self.budget = budget or TokenBudget(max_tokens=max(map(_length, groups)), max_prompt_tokens=None)
+
+    def derived(self, groups: Sequence[Group], note: str | None) -> "GroupDataset":
+        """A dataset of groups made from these, with one more note."""
+        return GroupDataset(groups, self.name, [*self.notes, note] if note else self.notes, self.budget)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -41,3 +54,7 @@ class GroupDataset(Dataset[Group]):
             f"max {max(prompts)}/{max(responses)}"
         )
         return f"{len(self):,} groups from {self.name}: " + "; ".join([*self.notes, lengths])
+
+
+def _length(group: Group) -> int:
+    return len(group.prompt) + max(map(len, group.responses))

@@ -69,6 +69,7 @@ class Rows:
     """
 
     groups: tuple[Group, ...]
+    indices: tuple[int, ...]  # where each group stands in its microbatch
     tokens: Tensor  # [R, L] int64
     positions: Tensor  # [R, L] int64, restarting after the prompt
     segments: Tensor  # [R, L] int64, which segment of the row; -1 is padding
@@ -131,6 +132,13 @@ def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
         responses.append(i)
         used += need
     return [*segments, Segment(index, tuple(responses), used)]
+
+
+def parts(group: Group, budget: RowBudget) -> list[Group]:
+    """Cuts a group into groups that each fit a row, for where its responses need not meet in one pass."""
+    if len(segments := split(0, group, budget)) == 1:
+        return [group]
+    return [Group(group.prompt, tuple(group.responses[i] for i in s.responses), id=group.id) for s in segments]
 
 
 def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]]:
@@ -212,6 +220,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
     return Rows(
         groups=tuple(groups[i] for i in order),
+        indices=tuple(order),
         tokens=tokens,
         positions=positions,
         segments=segment_ids,

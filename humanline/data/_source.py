@@ -1,4 +1,4 @@
-"""Sources of groups: which groups a rank trains on at which optimizer step."""
+"""Sources of groups: which groups are trained on at which optimizer step."""
 
 import torch
 
@@ -8,18 +8,20 @@ from humanline.errors import ConfigError
 
 
 class OfflineSource:
-    """Groups of a dataset, in a shuffled order that depends on seed and epoch alone, shared out over the ranks.
+    """Groups of a dataset, in a shuffled order that depends on seed and epoch alone.
 
-    An optimizer step takes ``accumulation`` microbatches, and a microbatch ``batch_size`` groups on each rank; rank
-    ``r`` gets the ``r``-th slice of each, so any number of ranks sees the same global microbatches in the same order as
-    one rank with ``world_size * batch_size`` groups. The position is the step number and nothing else: resuming needs
-    no iterator state. The groups that do not fill a last step are left out of that epoch.
+    An optimizer step takes ``accumulation`` microbatches of ``world_size * batch_size`` groups each. The source gives
+    every rank the whole of them, so that what an objective needs to know of all ranks' groups is known without
+    communication; each rank then trains on its own slice. Any number of ranks sees the same microbatches as one rank
+    with ``world_size * batch_size`` groups.
+
+    The position is the step number and nothing else: resuming needs no iterator state. The groups that do not fill a
+    last step are left out of that epoch.
 
     Args:
         dataset (GroupDataset): the groups; the same on every rank.
         batch_size (int): groups a microbatch and rank.
         accumulation (int): microbatches an optimizer step.
-        rank (int): this rank.
         world_size (int): number of ranks.
         seed (int): seed of the order.
         shuffle (bool): False keeps the dataset's order in every epoch.
@@ -34,16 +36,12 @@ class OfflineSource:
         *,
         batch_size: int,
         accumulation: int,
-        rank: int,
         world_size: int,
         seed: int,
         shuffle: bool,
     ) -> None:
         self.dataset = dataset
-        self.batch_size = batch_size
         self.accumulation = accumulation
-        self.rank = rank
-        self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
         self.groups_per_step = batch_size * accumulation * world_size
@@ -55,12 +53,12 @@ class OfflineSource:
                 "gradient_accumulation_steps"
             )
 
-    def microbatches(self, step: int) -> list[list[Group]]:
-        """This rank's microbatches of optimizer step ``step`` (1-based)."""
+    def batch(self, step: int) -> list[list[Group]]:
+        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; rank ``r`` has the ``r``-th
+        slice of ``batch_size`` of each."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         order = self._order(epoch)[index * self.groups_per_step : (index + 1) * self.groups_per_step]
-        slices = order.view(self.accumulation, self.world_size, self.batch_size)[:, self.rank]
-        return [[self.dataset[i] for i in microbatch] for microbatch in slices.tolist()]
+        return [[self.dataset[i] for i in microbatch] for microbatch in order.view(self.accumulation, -1).tolist()]
 
     def _order(self, epoch: int) -> torch.Tensor:
         count = len(self.dataset)

@@ -1,9 +1,22 @@
 """The objectives: token log-probs in, losses out. No I/O, no devices, no process groups.
 
-Every loss is computed from the clipped log-ratio of :func:`humanline_clip`, in the order in which the paper states it.
+Every loss is computed from the perceived log-ratio of :meth:`PerceptualLoss.perceive`, in the order in which the paper
+states it.
 """
 
 from humanline.losses._clip import humanline_clip, token_log_ratio, unclamped
 from humanline.losses._dpo import HumanlineDPOLoss
+from humanline.losses._grpo import HumanlineGRPOLoss, group_advantages
+from humanline.losses._kto import HumanlineKTOLoss
+from humanline.losses._perceptual import PerceptualLoss
 
-__all__ = ["HumanlineDPOLoss", "humanline_clip", "token_log_ratio", "unclamped"]
+__all__ = [
+    "HumanlineDPOLoss",
+    "HumanlineGRPOLoss",
+    "HumanlineKTOLoss",
+    "PerceptualLoss",
+    "group_advantages",
+    "humanline_clip",
+    "token_log_ratio",
+    "unclamped",
+]

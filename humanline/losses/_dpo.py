@@ -1,12 +1,13 @@
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from humanline.errors import ConfigError
-from humanline.losses._clip import check_bounds, humanline_clip, token_log_ratio
+from humanline.losses._clip import token_log_ratio
+from humanline.losses._perceptual import PerceptualLoss
 
 
-class HumanlineDPOLoss(nn.Module):
-    """Direct Preference Optimization on humanline-clipped token log-ratios.
+class HumanlineDPOLoss(PerceptualLoss):
+    """Direct Preference Optimization on perceived token log-ratios.
 
     With ``l_t`` the token log-ratio of policy to reference and ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``, a
     response's reward is ``r = beta * sum_t l~_t`` and a pair's loss ``-log sigmoid(r_chosen - r_rejected)``. Without
@@ -15,12 +16,15 @@ class HumanlineDPOLoss(nn.Module):
 
     Args:
         beta (float): how strongly a log-ratio counts as reward, > 0.
-        log_eps_P (float | None): lower bound of the clip, nats; None never clips below.
-        log_eps_R (float | None): upper bound of the clip, nats; None never clips above.
+        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
+        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
         label_smoothing (float): the probability that a pair's label is wrong, in ``[0, 0.5)``.
+        perception (str): ``clip``, ``sample`` or ``none``.
+        gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
+        gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
 
     Raises:
-        ConfigError: if a setting is out of its range.
+        ConfigError: if a setting is out of its range or contradicts another.
     """
 
     def __init__(
@@ -29,18 +33,18 @@ class HumanlineDPOLoss(nn.Module):
         log_eps_P: float | None = -1.5,
         log_eps_R: float | None = 1.5,
         label_smoothing: float = 0.0,
+        perception: str = "clip",
+        gamma_P: float | None = None,
+        gamma_R: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
         if not beta > 0:
             raise ConfigError(f"loss.beta: {beta} is not above 0; 0.1 is a common value")
         if not 0 <= label_smoothing < 0.5:
             raise ConfigError(
                 f"loss.label_smoothing: {label_smoothing} is outside [0, 0.5); 0 takes every label at its word"
             )
-        check_bounds(log_eps_P, log_eps_R)
         self.beta = beta
-        self.log_eps_P = log_eps_P
-        self.log_eps_R = log_eps_R
         self.label_smoothing = label_smoothing
 
     def forward(
@@ -51,6 +55,8 @@ class HumanlineDPOLoss(nn.Module):
         reference_rejected_logps: Tensor,
         chosen_mask: Tensor,
         rejected_mask: Tensor,
+        chosen_draws: Tensor | None = None,
+        rejected_draws: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
@@ -60,17 +66,19 @@ class HumanlineDPOLoss(nn.Module):
             reference_rejected_logps (Tensor): of the rejected responses under the reference, ``[B, S]``.
             chosen_mask (Tensor): True at the chosen responses' tokens, bool ``[B, S]``.
             rejected_mask (Tensor): True at the rejected responses' tokens, bool ``[B, S]``.
+            chosen_draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
+            rejected_draws (Tensor | None): the same for the rejected responses.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: losses, chosen rewards, rejected rewards, each float32 ``[B]``; rewards carry
                 no gradient.
         """
-        chosen_reward = self._reward(policy_chosen_logps, reference_chosen_logps, chosen_mask)
-        rejected_reward = self._reward(policy_rejected_logps, reference_rejected_logps, rejected_mask)
+        chosen_reward = self._reward(policy_chosen_logps, reference_chosen_logps, chosen_mask, chosen_draws)
+        rejected_reward = self._reward(policy_rejected_logps, reference_rejected_logps, rejected_mask, rejected_draws)
         margin = chosen_reward - rejected_reward
         losses = -F.logsigmoid(margin) * (1 - self.label_smoothing) - F.logsigmoid(-margin) * self.label_smoothing
         return losses, chosen_reward.detach(), rejected_reward.detach()
 
-    def _reward(self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+    def _reward(self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor, draws: Tensor | None) -> Tensor:
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
-        return self.beta * humanline_clip(log_ratio, self.log_eps_P, self.log_eps_R).where(mask, 0.0).sum(-1)
+        return self.beta * self.perceive(log_ratio, draws).where(mask, 0.0).sum(-1)

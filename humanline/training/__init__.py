@@ -2,7 +2,7 @@
 
 from humanline.training._launch import hide_known_warnings
 from humanline.training._lr_schedule import get_constant_schedule_with_warmup
-from humanline.training._objectives import DPO, Objective
+from humanline.training._objectives import DPO, GRPO, KTO, Objective
 from humanline.training._recipe import HumanlineRecipe, run
 from humanline.training._settings import Settings, component
 from humanline.training._stochastic_adamw import StochasticAdamW, stochastic_round
@@ -10,7 +10,9 @@ from humanline.training._weights import read_weights
 
 __all__ = [
     "DPO",
+    "GRPO",
     "HumanlineRecipe",
+    "KTO",
     "Objective",
     "Settings",
     "StochasticAdamW",

@@ -1,66 +1,291 @@
-"""What each objective makes of a pass: which groups it needs, which loss it has, what it logs."""
+"""What each objective makes of a batch: which groups it needs, which loss it has, what it logs."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from humanline.data import GroupDataset, Rows, as_pairs
-from humanline.losses import HumanlineDPOLoss, token_log_ratio, unclamped
+from humanline.data import Group, GroupDataset, Rows, as_labelled, as_pairs, as_scored, best_and_worst
+from humanline.errors import ConfigError
+from humanline.losses import (
+    HumanlineDPOLoss,
+    HumanlineGRPOLoss,
+    HumanlineKTOLoss,
+    PerceptualLoss,
+    group_advantages,
+    token_log_ratio,
+    unclamped,
+)
 from humanline.training._metrics import Metrics
 
 
-class Objective(Protocol):
-    """The part of a recipe that differs between DPO, KTO and GRPO. It is made from the config's ``loss``."""
+class Objective(ABC):
+    """The part of a recipe that differs between DPO, KTO and GRPO.
 
-    def __init__(self, loss: Any) -> None: ...
+    Args:
+        loss (Any): the config's ``loss``.
 
+    Raises:
+        ConfigError: if it is the loss of another objective.
+    """
+
+    loss_type: ClassVar[type[PerceptualLoss]]
+
+    def __init__(self, loss: Any) -> None:
+        if not isinstance(loss, self.loss_type):
+            raise ConfigError(
+                f"loss._component_: {type(loss).__name__} is not the loss of this recipe; give "
+                f"humanline.losses.{self.loss_type.__name__} or a subclass of it"
+            )
+        self.loss: Any = loss
+
+    @abstractmethod
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         """Derives from any dataset the groups that the objective learns from."""
 
-    def __call__(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> tuple[Tensor, Metrics]:
-        """The sum of the losses of the pass's groups (scalar), and what to log; log-probs are ``[N]``."""
+    @abstractmethod
+    def count(self, groups: Sequence[Group]) -> int:
+        """How many things the groups' loss is a mean over."""
+
+    def normalizers(self, batch: list[list[Group]]) -> list[int]:
+        """What the loss of each microbatch of a batch is divided by: the batch's loss is the mean of theirs."""
+        return [self.count(microbatch) * len(batch) for microbatch in batch]
+
+    @abstractmethod
+    def __call__(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        rows: Rows,
+        *,
+        draws: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The sum of the losses of a pass (scalar), and what to log of it.
+
+        Args:
+            policy_logps (Tensor): token log-probs under the policy, nats, ``[N]``.
+            reference_logps (Tensor): the same under the reference, ``[N]``.
+            rows (Rows): the pass.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, N]``.
+            kl (Tensor | None): KTO's baseline, scalar.
+        """
+
+    # What KTO's baseline needs, and no other objective.
+
+    def kl_groups(self, microbatch: Sequence[Group], dataset: GroupDataset) -> list[Group]:
+        """The KL sequences of a microbatch, in a group for each of its groups; none for most objectives."""
+        return []
+
+    def longest_kl_groups(self, dataset: GroupDataset) -> list[Group]:
+        """A group as long as any that :meth:`kl_groups` can make."""
+        return []
+
+    def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
+        """Sum and count of the KL sequences of a pass, ``[2]``."""
+        raise NotImplementedError
+
+    def concern(self, dataset: GroupDataset) -> str | None:
+        """What to warn of before training on a dataset."""
+        return None
+
+    def _per_response(self, policy: Tensor, reference: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        return rows.per_response(policy), rows.per_response(reference), rows.mask
+
+    def _reference_metrics(self, policy: Tensor, reference: Tensor, mask: Tensor) -> Metrics:
+        """What every objective logs of policy against reference, from token log-probs ``[B, S]``.
+
+        ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``; ``unclamped`` the share of the tokens with non-zero
+        ``l_t`` that lie inside the bounds (absent when no token moved).
+        """
+        log_ratio = token_log_ratio(policy, reference, mask)
+        inside, moved = unclamped(log_ratio, mask, *self.loss.bounds)
+        return {"kl": (((-log_ratio).exp() + log_ratio - 1).sum(), mask.sum()), "unclamped": (inside, moved)}
 
 
-class DPO:
+class DPO(Objective):
     """Pairs: the chosen response of a group stands before the rejected one."""
 
-    def __init__(self, loss: HumanlineDPOLoss) -> None:
-        self.loss = loss
+    loss_type = HumanlineDPOLoss
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         return as_pairs(dataset)
 
-    def __call__(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> tuple[Tensor, Metrics]:
-        policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
+    def count(self, groups: Sequence[Group]) -> int:
+        return len(groups)
+
+    def __call__(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        rows: Rows,
+        *,
+        draws: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)
+        noise = _draws_per_response(draws, rows)
         losses, chosen_rewards, rejected_rewards = self.loss(
-            policy[chosen], policy[rejected], reference[chosen], reference[rejected], mask[chosen], mask[rejected]
+            *(policy[chosen], policy[rejected], reference[chosen], reference[rejected], mask[chosen], mask[rejected]),
+            *((None, None) if noise is None else (noise[:, chosen], noise[:, rejected])),
         )
         with torch.no_grad():
             margins = chosen_rewards - rejected_rewards
             metrics: Metrics = {
-                "loss": (losses.sum(), len(losses)),
                 "rewards/chosen": (chosen_rewards.sum(), len(losses)),
                 "rewards/rejected": (rejected_rewards.sum(), len(losses)),
                 "rewards/margins": (margins.sum(), len(losses)),
                 "rewards/accuracies": ((margins > 0).sum(), len(losses)),
                 "log_probs/chosen": (policy[chosen].sum(), len(losses)),
                 "log_probs/rejected": (policy[rejected].sum(), len(losses)),
-                "log_probs/accuracies": ((policy[chosen].sum(1) > policy[rejected].sum(1)).sum(), len(losses)),
-                **reference_metrics(policy, reference, mask, self.loss.log_eps_P, self.loss.log_eps_R),
+                "log_probs/accuracies": _accuracy(policy, [(1.0, 0.0)] * len(losses)),
+                **self._reference_metrics(policy, reference, mask),
             }
         return losses.sum(), metrics
 
 
-def reference_metrics(
-    policy: Tensor, reference: Tensor, mask: Tensor, log_eps_P: float | None, log_eps_R: float | None
-) -> Metrics:
-    """What every objective logs of policy against reference, from token log-probs ``[B, S]``.
+class KTO(Objective):
+    """Labelled responses: each is an example, those of one group share its prompt."""
 
-    ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``; ``unclamped`` the share of the tokens with non-zero
-    ``l_t`` that the clip leaves alone (absent when no token moved).
+    loss_type = HumanlineKTOLoss
+
+    def examples(self, dataset: GroupDataset) -> GroupDataset:
+        return as_labelled(dataset)
+
+    def count(self, groups: Sequence[Group]) -> int:
+        return sum(len(group.responses) for group in groups)
+
+    def __call__(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        rows: Rows,
+        *,
+        draws: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        assert kl is not None
+        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
+        labels = [group.labels or () for group in rows.groups]
+        desirable = torch.tensor([label for group in labels for label in group], device=mask.device)
+        losses, rewards = self.loss(policy, reference, mask, desirable, kl, _draws_per_response(draws, rows))
+        with torch.no_grad():
+            margins = torch.where(desirable, rewards - kl, kl - rewards)
+            metrics: Metrics = {
+                "rewards/desirable": (rewards[desirable].sum(), desirable.sum()),
+                "rewards/undesirable": (rewards[~desirable].sum(), (~desirable).sum()),
+                "rewards/margins": (margins.sum(), len(losses)),
+                "rewards/accuracies": ((margins > 0).sum(), len(losses)),
+                "kl_baseline": (kl * len(losses), len(losses)),
+                "log_probs/desirable": (policy[desirable].sum(), desirable.sum()),
+                "log_probs/undesirable": (policy[~desirable].sum(), (~desirable).sum()),
+                "log_probs/accuracies": _accuracy(policy, labels),
+                **self._reference_metrics(policy, reference, mask),
+            }
+        return losses.sum(), metrics
+
+    def kl_groups(self, microbatch: Sequence[Group], dataset: GroupDataset) -> list[Group]:
+        """The prompt of each example with the response of the next one, the last with the first's.
+
+        Examples are taken column by column: the first response of every group, then the second of every group that has
+        one, and so on, so that the next example has another prompt.
+        """
+        width = max(len(group.responses) for group in microbatch)
+        examples = [(g, i) for i in range(width) for g, group in enumerate(microbatch) if i < len(group.responses)]
+        responses: list[list[Sequence[int]]] = [[] for _ in microbatch]
+        for (g, _), (next_g, i) in zip(examples, [*examples[1:], examples[0]], strict=True):
+            responses[g].append(microbatch[next_g].responses[i])
+        return [
+            dataset.budget.fit(Group(group.prompt, tuple(ys), id=group.id))
+            for group, ys in zip(microbatch, responses, strict=True)
+        ]
+
+    def longest_kl_groups(self, dataset: GroupDataset) -> list[Group]:
+        by_prompt = max(dataset.groups, key=lambda group: len(group.prompt))
+        longest = max((response for group in dataset.groups for response in group.responses), key=len)
+        return [dataset.budget.fit(Group(by_prompt.prompt, (longest,), id=by_prompt.id))]
+
+    def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
+        return self.loss.kl_sum(*self._per_response(policy_logps, reference_logps, rows))
+
+    def concern(self, dataset: GroupDataset) -> str | None:
+        desirable = sum(sum(group.labels or ()) for group in dataset)
+        undesirable = self.count(dataset.groups) - desirable
+        gains, losses = self.loss.desirable_weight * desirable, self.loss.undesirable_weight * undesirable
+        if losses <= gains <= losses * 4 / 3:
+            return None
+        counts = f"{desirable:,} desirable and {undesirable:,} undesirable examples"
+        if not (desirable and undesirable):
+            return f"dataset: {counts}; KTO has nothing to set one kind against"
+        low = self.loss.undesirable_weight * undesirable / desirable
+        return (
+            f"loss.desirable_weight: {counts} weigh {gains / losses:.3g} to 1, which is outside [1, 4/3]; set it "
+            f"between {low:.3g} and {low * 4 / 3:.3g}"
+        )
+
+
+class GRPO(Objective):
+    """Scored groups: a response's advantage is its score beside those of its group."""
+
+    loss_type = HumanlineGRPOLoss
+
+    def examples(self, dataset: GroupDataset) -> GroupDataset:
+        return as_scored(dataset)
+
+    def count(self, groups: Sequence[Group]) -> int:
+        if self.loss.aggregation == "sequence":
+            return sum(len(group.responses) for group in groups)
+        return sum(len(response) for group in groups for response in group.responses)
+
+    def normalizers(self, batch: list[list[Group]]) -> list[int]:
+        if self.loss.aggregation == "dapo":
+            return [sum(map(self.count, batch))] * len(batch)
+        return super().normalizers(batch)
+
+    def __call__(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        rows: Rows,
+        *,
+        draws: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
+        scores = [group.scores or () for group in rows.groups]
+        flat = torch.tensor([score for group in scores for score in group], dtype=torch.float64)
+        group_ids = torch.arange(len(scores)).repeat_interleave(torch.tensor([len(group) for group in scores]))
+        advantages = group_advantages(flat, group_ids).to(mask.device)
+        noise = _draws_per_response(draws, rows)
+        loss = self.loss(policy, reference, mask, advantages, noise, normalizer=1)
+        with torch.no_grad():
+            metrics: Metrics = {
+                "rewards/mean": (flat.sum(), len(flat)),
+                "advantages/abs": (advantages.abs().sum(), len(flat)),
+                "log_probs/accuracies": _accuracy(policy, scores),
+                **self._reference_metrics(policy, reference, mask),
+            }
+        return loss, metrics
+
+
+def _draws_per_response(draws: Tensor | None, rows: Rows) -> Tensor | None:
+    """``[2, N]`` to ``[2, B, S]``."""
+    return None if draws is None else torch.stack([rows.per_response(side) for side in draws])
+
+
+def _accuracy(policy: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
+    """In how many groups the best response is likelier than the worst, and in how many there is a best and a worst.
+
+    ``policy`` has the token log-probs ``[B, S]`` of all the groups' responses, ``values`` says what each is worth.
     """
-    log_ratio = token_log_ratio(policy, reference, mask)
-    inside, moved = unclamped(log_ratio, mask, log_eps_P, log_eps_R)
-    return {"kl": (((-log_ratio).exp() + log_ratio - 1).sum(), mask.sum()), "unclamped": (inside, moved)}
+    best, worst, start = [], [], 0
+    for group in values:
+        if (found := best_and_worst(group)) is not None:
+            best.append(start + found[0])
+            worst.append(start + found[1])
+        start += len(group)
+    log_probs = policy.sum(1)
+    return (log_probs[best] > log_probs[worst]).sum(), len(best)

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +17,11 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
-from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack
+from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack, parts
 from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder, check_architecture, log_probs
 from humanline.training._checkpoint import TrainingCheckpoint
+from humanline.training._draws import uniform_draws
 from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import full_state_dict, sharded_model
@@ -30,6 +31,8 @@ from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._weights import read_weights
 
 log = utils.get_logger("INFO")
+
+CPU = torch.device("cpu")
 
 
 class HumanlineRecipe(FTRecipeInterface):
@@ -67,11 +70,13 @@ class HumanlineRecipe(FTRecipeInterface):
             self._examples("dataset", component(cfg, "dataset", tokenizer), shape),
             batch_size=settings.batch_size,
             accumulation=settings.gradient_accumulation_steps,
-            rank=self.rank,
             world_size=self.world_size,
             seed=settings.seed,
             shuffle=settings.shuffle,
         )
+        self.first_group = self.rank * settings.batch_size
+        if self.rank == 0 and (concern := self.objective.concern(self.source.dataset)):
+            log.warning(concern)
         held_out = component(cfg, "dataset_val", tokenizer)
         self.dataset_val = None if held_out is None else self._examples("dataset_val", held_out, shape)
         self.steps_per_epoch = min(self.source.steps_per_epoch, settings.max_steps_per_epoch or sys.maxsize)
@@ -82,13 +87,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
-        # Held-out metrics are taken against the policy that the run starts from: a synced reference moves along with
-        # the policy and would show no progress.
-        with torch.no_grad():
-            self.val_passes = [
-                (rows, weight, log_probs(self.policy, rows.to(self.device)).cpu())
-                for rows, weight in self._val_passes()
-            ]
+        self._take_initial_log_probs()
 
         self.checkpoint = TrainingCheckpoint(
             settings.output_dir,
@@ -120,7 +119,7 @@ class HumanlineRecipe(FTRecipeInterface):
         """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
         dataset = self.objective.examples(dataset)
         vocabulary = shape.tok_embeddings.num_embeddings
-        for group in dataset:
+        for group in (*dataset, *self.objective.longest_kl_groups(dataset)):
             pack([group], self.budget)
             longest = len(group.prompt) + max(map(len, group.responses)) - 1
             if longest > shape.max_seq_len:
@@ -184,7 +183,6 @@ class HumanlineRecipe(FTRecipeInterface):
     def train(self) -> None:
         """The loop. The reference syncs after the gradient is clipped and before the weights move."""
         settings = self.settings
-        groups_per_rank = settings.batch_size * settings.gradient_accumulation_steps
         sums = MetricSums(self.device)
         self.profiler.start()
         if self.step == 0:
@@ -194,17 +192,18 @@ class HumanlineRecipe(FTRecipeInterface):
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 self.step += 1
-                for microbatch in self.source.microbatches(self._source_step()):
-                    for rows, weight in self._passes(microbatch):
-                        rows = rows.to(self.device)
-                        reference_logps = self.reference.log_probs(rows)
+                batch = self.source.batch(self._source_step())
+                for index, normalizer in enumerate(self.objective.normalizers(batch)):
+                    kl = self._kl_baseline(self._kl_passes(batch[index], self.source.dataset))
+                    for rows, weight, reference_logps in self._with_reference(self._share(batch[index])):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
-                        loss, metrics = self.objective(policy_logps, reference_logps, rows)
-                        # FSDP averages gradients over ranks: this makes it the mean over the global batch.
-                        (loss * weight / groups_per_rank).backward()
+                        draws = self._draws(rows, index)
+                        loss, metrics = self.objective(policy_logps, reference_logps, rows, draws=draws, kl=kl)
+                        loss = loss * weight / normalizer  # its part of the loss of the global batch
+                        (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
                         if weight:
-                            sums.add(metrics)
+                            sums.add(metrics | {"loss": (loss.detach(), 0)})
                             tokens += rows.num_tokens
 
                 grad_norm = self._clip_gradients()
@@ -217,6 +216,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 self.profiler.step()
                 progress.update()
                 seconds += time.perf_counter() - start
+                sums.add({"loss": (0, 1 / self.world_size)})
 
                 if self.step % settings.log_every_n_steps == 0:
                     sums.add({"tokens_per_second": (tokens / seconds, 1 / self.world_size)})
@@ -236,6 +236,10 @@ class HumanlineRecipe(FTRecipeInterface):
         epoch, index = divmod(self.step - 1, self.steps_per_epoch)
         return epoch * self.source.steps_per_epoch + index + 1
 
+    def _share(self, microbatch: list[Group]) -> list[Group]:
+        """This rank's groups of a global microbatch."""
+        return microbatch[self.first_group : self.first_group + self.settings.batch_size]
+
     def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
         planned = pack(groups, self.budget)
@@ -243,7 +247,35 @@ class HumanlineRecipe(FTRecipeInterface):
         dist.all_reduce(most, dist.ReduceOp.MAX)
         for index in range(int(most)):
             rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.budget)
-            yield rows, int(index < len(planned))
+            yield rows.to(self.device), int(index < len(planned))
+
+    def _with_reference(self, groups: list[Group]) -> Iterator[tuple[Rows, int, Tensor]]:
+        for rows, weight in self._passes(groups):
+            yield rows, weight, self.reference.log_probs(rows)
+
+    def _kl_passes(self, microbatch: list[Group], dataset: GroupDataset) -> Iterator[tuple[Rows, int, Tensor]]:
+        """The passes of this rank's KL sequences of a global microbatch, for the objective whose loss needs them."""
+        groups = self._share(self.objective.kl_groups(microbatch, dataset))
+        if groups:
+            yield from self._with_reference([part for group in groups for part in parts(group, self.budget)])
+
+    @torch.no_grad()
+    def _kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
+        """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none."""
+        sums = [
+            weight * self.objective.kl_sum(log_probs(self.policy, rows), reference_logps, rows)
+            for rows, weight, reference_logps in passes
+        ]
+        if not sums:
+            return None
+        total = torch.stack(sums).sum(0)
+        dist.all_reduce(total)
+        return self.objective.loss.baseline(total)
+
+    def _draws(self, rows: Rows, microbatch: int) -> Tensor | None:
+        if self.objective.loss.perception != "sample":
+            return None
+        return uniform_draws(rows, self.settings.seed, self.step, microbatch, self.first_group).to(self.device)
 
     def _clip_gradients(self) -> float:
         limit = self.settings.clip_grad_norm
@@ -262,14 +294,28 @@ class HumanlineRecipe(FTRecipeInterface):
 
     # ----------------------------------------------------------------------------------------- evaluation and saving
 
-    def _val_passes(self) -> Iterator[tuple[Rows, int]]:
-        """The held-out groups in passes, shared out over the ranks."""
-        if self.dataset_val is None:
-            return
-        indices = range(self.rank, len(self.dataset_val), self.world_size)
-        groups = [self.dataset_val[i] for i in indices] or [self.dataset_val[0]]
-        for rows, weight in self._passes(groups):
-            yield rows, weight if len(indices) else 0
+    @torch.no_grad()
+    def _take_initial_log_probs(self) -> None:
+        """Lays out the held-out groups, with their log-probs under the policy that the run starts from.
+
+        Held-out metrics are taken against that policy: a synced reference moves along and would show no progress.
+        """
+        groups: list[Group] = []
+        kl_groups: list[Group] = []
+        if self.dataset_val is not None:
+            groups = list(self.dataset_val)
+            kl_groups = self.objective.kl_groups(groups, self.dataset_val)
+        self.val_passes, self.val_kl_passes = (
+            [(rows.to(CPU), weight, log_probs(self.policy, rows).cpu()) for rows, weight in self._val_passes(passed)]
+            for passed in (groups, [part for group in kl_groups for part in parts(group, self.budget)])
+        )
+
+    def _val_passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
+        """The passes of held-out groups, which are shared out over the ranks; some ranks may have none."""
+        if groups:
+            share = groups[self.rank :: self.world_size]
+            for rows, weight in self._passes(share or groups[:1]):
+                yield rows, weight if share else 0
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -277,9 +323,15 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.dataset_val is None:
             return
         sums = MetricSums(self.device)
+        kl = self._kl_baseline(
+            (rows.to(self.device), weight, logps.to(self.device)) for rows, weight, logps in self.val_kl_passes
+        )
         for rows, weight, initial_logps in self.val_passes:
             rows = rows.to(self.device)
-            _, metrics = self.objective(log_probs(self.policy, rows), initial_logps.to(self.device), rows)
+            loss, metrics = self.objective(
+                log_probs(self.policy, rows), initial_logps.to(self.device), rows, draws=None, kl=kl
+            )
+            metrics |= {"loss": (loss, self.objective.count(rows.groups))}
             sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
         means = {f"val/{name}": value for name, value in sums.means().items()}
         if self.metric_logger is not None:

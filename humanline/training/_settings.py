@@ -120,6 +120,7 @@ class Settings:
             self._check(key, type(value) is kind, f"it is a {type(value).__name__}; give a {kind.__name__}")
         for key in ("batch_size", "gradient_accumulation_steps", "epochs", "log_every_n_steps"):
             self._check(key, _positive_int(getattr(self, key)), "give a whole number of at least 1")
+        self._check("seed", self.seed >= 0, "give a whole number of at least 0")
         for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps"):
             value = getattr(self, key)
             self._check(key, value is None or _positive_int(value), "give a whole number of at least 1, or null")

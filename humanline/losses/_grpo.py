@@ -1,0 +1,120 @@
+import torch
+from torch import Tensor
+
+from humanline.errors import ConfigError
+from humanline.losses._clip import token_log_ratio
+from humanline.losses._perceptual import PerceptualLoss
+
+
+class HumanlineGRPOLoss(PerceptualLoss):
+    """Group Relative Policy Optimization on perceived token log-ratios, against the synced reference.
+
+    With ``l_t`` the token log-ratio of policy to reference, ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``,
+    ``ratio_t = exp(l~_t)`` and ``A`` the advantage of the response within its group, a token's loss is
+
+        -min(A * ratio_t, A * clamp(ratio_t, 1 - epsilon_low, 1 + epsilon_high)) + beta * (exp(-l_t) + l_t - 1)
+
+    where the KL term is of the unclipped ``l_t``. GRPO is from https://arxiv.org/abs/2402.03300, its humanline form
+    from https://arxiv.org/abs/2509.24207.
+
+    Args:
+        beta (float): weight of the KL to the reference, >= 0.
+        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
+        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
+        epsilon_low (float): how far below 1 a ratio still earns more, in ``(0, 1)``.
+        epsilon_high (float): how far above 1 a ratio still earns more, > 0.
+        aggregation (str): what the loss is a mean over. ``token``: the microbatch's tokens; ``sequence``: its
+            responses, each the mean of its tokens; ``dapo``: the tokens of the whole batch that makes one optimizer
+            step (https://arxiv.org/abs/2503.14476), which its caller gives as ``normalizer``.
+        perception (str): ``clip``, ``sample`` or ``none``.
+        gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
+        gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
+
+    Raises:
+        ConfigError: if a setting is out of its range or contradicts another.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.01,
+        log_eps_P: float | None = -1.5,
+        log_eps_R: float | None = 1.5,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        aggregation: str = "token",
+        perception: str = "clip",
+        gamma_P: float | None = None,
+        gamma_R: float | None = None,
+    ) -> None:
+        super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
+        if not beta >= 0:
+            raise ConfigError(f"loss.beta: {beta} is below 0; 0.01 is a common value, 0 leaves the KL out")
+        if not 0 < epsilon_low < 1:
+            raise ConfigError(f"loss.epsilon_low: {epsilon_low} is outside (0, 1); 0.2 is a common value")
+        if not epsilon_high > 0:
+            raise ConfigError(f"loss.epsilon_high: {epsilon_high} is not above 0; 0.2 is a common value")
+        if aggregation not in ("token", "sequence", "dapo"):
+            raise ConfigError(f"loss.aggregation: {aggregation!r} is unknown; choose token, sequence or dapo")
+        self.beta = beta
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.aggregation = aggregation
+
+    def forward(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+        draws: Tensor | None = None,
+        normalizer: float | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            policy_logps (Tensor): token log-probs of the responses under the policy, nats, ``[B, S]``.
+            reference_logps (Tensor): the same under the reference, ``[B, S]``.
+            mask (Tensor): True at response tokens, bool ``[B, S]``.
+            advantages (Tensor): one a response, ``[B]``, such as from :func:`group_advantages`.
+            draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
+            normalizer (float | None): what the sum over tokens (over responses with ``sequence``) is divided by; None
+                takes their number here, which is right where this is the whole microbatch (the whole batch with
+                ``dapo``).
+
+        Returns:
+            Tensor: the loss, float32 scalar.
+        """
+        log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
+        ratio = self.perceive(log_ratio, draws).exp()
+        advantage = advantages[:, None]
+        nearby_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        losses = -torch.minimum(advantage * ratio, advantage * nearby_ratio)
+        if self.beta:  # 0 times an overflowing KL would be NaN
+            losses = losses + self.beta * ((-log_ratio).exp() + log_ratio - 1)
+        losses = losses.where(mask, 0.0)
+        if self.aggregation == "sequence":
+            losses = losses.sum(-1) / mask.sum(-1).clamp(min=1)
+            count = mask.any(-1).sum()
+        else:
+            count = mask.sum()
+        return losses.sum() / (count.clamp(min=1) if normalizer is None else normalizer)
+
+
+def group_advantages(scores: Tensor, group_ids: Tensor, eps: float = 0.01) -> Tensor:
+    """``A = (s - mean) / (std + eps)`` within each group, with the population's standard deviation.
+
+    Args:
+        scores (Tensor): one a response, higher is better, ``[B]``.
+        group_ids (Tensor): which group each response belongs to, any integers, ``[B]``.
+        eps (float): keeps groups of nearly equal scores from being blown up; in units of the scores.
+
+    Returns:
+        Tensor: float32 ``[B]``; 0 throughout a group whose scores are all equal.
+    """
+    _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    scores = scores.double()  # scores may be large beside their differences
+
+    def group_mean(values: Tensor) -> Tensor:
+        return (values.new_zeros(len(sizes)).index_add(0, group, values) / sizes)[group]
+
+    centred = scores - group_mean(scores)
+    return (centred / (group_mean(centred.square()).sqrt() + eps)).float()

@@ -1,0 +1,110 @@
+import torch
+from torch import Tensor
+
+from humanline.errors import ConfigError
+from humanline.losses._clip import token_log_ratio
+from humanline.losses._perceptual import PerceptualLoss
+
+
+class HumanlineKTOLoss(PerceptualLoss):
+    """Kahneman-Tversky Optimization on perceived token log-ratios.
+
+    With ``l~_t`` the perceived token log-ratio of policy to reference, a response's reward is ``r = sum_t l~_t`` (no
+    beta), and it is a gain or a loss beside the baseline ``z0``, an estimate of the policy's KL to the reference:
+
+        desirable:    desirable_weight   * (1 - sigmoid(beta * (r - z0)))
+        undesirable:  undesirable_weight * (1 - sigmoid(beta * (z0 - r)))
+
+    Without bounds this is the KTO of https://arxiv.org/abs/2402.01306; with them, and a synced reference, the humanline
+    KTO of https://arxiv.org/abs/2509.24207.
+
+    Args:
+        beta (float): how fast the value of a reward saturates, > 0.
+        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
+        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
+        desirable_weight (float): weight of the losses of desirable responses, > 0.
+        undesirable_weight (float): weight of the losses of undesirable responses, > 0.
+        perception (str): ``clip``, ``sample`` or ``none``.
+        gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
+        gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
+
+    Raises:
+        ConfigError: if a setting is out of its range or contradicts another.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        log_eps_P: float | None = -1.5,
+        log_eps_R: float | None = 1.5,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        perception: str = "clip",
+        gamma_P: float | None = None,
+        gamma_R: float | None = None,
+    ) -> None:
+        super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
+        weights = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        for key, value in weights.items():
+            if not value > 0:
+                common = "0.1" if key == "beta" else "1"
+                raise ConfigError(f"loss.{key}: {value} is not above 0; {common} is a common value")
+        self.beta = beta
+        self.desirable_weight = desirable_weight
+        self.undesirable_weight = undesirable_weight
+
+    def forward(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        mask: Tensor,
+        desirable: Tensor,
+        kl: Tensor,
+        draws: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            policy_logps (Tensor): token log-probs of the responses under the policy, nats, ``[B, S]``.
+            reference_logps (Tensor): the same under the reference, ``[B, S]``.
+            mask (Tensor): True at response tokens, bool ``[B, S]``.
+            desirable (Tensor): True for desirable responses, bool ``[B]``; all or none of them may be.
+            kl (Tensor): the baseline ``z0`` of :meth:`kl_baseline`, scalar, nats.
+            draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
+
+        Returns:
+            tuple[Tensor, Tensor]: losses and rewards, each float32 ``[B]``; rewards carry no gradient.
+        """
+        log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
+        reward = self.perceive(log_ratio, draws).where(mask, 0.0).sum(-1)
+        gain = reward - kl.detach()
+        desirable_loss = self.desirable_weight * (1 - (self.beta * gain).sigmoid())
+        undesirable_loss = self.undesirable_weight * (1 - (-self.beta * gain).sigmoid())
+        return desirable_loss.where(desirable, undesirable_loss), reward.detach()
+
+    def kl_baseline(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
+        """``z0 = max(0, mean of sum_t l~_t)`` over the non-empty KL sequences of a microbatch; carries no gradient.
+
+        A KL sequence is the prompt of an example with the response of the next one.
+
+        Args:
+            policy_kl_logps (Tensor): token log-probs of the KL sequences' responses under the policy, nats, ``[B, S]``.
+            reference_kl_logps (Tensor): the same under the reference, ``[B, S]``.
+            kl_mask (Tensor): True at response tokens, bool ``[B, S]``; a row of False is an empty sequence.
+
+        Returns:
+            Tensor: scalar, nats; 0 where all sequences are empty.
+        """
+        return self.baseline(self.kl_sum(policy_kl_logps, reference_kl_logps, kl_mask))
+
+    def kl_sum(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
+        """The sum of ``sum_t l~_t`` over KL sequences and how many are not empty, ``[2]``: what the parts of a
+        microbatch add up before :meth:`baseline`. Arguments as in :meth:`kl_baseline`."""
+        log_ratio = token_log_ratio(policy_kl_logps.detach(), reference_kl_logps.detach(), kl_mask)
+        total = self.perceive(log_ratio).where(kl_mask, 0.0).sum()
+        return torch.stack([total, kl_mask.any(-1).sum()])
+
+    @staticmethod
+    def baseline(kl_sum: Tensor) -> Tensor:
+        """``z0`` from the ``[2]`` of :meth:`kl_sum`."""
+        total, count = kl_sum
+        return (total / count.clamp(min=1)).clamp(min=0)

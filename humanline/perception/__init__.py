@@ -1,0 +1,18 @@
+"""Prospect theory for language models: how outcomes are valued, how their probabilities are perceived, and sampling so.
+
+Only sampling takes part in training, as the losses' alternative to the clip; the rest is the theory behind both.
+"""
+
+from humanline.perception._bound import largest_kl, utility_gap_bound
+from humanline.perception._prospect_theory import capacity, value, weighting
+from humanline.perception._sampling import acceptance_probability, humanline_sample
+
+__all__ = [
+    "acceptance_probability",
+    "capacity",
+    "humanline_sample",
+    "largest_kl",
+    "utility_gap_bound",
+    "value",
+    "weighting",
+]
