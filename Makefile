@@ -3,6 +3,8 @@
 # wheels in PIP_EXTRA_INDEX_URL saves most of that.
 
 PYTHON ?= python3
+# Of the demo: dpo, kto or grpo.
+OBJECTIVE ?= dpo
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -18,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 demo: $(INSTALLED)
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py $(OBJECTIVE)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py

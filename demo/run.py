@@ -1,15 +1,17 @@
-"""The demo: one run of humanline DPO on a real model, measured before and after.
+"""The demo: one run of humanline DPO, KTO or GRPO on a real model, measured before and after.
 
-    make demo           # or, with the package installed: python demo/run.py
+    make demo                    # or, with the package installed: python demo/run.py
+    make demo OBJECTIVE=kto      # or grpo; python demo/run.py kto
 
 1. Fetches SmolLM2-135M-Instruct.
 2. Measures pass@1: one sampled response to each of 240 held-out sums.
-3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`.
+3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or kto or grpo.
 4. Measures again, and prints both with 95% intervals, and some responses before and after.
 
 The training log, the samples and the aligned model (a Hugging Face folder) stay in outputs/smollm2_135m_humanline_dpo.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -21,9 +23,6 @@ from arithmetic import HELD_OUT_PROMPTS, is_right, read_jsonl, wilson_interval
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-CONFIG = "configs/smollm2_135m_dpo.yaml"
-OUTPUT = ROOT / "outputs" / "smollm2_135m_humanline_dpo"
-ALIGNED = OUTPUT / "epoch_0"
 TUNE = Path(sys.executable).with_name("tune")
 
 
@@ -32,9 +31,8 @@ def call(*command: object) -> None:
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
 
 
-def sample(folder: Path, weights: str, name: str) -> list[dict]:
+def sample(folder: Path, weights: str, output: Path) -> list[dict]:
     """One response of the model in ``folder`` to each held-out prompt."""
-    output = OUTPUT / f"{name}.jsonl"
     call(
         *(TUNE, "run", "recipes/humanline_sample", "--config", "configs/smollm2_135m_sample.yaml"),
         *(f"checkpointer.checkpoint_dir={folder}", f"checkpointer.checkpoint_files=[{weights}]"),
@@ -43,9 +41,9 @@ def sample(folder: Path, weights: str, name: str) -> list[dict]:
     return read_jsonl(output)
 
 
-def preference_accuracy() -> tuple[float, float, int]:
+def preference_accuracy(output: Path) -> tuple[float, float, int]:
     """Held-out pairs whose right response is the likelier one: share before training, share after, number of pairs."""
-    log = (OUTPUT / "logs" / "metrics.txt").read_text()
+    log = (output / "logs" / "metrics.txt").read_text()
     shares = [float(value) for value in re.findall(r"val/log_probs/accuracies:(\S+)", log)]
     return shares[0], shares[-1], len(read_jsonl(ROOT / "demo" / "held_out_groups.jsonl"))
 
@@ -56,19 +54,26 @@ def percent(successes: int, trials: int) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Aligns SmolLM2-135M-Instruct on sums and measures it.")
+    parser.add_argument("objective", choices=("dpo", "kto", "grpo"), default="dpo", nargs="?")
+    objective = parser.parse_args().objective
+    output = ROOT / "outputs" / f"smollm2_135m_humanline_{objective}"
+    aligned = output / "epoch_0"
+
     start = time.perf_counter()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
-    before = sample(MODEL, "model.safetensors", "before")
+    before = sample(MODEL, "model.safetensors", output / "before.jsonl")
     trained = time.perf_counter()
-    call(TUNE, "run", "recipes/humanline_dpo_distributed", "--config", CONFIG)
+    recipe = f"recipes/humanline_{objective}_distributed"
+    call(TUNE, "run", recipe, "--config", f"configs/smollm2_135m_{objective}.yaml")
     trained = time.perf_counter() - trained
-    after = sample(ALIGNED, "model-00001-of-00001.safetensors", "after")
+    after = sample(aligned, "model-00001-of-00001.safetensors", output / "after.jsonl")
 
     right = [
         sum(is_right(row["all_generated_responses"][0], row["answer"]) for row in rows) for rows in (before, after)
     ]
-    preferred_before, preferred_after, pairs = preference_accuracy()
+    preferred_before, preferred_after, pairs = preference_accuracy(output)
     print(f"\n{'':28}{'before':^24}{'after':^24}")
     preferred = [round(share * pairs) for share in (preferred_before, preferred_after)]
     for name, counts, trials in (("pass@1", right, len(before)), ("preference accuracy", preferred, pairs)):
@@ -80,7 +85,7 @@ def main() -> None:
         for name, row in (("before", first), ("after", second)):
             print(f"    {name:7}{' '.join(row['all_generated_responses'][0].split())}")
     seconds = time.perf_counter() - start
-    print(f"\nTraining took {trained:.0f} s of {seconds:.0f} s. The aligned model: {ALIGNED.relative_to(ROOT)}")
+    print(f"\nTraining took {trained:.0f} s of {seconds:.0f} s. The aligned model: {aligned.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

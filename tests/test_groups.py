@@ -18,13 +18,15 @@ from humanline.data import (
     ChatTokenizer,
     Group,
     GroupDataset,
+    TokenBudget,
+    as_labelled,
     as_pairs,
+    as_scored,
     encoded_groups,
     labelled_groups,
     preference_groups,
     scored_groups,
 )
-from humanline.data._group import TokenBudget
 from humanline.errors import ConfigError, DataError
 
 
@@ -417,6 +419,70 @@ def test_pairs_pass_through_among_scored_groups():
 def test_groups_that_are_neither_scored_nor_pairs_make_no_pairs(group, found):
     with pytest.raises(DataError, match=f"^a.jsonl line 3: {found} make no pair; give scores"):
         as_pairs(GroupDataset([group]))
+
+
+@given(st.lists(scored, min_size=1, max_size=8))
+def test_a_scored_response_is_desirable_above_its_group_s_mean_and_undesirable_below(groups):
+    expected = []
+    for group in groups:
+        mean = sum(group.scores) / len(group.scores)
+        kept = [(r, s > mean) for r, s in zip(group.responses, group.scores, strict=True) if s != mean]
+        if max(group.scores) > min(group.scores):
+            responses, labels = zip(*kept, strict=True)
+            expected.append(Group(group.prompt, responses, labels=labels, id=group.id))
+    if expected:
+        found = as_labelled(GroupDataset(groups))
+        assert list(found) == expected
+        dropped = len(groups) - len(expected)
+        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
+        assert as_labelled(found) is found
+    else:
+        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
+            as_labelled(GroupDataset(groups))
+
+
+@given(st.lists(scored, min_size=1, max_size=8))
+def test_groups_whose_scores_are_all_equal_are_skipped_and_the_others_kept_whole(groups):
+    expected = [group for group in groups if len(set(group.scores)) > 1]
+    if expected:
+        found = as_scored(GroupDataset(groups))
+        assert list(found) == expected
+        dropped = len(groups) - len(expected)
+        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
+    else:
+        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
+            as_scored(GroupDataset(groups))
+
+
+def test_pairs_and_labels_become_labels_and_scores():
+    pair = Group([1], ([2], [3]), id="a")
+    labels = Group([1], ([4], [5], [6]), labels=(False, True, False), id="b")
+    one = Group([1], ([7],), labels=(True,), id="c")
+    assert list(as_labelled(GroupDataset([pair, labels, one]))) == [
+        Group([1], ([2], [3]), labels=(True, False), id="a"),
+        labels,
+        one,
+    ]
+    assert list(as_scored(GroupDataset([pair, labels, one]))) == [
+        Group([1], ([2], [3]), scores=(1.0, 0.0), id="a"),
+        Group([1], ([4], [5], [6]), scores=(0.0, 1.0, 0.0), id="b"),
+    ]
+
+
+@pytest.mark.parametrize("derive", [as_labelled, as_scored])
+def test_groups_that_say_nothing_of_what_is_better_are_refused_by_name(derive):
+    group = Group([1], ([2], [3], [4]), id="a.jsonl line 3")
+    with pytest.raises(DataError, match="^a.jsonl line 3: 3 responses without scores or labels say nothing"):
+        derive(GroupDataset([group]))
+
+
+def test_a_derived_dataset_keeps_the_budget_it_was_cut_to(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    path.write_text(json.dumps({"prompt": [1], "responses": [[2], [3]], "scores": [1, 0]}) + "\n")
+    dataset = encoded_groups(None, str(path), max_tokens=9, max_prompt_tokens=4)
+    for derive in (as_pairs, as_labelled, as_scored):
+        assert derive(dataset).budget == TokenBudget(max_tokens=9, max_prompt_tokens=4)
+    assert GroupDataset([Group([1, 2], ([3], [4, 5]))]).budget == TokenBudget(max_tokens=4, max_prompt_tokens=None)
 
 
 # ---- Bad examples: the file, the line, the field, what is there, what to do

@@ -366,6 +366,7 @@ def test_an_outcome_at_the_reference_point_counts_among_the_gains_and_changes_no
     weights = weighting(outcomes, probabilities, z0=1.0)
     gains = capacity(torch.tensor([0.3, 0.8], dtype=torch.float64), 0.61)
     assert weights[1].item() == pytest.approx((gains[1] - gains[0]).item())
+    assert weights[0].item() == pytest.approx(capacity(torch.tensor([0.2], dtype=torch.float64), 0.69).item())
     assert value(outcomes, z0=1.0)[1] == 0
 
 

@@ -49,10 +49,10 @@ def humanline_sample(
     log_U_P, log_U_R = draws.log()
     accepted = torch.ones_like(log_ratio, dtype=torch.bool)
     if log_eps_P is not None:
-        gamma = check_gamma(gamma_P, "loss.gamma_P")
+        gamma = _check_gamma(gamma_P, "loss.gamma_P")
         accepted &= log_ratio >= log_eps_P + math.log1p(1 / gamma) + log_U_P / gamma
     if log_eps_R is not None:
-        gamma = check_gamma(gamma_R, "loss.gamma_R")
+        gamma = _check_gamma(gamma_R, "loss.gamma_R")
         accepted &= log_ratio <= log_eps_R - math.log1p(1 / gamma) - log_U_R / gamma
     return torch.where(accepted, log_ratio, log_ratio.detach())
 
@@ -83,16 +83,15 @@ def acceptance_probability(
     """
     log_probability = torch.zeros_like(log_ratio)
     if log_eps_P is not None:
-        gamma = check_gamma(gamma_P, "loss.gamma_P")
+        gamma = _check_gamma(gamma_P, "loss.gamma_P")
         log_probability += gamma * (log_ratio - log_eps_P - math.log1p(1 / gamma)).clamp(max=0)
     if log_eps_R is not None:
-        gamma = check_gamma(gamma_R, "loss.gamma_R")
+        gamma = _check_gamma(gamma_R, "loss.gamma_R")
         log_probability += gamma * (log_eps_R - log_ratio - math.log1p(1 / gamma)).clamp(max=0)
     return log_probability.exp()
 
 
-def check_gamma(gamma: float | None, key: str) -> float:
-    """Returns the gamma of a Beta distribution; raises ConfigError, naming ``key``, unless positive and finite."""
+def _check_gamma(gamma: float | None, key: str) -> float:
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
         raise ConfigError(
             f"{key}: {gamma!r} is not a positive number; sampling needs one wherever there is a bound "
