@@ -289,7 +289,13 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
             metrics |= training.get_memory_stats(device=self.device)
         self.metric_logger.log_dict(metrics, step=self.step)
-        shown = {"loss": "loss", "rewards/margins": "margin", "unclamped": "unclamped", "tokens_per_second": "tok/s"}
+        shown = {
+            "loss": "loss",
+            "rewards/margins": "margin",
+            "kl": "kl",
+            "unclamped": "unclamped",
+            "tokens_per_second": "tok/s",
+        }
         progress.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
 
     # ----------------------------------------------------------------------------------------- evaluation and saving
