@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,15 @@ from torchtune.models.llama3 import Llama3Tokenizer, llama3_tokenizer
 from torchtune.training.checkpointing import FormattedCheckpointFiles
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from humanline.data import ChatTokenizer, Group, GroupDataset, encoded_groups, pack
-from humanline.training import DPO, HumanlineRecipe, Settings, component
+from humanline.data import ChatTokenizer, Group, GroupDataset, pack
+from humanline.errors import ConfigError
+from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Objective, Settings, component
 from humanline.training._settings import DTYPES
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAMA3 = ROOT / "configs" / "llama3_8b_offline.yaml"
+LLAMA3_KTO, LLAMA3_GRPO = (LLAMA3.with_stem(f"{LLAMA3.stem}_{objective}") for objective in ("kto", "grpo"))
+LLAMA3_CONFIGS = [LLAMA3, LLAMA3_KTO, LLAMA3_GRPO]
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 
 LLAMA3_WHEEL = "llama-models==0.3.0"
@@ -49,18 +53,40 @@ MEMORY = re.compile(
     r"([\d.]+e\d+) parameters x \((\d+) bytes [^+]+ \+ (\d+) bytes of reference\) = (\d+) GB, (\d+) GB a GPU on eight"
 )
 
-# A line that each builder reads, the better response first.
-ANSWERS = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+# The vocabulary of write_chat_tokenizer: single bytes.
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = {token: id for id, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+
+
+def ids(text: str) -> list[int]:
+    return [VOCABULARY[byte] for byte in text.replace(" ", "Ġ")]
+
+
+# Lines that each builder reads, and what each objective is to learn from them.
+PROMPT = "What is 2 + 2?"
+ANSWERS = ["4", "perhaps 4", "5"]
+SCORES = [1.0, 0.75, 0.0]
 LINES = {
-    "humanline.data.preference_groups": ANSWERS,
-    "humanline.data.labelled_groups": {"prompt": ANSWERS["prompt"], "completion": "4", "label": True},
-    "humanline.data.scored_groups": {
-        "prompt": ANSWERS["prompt"],
-        "all_generated_responses": ["4", "perhaps 4", "5"],
-        "all_rm_scores": [1.0, 0.5, -1.0],
-    },
-    "humanline.data.encoded_groups": {"prompt": [1, 2], "responses": [[3, 4], [5, 4]], "scores": [1.0, -1.0]},
+    "humanline.data.preference_groups": [{"prompt": PROMPT, "chosen": "4", "rejected": "5"}],
+    "humanline.data.labelled_groups": [
+        {"prompt": PROMPT, "completion": "4", "label": True},
+        {"prompt": PROMPT, "completion": "5", "label": False},
+    ],
+    "humanline.data.scored_groups": [
+        {"prompt": PROMPT, "all_generated_responses": ANSWERS, "all_rm_scores": SCORES},
+    ],
+    "humanline.data.encoded_groups": [
+        {"prompt": ids(PROMPT), "responses": [ids(answer) for answer in ANSWERS], "scores": SCORES},
+    ],
 }
+LEARNED = {
+    DPO: {"4": "chosen", "5": "rejected"},
+    KTO: {"4": True, "perhaps 4": True, "5": False},
+    GRPO: dict(zip(ANSWERS, SCORES, strict=True)),
+}
+
+# How many responses to a prompt there are at most in what the hub has.
+MOST_RESPONSES = {"princeton-nlp/llama3-ultrafeedback-armorm": 5}
 
 
 def header(path: Path) -> str:
@@ -117,15 +143,15 @@ def components(path: Path) -> dict[str, str]:
     }
 
 
-def line(dataset: DictConfig) -> dict:
-    """A line for the builder of this dataset, with the fields named as the config says they are."""
+def lines(dataset: DictConfig) -> list[dict]:
+    """Lines for the builder of this dataset, with the fields named as the config says they are."""
     names = dataset.get("column_map") or {}
-    return {names.get(field, field): value for field, value in LINES[dataset._component_].items()}
+    return [{names.get(field, field): value for field, value in line.items()} for line in LINES[dataset._component_]]
 
 
-def from_file(dataset: DictConfig, folder: Path, *lines: dict) -> DictConfig:
+def on_lines(dataset: DictConfig, folder: Path) -> DictConfig:
     """The dataset's config with a small file in place of its source."""
-    replaced = {"source": write_jsonl(folder / "data.jsonl", *lines), "split": "train"}
+    replaced = {"source": write_jsonl(folder / "data.jsonl", *lines(dataset)), "split": "train"}
     return OmegaConf.merge(dataset, replaced, {"data_files": None} if "data_files" in dataset else {})
 
 
@@ -141,11 +167,10 @@ def checkpoint_files(cfg: DictConfig) -> list[str]:
 
 def write_chat_tokenizer(folder: Path) -> None:
     """A tokenizer of single bytes in HF layout, with ChatML as its chat template."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
     template = (TEMPLATES / "smollm2.jinja").read_text()
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
@@ -190,11 +215,10 @@ def is_local(source: str) -> bool:
 
 
 TRAINING = [path for path in CONFIGS if any(issubclass(it, HumanlineRecipe) for it in recipe_classes(path))]
-PAIRS = [path for path in TRAINING if any(it.objective_type is DPO for it in recipe_classes(path))]
 COMPONENT_KEYS = [(path, key) for path in CONFIGS for key in components(path)]
 DATASETS = [(path, key) for path, key in COMPONENT_KEYS if components(path)[key] in LINES]
-PAIR_DATASETS = [(path, key) for path, key in DATASETS if path in PAIRS]
-SHIPPED_DATASETS = [(path, key) for path, key in PAIR_DATASETS if is_local(OmegaConf.load(path)[key].source)]
+TRAINING_DATASETS = [(path, key) for path, key in DATASETS if path in TRAINING]
+SHIPPED_DATASETS = [(path, key) for path, key in TRAINING_DATASETS if is_local(OmegaConf.load(path)[key].source)]
 WITH_CHECKPOINT = [path for path in CONFIGS if "checkpointer" in components(path)]
 WITH_DOWNLOAD = [path for path in WITH_CHECKPOINT if commands(path, "tune download")]
 WITH_MEMORY = [path for path in TRAINING if stated_memory(path)]
@@ -236,7 +260,7 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
         arguments, keywords = [component(cfg, "optimizer", *arguments)], {"num_training_steps": 100}
     if key.startswith("dataset"):
         arguments = [component(cfg, "tokenizer")]
-        cfg[key] = from_file(cfg[key], tmp_path, line(cfg[key]))
+        cfg[key] = on_lines(cfg[key], tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -248,7 +272,7 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
         built.close()
         assert [file for file in Path(cfg.output_dir).rglob("*") if file.is_file()]
     if key.startswith("dataset"):
-        assert len(built) == 1
+        assert len(built) == len(lines(cfg[key]))
     assert not list(elsewhere.iterdir()), "a run writes into output_dir only, not where it was started"
 
 
@@ -260,58 +284,79 @@ def test_the_split_is_one_that_datasets_understands(path, key):
     assert ReadInstruction.from_spec(OmegaConf.load(path)[key].get("split", "train"))
 
 
-def pairs(cfg: DictConfig, path: Path, dataset: GroupDataset) -> list[Group]:
-    """What the config's recipe, or the first of several that share an objective, learns from ``dataset``."""
-    recipe = recipe_classes(path)[0]
-    return list(recipe.objective_type(component(cfg, "loss")).examples(dataset))
+def objective(path: Path, cfg: DictConfig) -> Objective:
+    """That of the config's recipe, or of several recipes, which share it."""
+    return recipe_classes(path)[0].objective_type(component(cfg, "loss"))
 
 
-@every_key(PAIR_DATASETS)
-def test_the_better_response_becomes_the_chosen_one(path, key, tmp_path):
+@every_key(TRAINING_DATASETS)
+def test_the_objective_learns_which_response_is_better(path, key, tmp_path):
     cfg = here(path, tmp_path)
-    tokenizer = component(cfg, "tokenizer")
-    cfg[key] = from_file(cfg[key], tmp_path, line(cfg[key]))
-    (pair,) = pairs(cfg, path, component(cfg, key, tokenizer))
-    if "encoded_groups" in components(path)[key]:
-        assert [list(ids) for ids in (pair.prompt, *pair.responses)] == [[1, 2], [3, 4], [5, 4]]
-    else:
-        assert "What is 2 + 2?" in tokenizer.decode(pair.prompt)
-        assert [tokenizer.decode(response) for response in pair.responses] == ["4", "5"]
+    cfg[key] = on_lines(cfg[key], tmp_path)
+    tokenizer, learner = component(cfg, "tokenizer"), objective(path, cfg)
+    learned = {}
+    for group in learner.examples(component(cfg, key, tokenizer)):
+        assert PROMPT in tokenizer.decode(group.prompt)
+        worth = {DPO: ("chosen", "rejected"), KTO: group.labels, GRPO: group.scores}[type(learner)]
+        learned |= zip(map(tokenizer.decode, group.responses), worth, strict=True)
+    assert learned.items() <= LEARNED[type(learner)].items()
+    assert learned.keys() >= {"4", "5"}
 
 
-def longest_pair(path: Path, key: str, cfg: DictConfig, folder: Path) -> Group:
-    """The longest pair that the limits of the dataset let through.
+def shipped(cfg: DictConfig, key: str) -> GroupDataset:
+    """The file that a dataset names, uncut: its limits are meant for another tokenizer, and single bytes are more."""
+    whole = {"source": str(ROOT / cfg[key].source), "max_tokens": 1_000_000, "max_prompt_tokens": None}
+    return component(cfg | {key: OmegaConf.merge(cfg[key], whole)}, key, component(cfg, "tokenizer"))
 
-    The prompt stands once in a row and each response takes what it leaves: the shortest prompt makes the longest pair.
+
+def most_responses(cfg: DictConfig, key: str) -> int:
+    """How many responses to a prompt there are at most in a dataset's scored source."""
+    source = cfg[key].source
+    return max(len(group.responses) for group in shipped(cfg, key)) if is_local(source) else MOST_RESPONSES[source]
+
+
+def longest_groups(path: Path, key: str, cfg: DictConfig, folder: Path) -> list[Group]:
+    """The longest groups that a dataset's limits let through, and the longest that the objective makes of them.
+
+    The prompt stands once in a row and each response takes what it leaves: the shortest prompt makes the longest group.
+    The longest prompt is there as well, since KTO's baseline puts other responses to it.
     """
-    endless = {"prompt": [0], "responses": [[1] * 100_000, [2] * 100_000]}
-    limits = {name: cfg[key][name] for name in ("max_tokens", "max_prompt_tokens") if name in cfg[key]}
-    file = write_jsonl(folder / "longest.jsonl", endless)
-    (pair,) = pairs(cfg, path, encoded_groups(None, file, **limits))
-    return pair
+    limited = component(cfg | {key: on_lines(cfg[key], folder)}, key, component(cfg, "tokenizer"))
+    form, budget = limited[0], limited.budget
+    count, scores = len(form.responses), None
+    if form.scores is not None:
+        count = most_responses(cfg, key)
+        scores = (1.0, *[0.0] * (count - 1))  # none is the mean, which would leave KTO one response less
+    endless = tuple([token] * budget.max_tokens for token in range(count))
+    groups = [
+        budget.fit(replace(form, prompt=[0] * length, responses=endless, scores=scores))
+        for length in (1, budget.max_tokens - 1)
+    ]
+    learner = objective(path, cfg)
+    examples = learner.examples(GroupDataset(groups, budget=budget))
+    return [*examples, *learner.longest_kl_groups(examples)]
 
 
-@every_key(PAIR_DATASETS)
-def test_the_longest_pair_fits_one_pass_and_the_model_s_positions(path, key, tmp_path):
+@every_key(TRAINING_DATASETS)
+def test_the_longest_group_fits_one_pass_and_the_model_s_positions(path, key, tmp_path):
     cfg = here(path, tmp_path)
-    pair = longest_pair(path, key, cfg, tmp_path)
-    assert len(pack([pair], Settings.from_config(cfg).row_budget(torch.device("cpu")))) == 1
-    assert all(len(pair.prompt) + len(it) <= build_model(cfg).max_seq_len for it in pair.responses)
+    budget = Settings.from_config(cfg).row_budget(torch.device("cpu"))
+    positions = build_model(cfg).max_seq_len
+    for group in longest_groups(path, key, cfg, tmp_path):
+        assert len(pack([group], budget)) == 1
+        assert all(len(group.prompt) + len(response) <= positions for response in group.responses)
 
 
 @every_key(SHIPPED_DATASETS)
-def test_the_file_that_the_dataset_names_is_in_the_repository_and_fills_the_steps(path, key, tmp_path):
+def test_the_file_that_the_dataset_names_is_in_the_repository_fills_the_steps_and_is_no_concern(path, key, tmp_path):
     cfg = here(path, tmp_path)
-    file = ROOT / cfg[key].source
-    assert file.is_file()
-    # The limits are for tokens of the config's own tokenizer; single bytes are more.
-    unlimited = {"source": str(file), "max_tokens": 1_000_000, "max_prompt_tokens": None}
-    cfg[key] = OmegaConf.merge(cfg[key], unlimited)
-    found = pairs(cfg, path, component(cfg, key, component(cfg, "tokenizer")))
+    learner = objective(path, cfg)
+    found = learner.examples(shipped(cfg, key))
     if key == "dataset":
         setting = Settings.from_config(cfg)
         step = setting.batch_size * setting.gradient_accumulation_steps
         assert len(found) >= step * (setting.max_steps_per_epoch or 1)
+        assert learner.concern(found) is None
 
 
 # ---- The header
@@ -380,15 +425,93 @@ def test_the_memory_that_the_header_states_is_that_of_the_model(path, tmp_path):
     assert stated_memory(path) == tuple(map(str, computed))
 
 
-# ---- llama3_8b_offline: the paper's setting
+# ---- Ablations by overrides alone
+
+# Overrides -> the loss's perception, and whether the config's own bounds and its own syncing stay in force.
+ABLATIONS = {
+    "loss.perception=none reference.sync_every=null": ("none", False, False),  # the ordinary objective
+    "loss.perception=none": ("none", False, True),  # sync only
+    "reference.sync_every=null": ("clip", True, False),  # clip only
+    "": ("clip", True, True),  # humanline
+    "loss.perception=sample loss.gamma_P=4 loss.gamma_R=4": ("sample", True, True),  # humanline with sampling
+}
+
+# Overrides that contradict each other or name no key -> the key that the error is about.
+CONTRADICTIONS = {
+    "loss.gamma_P=4": "loss.gamma_P",
+    "loss.perception=none loss.gamma_R=4": "loss.gamma_R",
+    "loss.perception=sample": "loss.gamma_P",
+    "loss.perception=sample loss.gamma_P=4": "loss.gamma_R",
+    "loss.perception=sample loss.gamma_P=4 loss.gamma_R=4 loss.log_eps_R=null": "loss.gamma_R",
+    "loss.perception=sample loss.log_eps_P=null loss.log_eps_R=null": "loss.perception",
+    "loss.perception=clamp": "loss.perception",
+    "loss.log_eps_P=2": "loss.log_eps_P",
+    "loss.gamma=4": "loss",
+    "reference.sync_every=0": "reference.sync_every",
+    "reference.sync=4": "reference",
+    "sync_every=4": "sync_every",
+}
+
+
+def loss_and_reference(path: Path, words: str) -> tuple[torch.nn.Module, object]:
+    """What the recipe builds of the config with overrides, which come to it as torchtune's command line gives them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["recipe", "--config", str(path), *words.split()])
+        with pytest.raises(SystemExit) as exit:
+            config.parse(lambda cfg: cfg)()
+    cfg = exit.value.code
+    Settings.from_config(cfg)
+    return objective(path, cfg).loss, component(cfg, "reference")
+
+
+def method_table() -> list[tuple[str, str, str]]:
+    """Perception, sync interval and overrides of each run in the table of ablations of docs/method.md."""
+    section = (ROOT / "docs" / "method.md").read_text().partition("\n## Ablations\n")[2].partition("\n## ")[0]
+    _, _, *rows = (line.strip("|").split("|") for line in section.splitlines() if line.startswith("|"))
+    return [
+        (perception.strip(" `"), sync_every.strip(), words)
+        for _, perception, sync_every, overrides in rows
+        for words in re.findall(r"`([^`]+)`", overrides) or [""]
+    ]
+
+
+@every(TRAINING)
+@pytest.mark.parametrize("words", ABLATIONS, ids=lambda words: words.replace(" ", "-") or "humanline")
+def test_an_ablation_is_the_config_with_overrides(path, words):
+    perception, bounded, synced = ABLATIONS[words]
+    own = OmegaConf.load(path)
+    bounds, sync_every = (own.loss.log_eps_P, own.loss.log_eps_R), own.reference.sync_every
+    assert None not in (*bounds, sync_every)
+    loss, reference = loss_and_reference(path, words)
+    assert loss.perception == perception
+    assert loss.bounds == (bounds if bounded else (None, None))
+    assert reference.sync_every == (sync_every if synced else None)
+
+
+@every(LLAMA3_CONFIGS)
+@pytest.mark.parametrize("words", CONTRADICTIONS, ids=lambda words: words.replace(" ", "-"))
+def test_a_contradiction_is_an_error_that_names_the_key(path, words):
+    with pytest.raises(ConfigError, match=f"^{re.escape(CONTRADICTIONS[words])}: "):
+        loss_and_reference(path, words)
+
+
+@every(TRAINING)
+def test_the_overrides_in_the_method_s_table_do_what_it_says(path):
+    table = method_table()
+    assert {words for _, _, words in table} >= ABLATIONS.keys()
+    for perception, sync_every, words in table:
+        loss, reference = loss_and_reference(path, words)
+        assert loss.perception == perception
+        assert (reference.sync_every is None) == (sync_every == "null")
+
+
+# ---- llama3_8b_offline and its like for KTO and GRPO: the paper's setting
 
 KNOWN_SETTINGS = {
     "dataset.source": "princeton-nlp/llama3-ultrafeedback-armorm",
-    "dataset.split": "train[:10000]",
     "dataset.max_tokens": 1250,
     "dataset.max_prompt_tokens": 625,
     "epochs": 1,
-    "loss._component_": "humanline.losses.HumanlineDPOLoss",
     "loss.log_eps_P": -1.5,
     "loss.log_eps_R": 1.5,
     "reference.sync_every": 1,
@@ -400,20 +523,44 @@ KNOWN_SETTINGS = {
     "dtype": "bf16",
     "master_dtype": "fp32",
 }
+# 10k pairs; 20k examples, which are 4k groups of 5.
+OWN_SETTINGS = {
+    LLAMA3: {"loss._component_": "humanline.losses.HumanlineDPOLoss", "dataset.split": "train[:10000]"},
+    LLAMA3_KTO: {
+        "loss._component_": "humanline.losses.HumanlineKTOLoss",
+        "loss.desirable_weight": 1.1,
+        "dataset.split": "train[:4000]",
+    },
+    LLAMA3_GRPO: {"loss._component_": "humanline.losses.HumanlineGRPOLoss", "dataset.split": "train[:4000]"},
+}
 
 
-@pytest.mark.parametrize("key", KNOWN_SETTINGS)
-def test_llama3_8b_offline_has_the_paper_s_setting(key):
-    assert OmegaConf.select(OmegaConf.load(LLAMA3), key) == KNOWN_SETTINGS[key]
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_has_the_paper_s_setting(path):
+    cfg, known = OmegaConf.load(path), KNOWN_SETTINGS | OWN_SETTINGS[path]
+    assert {key: OmegaConf.select(cfg, key) for key in known} == known
 
 
-def test_llama3_8b_offline_takes_32_pairs_a_step_on_8_gpus():
-    cfg = OmegaConf.load(LLAMA3)
-    assert 8 * cfg.batch_size * cfg.gradient_accumulation_steps == 32
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_differs_between_objectives_in_data_batch_and_loss_only(path):
+    cfg, dpo = (OmegaConf.to_container(OmegaConf.load(it), resolve=False) for it in (path, LLAMA3))
+    own = {"output_dir", "dataset", "dataset_val", "batch_size", "loss", "rows_per_pass"}
+    assert {key for key in cfg | dpo if cfg.get(key) != dpo.get(key)} <= own
 
 
-def test_llama3_8b_offline_warms_up_over_a_tenth_of_its_steps():
-    cfg = OmegaConf.load(LLAMA3)
+# 32 pairs as in the paper; 80 responses for its 64, since whole groups of 5 on 8 GPUs make 40 or 80.
+GROUPS_A_STEP = {LLAMA3: 32, LLAMA3_KTO: 16, LLAMA3_GRPO: 16}
+
+
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_takes_the_groups_of_a_step_on_8_gpus(path):
+    cfg = OmegaConf.load(path)
+    assert 8 * cfg.batch_size * cfg.gradient_accumulation_steps == GROUPS_A_STEP[path]
+
+
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_warms_up_over_a_tenth_of_its_steps(path):
+    cfg = OmegaConf.load(path)
     optimizer = component(cfg, "optimizer", [torch.nn.Parameter(torch.zeros(1))])
     schedule = component(cfg, "lr_scheduler", optimizer, num_training_steps=300)
     rates = []
@@ -425,21 +572,31 @@ def test_llama3_8b_offline_warms_up_over_a_tenth_of_its_steps():
     assert set(rates[30:]) == {cfg.optimizer.lr}
 
 
-def test_llama3_8b_offline_holds_the_longest_pair_twice_in_one_pass(tmp_path):
-    cfg = here(LLAMA3, tmp_path)
-    pair = longest_pair(LLAMA3, "dataset", cfg, tmp_path)
-    assert [len(response) for response in pair.responses] == [1249, 1249]
-    assert len(pack([pair, pair], Settings.from_config(cfg).row_budget(torch.device("cpu")))) == 1
+# Responses of the longest group, and how often a pass holds it.
+LONGEST = {LLAMA3: (2, 2), LLAMA3_KTO: (5, 1), LLAMA3_GRPO: (5, 1)}
 
 
-def test_llama3_8b_offline_reads_the_hub_s_four_files():
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_needs_every_row_of_a_pass_for_the_longest_group_or_the_longest_pair_twice(path, tmp_path):
+    responses, times = LONGEST[path]
+    cfg = here(path, tmp_path)
+    longest, *_ = longest_groups(path, "dataset", cfg, tmp_path)
+    assert [len(response) for response in longest.responses] == [1249] * responses
+    budget = Settings.from_config(cfg).row_budget(torch.device("cpu"))
+    (rows,) = pack([longest] * times, budget)
+    assert len(rows) == budget.rows_per_pass
+
+
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_reads_the_hub_s_four_files(path):
     expected = [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
-    assert checkpoint_files(OmegaConf.load(LLAMA3)) == expected
+    assert checkpoint_files(OmegaConf.load(path)) == expected
 
 
-def test_llama3_8b_offline_says_how_to_download_the_model_and_what_memory_it_takes():
-    assert commands(LLAMA3, "tune download")[0][2] == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert stated_memory(LLAMA3)
+@every(LLAMA3_CONFIGS)
+def test_llama3_8b_offline_says_how_to_download_the_model_and_what_memory_it_takes(path):
+    assert commands(path, "tune download")[0][2] == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert stated_memory(path)
 
 
 # ---- llama3_8b_offline: the tokenizer, with Llama 3's real vocabulary

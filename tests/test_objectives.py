@@ -67,8 +67,22 @@ def test_kl_sequences_are_cut_as_the_dataset_s_own():
     (long_prompt, long_response), (short, _) = kl_pairs(groups, dataset)
     assert len(long_prompt) == 4 and list(long_response) == [4] * 6
     assert short == [3]
+
+
+prompts_and_responses = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=2, max_size=6)
+
+
+@given(prompts_and_responses, st.integers(10, 40), st.integers(2, 9))
+def test_no_kl_sequence_is_longer_than_the_longest_that_set_up_checks(lengths, max_tokens, max_prompt_tokens):
+    budget = TokenBudget(max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
+    groups = [budget.fit(Group([1] * prompt, ([2] * response,), labels=(True,))) for prompt, response in lengths]
+    dataset = GroupDataset(groups, budget=budget)
     (longest,) = KTO(HumanlineKTOLoss()).longest_kl_groups(dataset)
-    assert [len(longest.prompt), *map(len, longest.responses)] == [4, 6]
+    limit = len(longest.prompt) + len(longest.responses[0])
+    assert limit <= max_tokens
+    for first in groups:
+        for second in groups:
+            assert all(len(prompt) + len(response) <= limit for prompt, response in kl_pairs([first, second], dataset))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(16, 40))

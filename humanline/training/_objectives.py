@@ -204,9 +204,10 @@ class KTO(Objective):
         ]
 
     def longest_kl_groups(self, dataset: GroupDataset) -> list[Group]:
-        by_prompt = max(dataset.groups, key=lambda group: len(group.prompt))
+        # No sequence is longer than max_tokens, and a prompt that is a little shorter than the longest may stay whole.
+        group = max(dataset.groups, key=lambda group: len(group.prompt))
         longest = max((response for group in dataset.groups for response in group.responses), key=len)
-        return [dataset.budget.fit(Group(by_prompt.prompt, (longest,), id=by_prompt.id))]
+        return [Group(group.prompt, (longest[: dataset.budget.max_tokens - len(group.prompt)],), id=group.id)]
 
     def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
         return self.loss.kl_sum(*self._per_response(policy_logps, reference_logps, rows))
