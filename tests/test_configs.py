@@ -334,7 +334,7 @@ def longest_groups(path: Path, key: str, cfg: DictConfig, folder: Path) -> list[
     ]
     learner = objective(path, cfg)
     examples = learner.examples(GroupDataset(groups, budget=budget))
-    return [*examples, *learner.longest_kl_groups(examples)]
+    return [*examples, *filter(None, [learner.longest_kl_group(examples)])]
 
 
 @every_key(TRAINING_DATASETS)
@@ -356,7 +356,7 @@ def test_the_file_that_the_dataset_names_is_in_the_repository_fills_the_steps_an
         setting = Settings.from_config(cfg)
         step = setting.batch_size * setting.gradient_accumulation_steps
         assert len(found) >= step * (setting.max_steps_per_epoch or 1)
-        assert learner.concern(found) is None
+        assert learner.imbalance_warning(found) is None
 
 
 # ---- The header

@@ -77,8 +77,13 @@ def test_a_checkpoint_of_another_batch_is_refused(trajectory):
     run = trajectory(RUN)
     run.config["save_every_n_steps"] = 5
     assert_trained(run)
-    line = run.train("resume_from_checkpoint=latest", "batch_size=2")
-    assert "step_10 was written with groups a step 4, this run has 2" in line
+    for override, difference in (
+        ("batch_size=2", "groups a step 4, this run has 2"),
+        ("shuffle=True", "shuffle False, this run has True"),
+    ):
+        assert f"step_10 was written with {difference}" in run.train("resume_from_checkpoint=latest", override)
+    line = run.train("resume_from_checkpoint=latest", "batch_size=2", "gradient_accumulation_steps=2")
+    assert "step_10 was written with groups a microbatch 4, this run has 2" in line
 
 
 def test_the_final_weights_load_in_transformers_and_compute_the_same_function(trajectory):
@@ -263,7 +268,7 @@ MISTAKES = {
     "a negative rate": ({"optimizer.lr": -1.0}, "optimizer: Invalid learning rate: -1.0"),
     "fp16": ({"dtype": "fp16"}, "dtype: 'fp16' does not work: float16 has too narrow a range"),
     "negative sync_every": ({"reference.sync_every": -1}, "reference.sync_every: -1 is not a positive number"),
-    "bounds in the wrong order": ({"loss.log_eps_P": 2.0}, "loss.log_eps_P: 2.0 is not below log_eps_R"),
+    "a ratio for a bound": ({"loss.log_eps_P": 0.8}, "loss.log_eps_P: 0.8 is not a number of at most 0 nats"),
     "unknown key": ({"bach_size": 2}, "bach_size: is not a key of this recipe; did you mean batch_size?"),
     "unknown component argument": ({"loss.betta": 1.0}, "loss: humanline.losses.HumanlineDPOLoss does not take"),
     "unknown component": ({"loss._component_": "humanline.losses.Nope"}, "loss._component_: Error loading"),

@@ -1,5 +1,6 @@
 """What each objective learns from, derived from whatever groups there are: pairs, labels or scores."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ def as_pairs(dataset: GroupDataset) -> GroupDataset:
     Raises:
         DataError: if a group is neither scored nor a pair, or if no pair is left.
     """
-    return _derive(dataset, _pair, lambda group: group.is_pair, "without a best and a worst response")
+    remedy = "give scores that differ, or raise max_tokens where responses are cut to the same tokens"
+    return _derive(dataset, _pair, lambda group: group.is_pair, "without a best and a worst response", remedy)
 
 
 def as_labelled(dataset: GroupDataset) -> GroupDataset:
@@ -31,7 +33,8 @@ def as_labelled(dataset: GroupDataset) -> GroupDataset:
     Raises:
         DataError: if a group has neither labels nor scores and is no pair, or if no group is left.
     """
-    return _derive(dataset, _labelled, lambda group: group.labels is not None, "whose scores are all equal")
+    remedy = "give scores that differ within a group, or labels"
+    return _derive(dataset, _labelled, lambda group: group.labels is not None, "whose scores are all equal", remedy)
 
 
 def as_scored(dataset: GroupDataset) -> GroupDataset:
@@ -42,7 +45,8 @@ def as_scored(dataset: GroupDataset) -> GroupDataset:
     Raises:
         DataError: if a group has neither scores nor labels and is no pair, or if no group is left.
     """
-    return _derive(dataset, _scored, lambda _: False, "whose scores are all equal")
+    remedy = "GRPO compares several responses to a prompt in one group, whose scores differ (scored_groups)"
+    return _derive(dataset, _scored, lambda _: False, "whose scores are all equal", remedy)
 
 
 def best_and_worst(values: Sequence[float]) -> tuple[int, int] | None:
@@ -53,13 +57,17 @@ def best_and_worst(values: Sequence[float]) -> tuple[int, int] | None:
 
 
 def _derive(
-    dataset: GroupDataset, convert: Callable[[Group], Group | None], done: Callable[[Group], bool], why_dropped: str
+    dataset: GroupDataset,
+    convert: Callable[[Group], Group | None],
+    is_derived: Callable[[Group], bool],
+    why_dropped: str,
+    remedy: str,
 ) -> GroupDataset:
-    if all(map(done, dataset.groups)):
+    if all(map(is_derived, dataset.groups)):
         return dataset
     groups = [derived for group in dataset.groups if (derived := convert(group)) is not None]
     if not groups:
-        raise DataError(f"{dataset.name}: no group has a best and a worst response; give scores that differ")
+        raise DataError(f"{dataset.name}: no group has a best and a worst response; {remedy}")
     dropped = len(dataset.groups) - len(groups)
     return dataset.derived(groups, f"{dropped:,} groups {why_dropped} dropped" if dropped else None)
 
@@ -83,9 +91,8 @@ def _labelled(group: Group) -> Group | None:
     if best_and_worst(scores) is None:
         return None
     mean = sum(scores) / len(scores)
-    kept = [i for i, score in enumerate(scores) if score != mean]
-    responses = tuple(group.responses[i] for i in kept)
-    return Group(group.prompt, responses, labels=tuple(scores[i] > mean for i in kept), id=group.id)
+    kept = [i for i, score in enumerate(scores) if not math.isclose(score, mean, rel_tol=1e-9)]
+    return replace(group.part(kept), scores=None, labels=tuple(scores[i] > mean for i in kept))
 
 
 def _scored(group: Group) -> Group | None:

@@ -7,6 +7,7 @@ and models that sample are both sources of groups, so nothing downstream asks wh
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from humanline.errors import ConfigError, DataError
 
@@ -23,6 +24,8 @@ class Group:
             was cut. In a pair the chosen one stands first.
         scores (tuple[float, ...] | None): one a response, higher is better; None when nothing was scored.
         labels (tuple[bool, ...] | None): one a response, True when it is desirable; None when nothing was labelled.
+        advantages (tuple[float, ...] | None): one a response, its score beside those of the group; None until an
+            objective needs them.
         id (str): where the group comes from, for people, such as "pairs.jsonl line 7".
     """
 
@@ -31,6 +34,17 @@ class Group:
     scores: tuple[float, ...] | None = None
     labels: tuple[bool, ...] | None = None
     id: str = ""
+    advantages: tuple[float, ...] | None = None
+
+    def part(self, indices: Sequence[int]) -> "Group":
+        """The group with only some of its responses, and what belongs to them."""
+
+        def of(values: Any) -> Any:
+            return None if values is None else tuple(values[i] for i in indices)
+
+        return Group(
+            self.prompt, of(self.responses), of(self.scores), of(self.labels), self.id, advantages=of(self.advantages)
+        )
 
     @property
     def is_pair(self) -> bool:

@@ -81,7 +81,8 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         here = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in here.items() if isinstance(v, Tensor)}
+        ahead = device.type == "cuda"  # a copy to the host has to be complete when it is read
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def visible(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -135,10 +136,9 @@ def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
 
 
 def parts(group: Group, budget: RowBudget) -> list[Group]:
-    """Cuts a group into groups that each fit a row, for where its responses need not meet in one pass."""
-    if len(segments := split(0, group, budget)) == 1:
-        return [group]
-    return [Group(group.prompt, tuple(group.responses[i] for i in s.responses), id=group.id) for s in segments]
+    """Cuts a group into groups that each fit a row, for an objective whose responses need not meet in one pass."""
+    segments = split(0, group, budget)
+    return [group] if len(segments) == 1 else [group.part(segment.responses) for segment in segments]
 
 
 def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]]:

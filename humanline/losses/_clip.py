@@ -1,3 +1,6 @@
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,16 +48,21 @@ def unclamped(
     return inside.sum(), moved.sum()
 
 
+def check_number(key: str, value: object, holds: Callable[[float], bool], rule: str) -> None:
+    """Raises ConfigError, naming ``loss.key``, unless ``value`` is a finite number for which ``holds`` is true."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+        raise ConfigError(f"loss.{key}: {value!r} is not a number {rule}")
+
+
 def check_bounds(log_eps_P: float | None, log_eps_R: float | None) -> None:
-    """Raises ConfigError unless ``log_eps_P < log_eps_R`` (either may be None: that side never clips)."""
-    for key, bound in (("log_eps_P", log_eps_P), ("log_eps_R", log_eps_R)):
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or bound != bound):
-            raise ConfigError(f"loss.{key}: {bound!r} is not a number; give a bound in nats, or null for no bound")
-    if log_eps_P is not None and log_eps_R is not None and log_eps_P >= log_eps_R:
-        raise ConfigError(
-            f"loss.log_eps_P: {log_eps_P} is not below log_eps_R ({log_eps_R}); the paper's values are -1.5 and 1.5, "
-            "null never clips"
-        )
+    """Raises ConfigError unless ``log_eps_P <= 0 <= log_eps_R`` (either may be None: that side never clips)."""
+    logarithm = "they are logarithms, a ratio of 0.8 is -0.22; null gives no bound"
+    if log_eps_P is not None:
+        check_number("log_eps_P", log_eps_P, lambda bound: bound <= 0, f"of at most 0 nats ({logarithm})")
+    if log_eps_R is not None:
+        check_number("log_eps_R", log_eps_R, lambda bound: bound >= 0, f"of at least 0 nats ({logarithm})")
+    if log_eps_P == log_eps_R == 0:
+        raise ConfigError("loss.log_eps_P: 0 with log_eps_R: 0 clips everything; the paper's values are -1.5 and 1.5")
 
 
 def token_log_ratio(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from humanline.errors import ConfigError
-from humanline.losses._clip import token_log_ratio
+from humanline.losses._clip import check_number, token_log_ratio
 from humanline.losses._perceptual import PerceptualLoss
 
 
 class HumanlineDPOLoss(PerceptualLoss):
     """Direct Preference Optimization on perceived token log-ratios.
 
-    With ``l_t`` the token log-ratio of policy to reference and ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``, a
+    With ``l~_t`` the perceived token log-ratio of policy to reference, clipped to ``[log_eps_P, log_eps_R]``, a
     response's reward is ``r = beta * sum_t l~_t`` and a pair's loss ``-log sigmoid(r_chosen - r_rejected)``. Without
     bounds this is the DPO of https://arxiv.org/abs/2305.18290; with them, and a synced reference, the humanline DPO of
     https://arxiv.org/abs/2509.24207.
@@ -38,12 +37,11 @@ class HumanlineDPOLoss(PerceptualLoss):
         gamma_R: float | None = None,
     ) -> None:
         super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
-        if not beta > 0:
-            raise ConfigError(f"loss.beta: {beta} is not above 0; 0.1 is a common value")
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(
-                f"loss.label_smoothing: {label_smoothing} is outside [0, 0.5); 0 takes every label at its word"
-            )
+        check_number("beta", beta, lambda beta: beta > 0, "above 0; 0.1 is a common value")
+        check_number(
+            *("label_smoothing", label_smoothing, lambda smoothing: 0 <= smoothing < 0.5),
+            rule="in [0, 0.5); 0 takes every label at its word",
+        )
         self.beta = beta
         self.label_smoothing = label_smoothing
 

@@ -1,16 +1,19 @@
+import math
+
 import torch
 from torch import Tensor
 
 from humanline.errors import ConfigError
-from humanline.losses._clip import token_log_ratio
+from humanline.losses._clip import check_number, token_log_ratio
 from humanline.losses._perceptual import PerceptualLoss
 
 
 class HumanlineGRPOLoss(PerceptualLoss):
     """Group Relative Policy Optimization on perceived token log-ratios, against the synced reference.
 
-    With ``l_t`` the token log-ratio of policy to reference, ``l~_t`` its clip to ``[log_eps_P, log_eps_R]``,
-    ``ratio_t = exp(l~_t)`` and ``A`` the advantage of the response within its group, a token's loss is
+    With ``l_t`` the token log-ratio of policy to reference, ``l~_t`` as it is perceived, clipped to
+    ``[log_eps_P, log_eps_R]``, ``ratio_t = exp(l~_t)`` and ``A`` the advantage of the response within its group, a
+    token's loss is
 
         -min(A * ratio_t, A * clamp(ratio_t, 1 - epsilon_low, 1 + epsilon_high)) + beta * (exp(-l_t) + l_t - 1)
 
@@ -47,12 +50,9 @@ class HumanlineGRPOLoss(PerceptualLoss):
         gamma_R: float | None = None,
     ) -> None:
         super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
-        if not beta >= 0:
-            raise ConfigError(f"loss.beta: {beta} is below 0; 0.01 is a common value, 0 leaves the KL out")
-        if not 0 < epsilon_low < 1:
-            raise ConfigError(f"loss.epsilon_low: {epsilon_low} is outside (0, 1); 0.2 is a common value")
-        if not epsilon_high > 0:
-            raise ConfigError(f"loss.epsilon_high: {epsilon_high} is not above 0; 0.2 is a common value")
+        check_number("beta", beta, lambda beta: beta >= 0, "of at least 0; 0.01 is a common value, 0 leaves the KL out")
+        check_number("epsilon_low", epsilon_low, lambda eps: 0 < eps < 1, "in (0, 1); 0.2 is a common value")
+        check_number("epsilon_high", epsilon_high, lambda eps: eps > 0, "above 0; 0.2 is a common value")
         if aggregation not in ("token", "sequence", "dapo"):
             raise ConfigError(f"loss.aggregation: {aggregation!r} is unknown; choose token, sequence or dapo")
         self.beta = beta
@@ -84,10 +84,15 @@ class HumanlineGRPOLoss(PerceptualLoss):
             Tensor: the loss, float32 scalar.
         """
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
-        ratio = self.perceive(log_ratio, draws).exp()
+        perceived = self.perceive(log_ratio, draws)
         advantage = advantages[:, None]
-        nearby_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        losses = -torch.minimum(advantage * ratio, advantage * nearby_ratio)
+        # The minimum of the two products, taken before the exponential, which could overflow where it does not count.
+        log_nearby = torch.where(
+            advantage >= 0,
+            perceived.clamp(max=math.log1p(self.epsilon_high)),
+            perceived.clamp(min=math.log1p(-self.epsilon_low)),
+        )
+        losses = -advantage * log_nearby.exp()
         if self.beta:  # 0 times an overflowing KL would be NaN
             losses = losses + self.beta * ((-log_ratio).exp() + log_ratio - 1)
         losses = losses.where(mask, 0.0)
@@ -108,7 +113,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, eps: float = 0.01) -> Te
         eps (float): keeps groups of nearly equal scores from being blown up; in units of the scores.
 
     Returns:
-        Tensor: float32 ``[B]``; 0 throughout a group whose scores are all equal.
+        Tensor: float32 ``[B]``.
     """
     _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     scores = scores.double()  # scores may be large beside their differences

@@ -1,8 +1,7 @@
 import torch
 from torch import Tensor
 
-from humanline.errors import ConfigError
-from humanline.losses._clip import token_log_ratio
+from humanline.losses._clip import check_number, token_log_ratio
 from humanline.losses._perceptual import PerceptualLoss
 
 
@@ -44,11 +43,9 @@ class HumanlineKTOLoss(PerceptualLoss):
         gamma_R: float | None = None,
     ) -> None:
         super().__init__(log_eps_P, log_eps_R, perception, gamma_P, gamma_R)
-        weights = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-        for key, value in weights.items():
-            if not value > 0:
-                common = "0.1" if key == "beta" else "1"
-                raise ConfigError(f"loss.{key}: {value} is not above 0; {common} is a common value")
+        check_number("beta", beta, lambda beta: beta > 0, "above 0; 0.1 is a common value")
+        for key, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+            check_number(key, weight, lambda weight: weight > 0, "above 0; 1 is a common value")
         self.beta = beta
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight
@@ -84,7 +81,7 @@ class HumanlineKTOLoss(PerceptualLoss):
     def kl_baseline(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
         """``z0 = max(0, mean of sum_t l~_t)`` over the non-empty KL sequences of a microbatch; carries no gradient.
 
-        A KL sequence is the prompt of an example with the response of the next one.
+        A KL sequence is the prompt of an example with the response of another one, the next in the microbatch.
 
         Args:
             policy_kl_logps (Tensor): token log-probs of the KL sequences' responses under the policy, nats, ``[B, S]``.

@@ -1,9 +1,7 @@
-import math
-
 from torch import Tensor, nn
 
 from humanline.errors import ConfigError
-from humanline.losses._clip import check_bounds, humanline_clip
+from humanline.losses._clip import check_bounds, check_number, humanline_clip
 from humanline.perception import humanline_sample
 
 
@@ -47,11 +45,8 @@ class PerceptualLoss(nn.Module):
             )
         for side, bound, gamma in (("P", log_eps_P, gamma_P), ("R", log_eps_R, gamma_R)):
             if perception == "sample" and bound is not None:
-                if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
-                    raise ConfigError(
-                        f"loss.gamma_{side}: {gamma!r} is not a number above 0, which perception: sample needs beside "
-                        f"log_eps_{side}; the larger, the closer to clipping"
-                    )
+                rule = f"above 0, which sampling needs beside log_eps_{side}; the larger, the closer to clipping"
+                check_number(f"gamma_{side}", gamma, lambda gamma: gamma > 0, rule)
             elif gamma is not None:
                 idle = f"perception: {perception}" if perception != "sample" else f"log_eps_{side}: null"
                 raise ConfigError(f"loss.gamma_{side}: {gamma!r} means nothing with {idle}; remove one of the two")
@@ -68,6 +63,6 @@ class PerceptualLoss(nn.Module):
             log_ratio (Tensor): ``l_t``, ``[B, S]``.
             draws (Tensor | None): for ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
         """
-        if self.perception == "sample":
+        if self.perception == "sample" and log_ratio.requires_grad:  # it changes gradients only
             return humanline_sample(log_ratio, *self.bounds, self.gamma_P, self.gamma_R, draws)
         return humanline_clip(log_ratio, *self.bounds)

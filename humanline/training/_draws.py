@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -5,26 +7,26 @@ from torch import Tensor
 from humanline.data import Rows
 
 
-def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_group: int) -> Tensor:
+def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_responses: Sequence[int]) -> Tensor:
     """The uniforms of humanline sampling for a pass.
 
-    Every group has a generator of its own, seeded by the run's seed and the group's place in the run. So neither the
-    packing nor the number of ranks changes a draw, and a resumed run repeats what it would have drawn.
+    Every response has a generator of its own, seeded by the run's seed and the response's place in the run. So neither
+    the packing nor the number of ranks changes a draw, and a resumed run repeats what it would have drawn.
 
     Args:
         rows (Rows): the pass.
         seed (int): the run's seed.
         step (int): optimizer step.
         microbatch (int): index of the microbatch in the step.
-        first_group (int): where in the global microbatch this rank's slice starts.
+        first_responses (Sequence[int]): for each group that ``rows.indices`` counts, the place of its first response
+            among the responses of the global microbatch.
 
     Returns:
         Tensor: float32 ``[2, N]`` in [0, 1), for ``B_P`` and ``B_R``, on the CPU.
     """
     draws = [
-        np.random.default_rng((seed, step, microbatch, first_group + index)).random(
-            (2, sum(map(len, group.responses))), dtype=np.float32
-        )
+        np.random.default_rng((seed, step, microbatch, place)).random((2, len(response)), dtype=np.float32)
         for index, group in zip(rows.indices, rows.groups, strict=True)
+        for place, response in enumerate(group.responses, first_responses[index])
     ]
     return torch.from_numpy(np.concatenate(draws, axis=1))

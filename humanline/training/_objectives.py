@@ -1,7 +1,9 @@
 """What each objective makes of a batch: which groups it needs, which loss it has, what it logs."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +34,10 @@ class Objective(ABC):
     """
 
     loss_type: ClassVar[type[PerceptualLoss]]
+    whole_groups: ClassVar[bool] = False
+    """Whether the loss needs a group's responses in one pass."""
+    smallest_microbatch: ClassVar[int] = 1
+    """Groups, of all ranks."""
 
     def __init__(self, loss: Any) -> None:
         if not isinstance(loss, self.loss_type):
@@ -46,12 +52,12 @@ class Objective(ABC):
         """Derives from any dataset the groups that the objective learns from."""
 
     @abstractmethod
-    def count(self, groups: Sequence[Group]) -> int:
+    def num_terms(self, groups: Sequence[Group]) -> int:
         """How many things the groups' loss is a mean over."""
 
     def normalizers(self, batch: list[list[Group]]) -> list[int]:
         """What the loss of each microbatch of a batch is divided by: the batch's loss is the mean of theirs."""
-        return [self.count(microbatch) * len(batch) for microbatch in batch]
+        return [self.num_terms(microbatch) * len(batch) for microbatch in batch]
 
     @abstractmethod
     def __call__(
@@ -79,16 +85,24 @@ class Objective(ABC):
         """The KL sequences of a microbatch, in a group for each of its groups; none for most objectives."""
         return []
 
-    def longest_kl_groups(self, dataset: GroupDataset) -> list[Group]:
+    def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
         """A group as long as any that :meth:`kl_groups` can make."""
-        return []
+        return None
 
     def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
         """Sum and count of the KL sequences of a pass, ``[2]``."""
         raise NotImplementedError
 
-    def concern(self, dataset: GroupDataset) -> str | None:
-        """What to warn of before training on a dataset."""
+    def check_microbatch(self, groups: int, key: str) -> None:
+        """Raises ConfigError, naming ``key``, if a microbatch of so many groups is too small."""
+        if groups < self.smallest_microbatch:
+            raise ConfigError(
+                f"{key}: {groups} group in a microbatch is too few; {type(self).__name__} pairs each prompt with the "
+                "response to another one, so give 2 or more (gradient accumulation does not help)"
+            )
+
+    def imbalance_warning(self, dataset: GroupDataset) -> str | None:
+        """What to say of a dataset that leans to one side."""
         return None
 
     def _per_response(self, policy: Tensor, reference: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,11 +123,12 @@ class DPO(Objective):
     """Pairs: the chosen response of a group stands before the rejected one."""
 
     loss_type = HumanlineDPOLoss
+    whole_groups = True
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         return as_pairs(dataset)
 
-    def count(self, groups: Sequence[Group]) -> int:
+    def num_terms(self, groups: Sequence[Group]) -> int:
         return len(groups)
 
     def __call__(
@@ -151,11 +166,12 @@ class KTO(Objective):
     """Labelled responses: each is an example, those of one group share its prompt."""
 
     loss_type = HumanlineKTOLoss
+    smallest_microbatch = 2
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         return as_labelled(dataset)
 
-    def count(self, groups: Sequence[Group]) -> int:
+    def num_terms(self, groups: Sequence[Group]) -> int:
         return sum(len(group.responses) for group in groups)
 
     def __call__(
@@ -191,7 +207,7 @@ class KTO(Objective):
         """The prompt of each example with the response of the next one, the last with the first's.
 
         Examples are taken column by column: the first response of every group, then the second of every group that has
-        one, and so on, so that the next example has another prompt.
+        one, and so on. In groups of equal size the next example then always has another prompt.
         """
         width = max(len(group.responses) for group in microbatch)
         examples = [(g, i) for i in range(width) for g, group in enumerate(microbatch) if i < len(group.responses)]
@@ -203,18 +219,19 @@ class KTO(Objective):
             for group, ys in zip(microbatch, responses, strict=True)
         ]
 
-    def longest_kl_groups(self, dataset: GroupDataset) -> list[Group]:
+    def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
         # No sequence is longer than max_tokens, and a prompt that is a little shorter than the longest may stay whole.
         group = max(dataset.groups, key=lambda group: len(group.prompt))
         longest = max((response for group in dataset.groups for response in group.responses), key=len)
-        return [Group(group.prompt, (longest[: dataset.budget.max_tokens - len(group.prompt)],), id=group.id)]
+        response = longest[: dataset.budget.max_tokens - len(group.prompt)]
+        return Group(group.prompt, (response,), id=f"{group.id} with the longest response (a KL sequence of KTO)")
 
     def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
         return self.loss.kl_sum(*self._per_response(policy_logps, reference_logps, rows))
 
-    def concern(self, dataset: GroupDataset) -> str | None:
+    def imbalance_warning(self, dataset: GroupDataset) -> str | None:
         desirable = sum(sum(group.labels or ()) for group in dataset)
-        undesirable = self.count(dataset.groups) - desirable
+        undesirable = self.num_terms(dataset.groups) - desirable
         gains, losses = self.loss.desirable_weight * desirable, self.loss.undesirable_weight * undesirable
         if losses <= gains <= losses * 4 / 3:
             return None
@@ -224,7 +241,7 @@ class KTO(Objective):
         low = self.loss.undesirable_weight * undesirable / desirable
         return (
             f"loss.desirable_weight: {counts} weigh {gains / losses:.3g} to 1, which is outside [1, 4/3]; set it "
-            f"between {low:.3g} and {low * 4 / 3:.3g}"
+            f"between {math.ceil(low * 1e4) / 1e4} and {math.floor(low * 4e4 / 3) / 1e4}"
         )
 
 
@@ -234,16 +251,17 @@ class GRPO(Objective):
     loss_type = HumanlineGRPOLoss
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
-        return as_scored(dataset)
+        scored = as_scored(dataset)
+        return scored.derived([_with_advantages(group) for group in scored], None)
 
-    def count(self, groups: Sequence[Group]) -> int:
+    def num_terms(self, groups: Sequence[Group]) -> int:
         if self.loss.aggregation == "sequence":
             return sum(len(group.responses) for group in groups)
         return sum(len(response) for group in groups for response in group.responses)
 
     def normalizers(self, batch: list[list[Group]]) -> list[int]:
         if self.loss.aggregation == "dapo":
-            return [sum(map(self.count, batch))] * len(batch)
+            return [sum(map(self.num_terms, batch))] * len(batch)
         return super().normalizers(batch)
 
     def __call__(
@@ -257,19 +275,22 @@ class GRPO(Objective):
     ) -> tuple[Tensor, Metrics]:
         policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
         scores = [group.scores or () for group in rows.groups]
-        flat = torch.tensor([score for group in scores for score in group], dtype=torch.float64)
-        group_ids = torch.arange(len(scores)).repeat_interleave(torch.tensor([len(group) for group in scores]))
-        advantages = group_advantages(flat, group_ids).to(mask.device)
+        advantages = torch.tensor([a for group in rows.groups for a in group.advantages or ()], device=mask.device)
         noise = _draws_per_response(draws, rows)
         loss = self.loss(policy, reference, mask, advantages, noise, normalizer=1)
         with torch.no_grad():
             metrics: Metrics = {
-                "rewards/mean": (flat.sum(), len(flat)),
-                "advantages/abs": (advantages.abs().sum(), len(flat)),
+                "rewards/mean": (sum(map(sum, scores)), len(advantages)),
+                "advantages/abs": (advantages.abs().sum(), len(advantages)),
                 "log_probs/accuracies": _accuracy(policy, scores),
                 **self._reference_metrics(policy, reference, mask),
             }
         return loss, metrics
+
+
+def _with_advantages(group: Group) -> Group:
+    scores = torch.tensor(group.scores, dtype=torch.float64)
+    return replace(group, advantages=tuple(group_advantages(scores, torch.zeros(len(scores))).tolist()))
 
 
 def _draws_per_response(draws: Tensor | None, rows: Rows) -> Tensor | None:
@@ -280,7 +301,8 @@ def _draws_per_response(draws: Tensor | None, rows: Rows) -> Tensor | None:
 def _accuracy(policy: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
     """In how many groups the best response is likelier than the worst, and in how many there is a best and a worst.
 
-    ``policy`` has the token log-probs ``[B, S]`` of all the groups' responses, ``values`` says what each is worth.
+    ``policy`` has the token log-probs ``[B, S]`` of all the groups' responses, ``values`` says what each is worth. The
+    parts of a group that was cut count as groups.
     """
     best, worst, start = [], [], 0
     for group in values:

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -74,11 +75,13 @@ class HumanlineRecipe(FTRecipeInterface):
             seed=settings.seed,
             shuffle=settings.shuffle,
         )
-        self.first_group = self.rank * settings.batch_size
-        if self.rank == 0 and (concern := self.objective.concern(self.source.dataset)):
-            log.warning(concern)
+        self.objective.check_microbatch(settings.batch_size * self.world_size, "batch_size")
+        if self.rank == 0 and (warning := self.objective.imbalance_warning(self.source.dataset)):
+            log.warning(warning)
         held_out = component(cfg, "dataset_val", tokenizer)
         self.dataset_val = None if held_out is None else self._examples("dataset_val", held_out, shape)
+        if self.dataset_val is not None:
+            self.objective.check_microbatch(len(self.dataset_val), "dataset_val")
         self.steps_per_epoch = min(self.source.steps_per_epoch, settings.max_steps_per_epoch or sys.maxsize)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
@@ -93,6 +96,8 @@ class HumanlineRecipe(FTRecipeInterface):
             settings.output_dir,
             {
                 "groups a step": self.source.groups_per_step,
+                "groups a microbatch": settings.batch_size * self.world_size,
+                "shuffle": settings.shuffle,
                 "dataset": len(self.source.dataset),
                 "max_steps_per_epoch": self.steps_per_epoch,
                 "seed": settings.seed,
@@ -119,8 +124,9 @@ class HumanlineRecipe(FTRecipeInterface):
         """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
         dataset = self.objective.examples(dataset)
         vocabulary = shape.tok_embeddings.num_embeddings
-        for group in (*dataset, *self.objective.longest_kl_groups(dataset)):
-            pack([group], self.budget)
+        kl_group = self.objective.longest_kl_group(dataset)
+        for group in [*dataset, kl_group] if kl_group else dataset:
+            pack(self._cut([group]), self.budget)
             longest = len(group.prompt) + max(map(len, group.responses)) - 1
             if longest > shape.max_seq_len:
                 raise DataError(
@@ -195,10 +201,11 @@ class HumanlineRecipe(FTRecipeInterface):
                 batch = self.source.batch(self._source_step())
                 for index, normalizer in enumerate(self.objective.normalizers(batch)):
                     kl = self._kl_baseline(self._kl_passes(batch[index], self.source.dataset))
-                    for rows, weight, reference_logps in self._with_reference(self._share(batch[index])):
+                    draw = self._draws(batch[index], index)
+                    for rows, weight, reference_logps in self._with_reference(self._cut(self._share(batch[index]))):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
-                        draws = self._draws(rows, index)
+                        draws = draw(rows)
                         loss, metrics = self.objective(policy_logps, reference_logps, rows, draws=draws, kl=kl)
                         loss = loss * weight / normalizer  # its part of the loss of the global batch
                         (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
@@ -238,7 +245,14 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's groups of a global microbatch."""
-        return microbatch[self.first_group : self.first_group + self.settings.batch_size]
+        size = self.settings.batch_size
+        return microbatch[self.rank * size : (self.rank + 1) * size]
+
+    def _cut(self, groups: list[Group]) -> list[Group]:
+        """The groups, cut into parts of a row where the objective does not need them whole."""
+        if self.objective.whole_groups:
+            return groups
+        return [part for group in groups for part in parts(group, self.budget)]
 
     def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
@@ -257,7 +271,7 @@ class HumanlineRecipe(FTRecipeInterface):
         """The passes of this rank's KL sequences of a global microbatch, for the objective whose loss needs them."""
         groups = self._share(self.objective.kl_groups(microbatch, dataset))
         if groups:
-            yield from self._with_reference([part for group in groups for part in parts(group, self.budget)])
+            yield from self._with_reference(self._cut(groups))
 
     @torch.no_grad()
     def _kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
@@ -272,10 +286,14 @@ class HumanlineRecipe(FTRecipeInterface):
         dist.all_reduce(total)
         return self.objective.loss.baseline(total)
 
-    def _draws(self, rows: Rows, microbatch: int) -> Tensor | None:
+    def _draws(self, microbatch: list[Group], index: int) -> Callable[[Rows], Tensor | None]:
+        """Draws humanline sampling's uniforms for the passes of this rank's share of a global microbatch."""
         if self.objective.loss.perception != "sample":
-            return None
-        return uniform_draws(rows, self.settings.seed, self.step, microbatch, self.first_group).to(self.device)
+            return lambda rows: None
+        before = sum(len(group.responses) for group in microbatch[: self.rank * self.settings.batch_size])
+        sizes = (len(group.responses) for group in self._cut(self._share(microbatch)))
+        places = list(accumulate(sizes, initial=before))
+        return lambda rows: uniform_draws(rows, self.settings.seed, self.step, index, places).to(self.device)
 
     def _clip_gradients(self) -> float:
         limit = self.settings.clip_grad_norm
@@ -313,7 +331,7 @@ class HumanlineRecipe(FTRecipeInterface):
             kl_groups = self.objective.kl_groups(groups, self.dataset_val)
         self.val_passes, self.val_kl_passes = (
             [(rows.to(CPU), weight, log_probs(self.policy, rows).cpu()) for rows, weight in self._val_passes(passed)]
-            for passed in (groups, [part for group in kl_groups for part in parts(group, self.budget)])
+            for passed in (self._cut(groups), self._cut(kl_groups))
         )
 
     def _val_passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
@@ -337,7 +355,7 @@ class HumanlineRecipe(FTRecipeInterface):
             loss, metrics = self.objective(
                 log_probs(self.policy, rows), initial_logps.to(self.device), rows, draws=None, kl=kl
             )
-            metrics |= {"loss": (loss, self.objective.count(rows.groups))}
+            metrics |= {"loss": (loss, self.objective.num_terms(rows.groups))}
             sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
         means = {f"val/{name}": value for name, value in sums.means().items()}
         if self.metric_logger is not None:
