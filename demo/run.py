@@ -8,7 +8,8 @@
 3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or kto or grpo.
 4. Measures again, and prints both with 95% intervals, and some responses before and after.
 
-The training log, the samples and the aligned model (a Hugging Face folder) stay in outputs/smollm2_135m_humanline_dpo.
+The training log, the samples and the aligned model (a Hugging Face folder) stay in outputs/smollm2_135m_humanline_dpo
+(_kto, _grpo).
 """
 
 import argparse

@@ -8,8 +8,7 @@ the best and the worst of scored responses. What it leaves out on purpose: tenso
 
     tune run humanline_dpo_distributed --config humanline/llama3_8b_offline                     # every visible GPU
     tune run --nproc_per_node 8 recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml
-    tune run recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml loss.beta=0.05
-    reference.sync_every=4
+    tune run recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml reference.sync_every=4
 
 The step itself is in ``humanline.training.HumanlineRecipe.train``.
 """

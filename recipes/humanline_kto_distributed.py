@@ -10,8 +10,7 @@ step).
 
     tune run humanline_kto_distributed --config humanline/llama3_8b_offline_kto                 # every visible GPU
     tune run --nproc_per_node 8 recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml
-    tune run recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml loss.beta=0.05
-    reference.sync_every=4
+    tune run recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml reference.sync_every=4
 
 The step itself is in ``humanline.training.HumanlineRecipe.train``.
 """
