@@ -3,7 +3,7 @@
 # wheels in PIP_EXTRA_INDEX_URL saves most of that.
 
 PYTHON ?= python3
-# Of the demo: dpo, kto or grpo.
+# Of the demo: dpo, kto, grpo or dpo_lora.
 OBJECTIVE ?= dpo
 VENV := .venv
 BIN := $(VENV)/bin

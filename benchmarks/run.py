@@ -53,7 +53,7 @@ def humanline(steps: int) -> list[float]:
     from humanline.reference import ModelReference
     from humanline.training import DPO
     from humanline.training._launch import process_group
-    from humanline.training._model import sharded_model
+    from humanline.training._model import build_model
 
     device = torch.device("cpu")
     budget = RowBudget(tokens_per_row=1024, rows_per_pass=2)
@@ -63,7 +63,7 @@ def humanline(steps: int) -> list[float]:
         weights = smollm2_135m().state_dict()
 
         def model(dtype: torch.dtype, checkpointing: bool) -> torch.nn.Module:
-            return sharded_model(
+            return build_model(
                 smollm2_135m,
                 weights,
                 mesh=mesh,

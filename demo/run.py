@@ -1,7 +1,7 @@
-"""The demo: one run of humanline DPO, KTO or GRPO on a real model, measured before and after.
+"""The demo: one run of humanline DPO, KTO or GRPO on a real model, or DPO with LoRA, measured before and after.
 
     make demo                    # or, with the package installed: python demo/run.py
-    make demo OBJECTIVE=kto      # or grpo; python demo/run.py kto
+    make demo OBJECTIVE=kto      # or grpo, dpo_lora; python demo/run.py kto
 
 1. Fetches SmolLM2-135M-Instruct.
 2. Measures pass@1: one sampled response to each of 240 held-out sums.
@@ -56,7 +56,7 @@ def percent(successes: int, trials: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Aligns SmolLM2-135M-Instruct on sums and measures it.")
-    parser.add_argument("objective", choices=("dpo", "kto", "grpo"), default="dpo", nargs="?")
+    parser.add_argument("objective", choices=("dpo", "kto", "grpo", "dpo_lora"), default="dpo", nargs="?")
     objective = parser.parse_args().objective
     output = ROOT / "outputs" / f"smollm2_135m_humanline_{objective}"
     aligned = output / "epoch_0"
@@ -66,8 +66,9 @@ def main() -> None:
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
     before = sample(MODEL, "model.safetensors", output / "before.jsonl")
     trained = time.perf_counter()
-    recipe = f"recipes/humanline_{objective}_distributed"
-    call(TUNE, "run", recipe, "--config", f"configs/smollm2_135m_{objective}.yaml")
+    config = f"configs/smollm2_135m_{objective}.yaml"
+    recipe = (ROOT / config).read_text().split()[2].rstrip(",")  # the first line is "# recipe: NAME"
+    call(TUNE, "run", f"recipes/{recipe}", "--config", config)
     trained = time.perf_counter() - trained
     after = sample(aligned, "model-00001-of-00001.safetensors", output / "after.jsonl")
 

@@ -27,7 +27,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torchtune import config
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import config, training
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.data import Message
 from torchtune.models.llama3 import Llama3Tokenizer, llama3_tokenizer
@@ -36,6 +37,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from humanline.data import ChatTokenizer, Group, GroupDataset, pack
 from humanline.errors import ConfigError
+from humanline.models import freeze_base, trainable_parameters
 from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Objective, Settings, component
 from humanline.training._settings import DTYPES
 
@@ -51,6 +53,12 @@ LLAMA3_WHEEL_SHA256 = "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367
 # What the memory of a full training is said to be: weights, gradients and two moments, and the reference's copy.
 MEMORY = re.compile(
     r"([\d.]+e\d+) parameters x \((\d+) bytes [^+]+ \+ (\d+) bytes of reference\) = (\d+) GB, (\d+) GB a GPU on eight"
+)
+# And that of training an adapter, beside the frozen base.
+ADAPTER_MEMORY = re.compile(
+    r"base of ([\d.]+e\d+) parameters (?:in bf16|\(([\d.]+e\d+) of them in NF4 at ([\d.]+) bits, the rest in bf16\)), "
+    r"([\d.]+) GB, and adapter of ([\d.]+e\d+) parameters x \((\d+) bytes [^+]+ \+ (\d+) bytes of reference\), "
+    r"([\d.]+) GB: ([\d.]+) GB in all"
 )
 
 # The vocabulary of write_chat_tokenizer: single bytes.
@@ -107,10 +115,27 @@ def overrides(path: Path) -> list[str]:
     return re.findall(r"(?<!\S)[a-z_]\w*(?:\.\w+)*=\S+", header(path))
 
 
-def stated_memory(path: Path) -> tuple[str, ...] | None:
-    """What the header says: parameters, bytes of policy and reference for each, GB in all and on one of eight GPUs."""
-    found = MEMORY.search(" ".join(header(path).split()))
+def stated_memory(path: Path, statement: re.Pattern = MEMORY) -> tuple[str | None, ...] | None:
+    """What the header says: parameters, bytes of policy and reference for each, GB in all and on one of eight GPUs.
+
+    With an adapter: the base's parameters, those in NF4 with their bits, GB; the adapter's, and GB in all.
+    """
+    found = statement.search(" ".join(header(path).split()))
     return found and found.groups()
+
+
+def rounded(parameters: int) -> str:
+    return f"{parameters:.2e}".replace("e+0", "e")
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes, scales and codes of NF4 included."""
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if is_nf4(tensor) else [tensor]
+    return sum(part.numel() * part.itemsize for part in parts)
+
+
+def is_nf4(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, NF4Tensor)
 
 
 def recipe_names(path: Path) -> list[str]:
@@ -222,6 +247,7 @@ SHIPPED_DATASETS = [(path, key) for path, key in TRAINING_DATASETS if is_local(O
 WITH_CHECKPOINT = [path for path in CONFIGS if "checkpointer" in components(path)]
 WITH_DOWNLOAD = [path for path in WITH_CHECKPOINT if commands(path, "tune download")]
 WITH_MEMORY = [path for path in TRAINING if stated_memory(path)]
+WITH_ADAPTER = [path for path in TRAINING if components(path)["reference"] == "humanline.reference.AdapterReference"]
 
 
 # ---- The config and its recipe
@@ -421,8 +447,91 @@ def test_the_memory_that_the_header_states_is_that_of_the_model(path, tmp_path):
     parameters = sum(parameter.numel() for parameter in build_model(cfg).parameters())
     policy, reference = 4 * DTYPES[setting.master_dtype].itemsize, DTYPES[setting.dtype].itemsize
     total = parameters * (policy + reference) / 1e9
-    computed = (f"{parameters:.2e}".replace("e+0", "e"), policy, reference, f"{total:.0f}", f"{total / 8:.0f}")
+    computed = (rounded(parameters), policy, reference, f"{total:.0f}", f"{total / 8:.0f}")
     assert stated_memory(path) == tuple(map(str, computed))
+
+
+# ---- LoRA and QLoRA
+
+
+@every(WITH_ADAPTER)
+def test_the_memory_that_the_header_states_is_that_of_the_base_and_its_adapter(path, tmp_path):
+    cfg = here(path, tmp_path)
+    setting = Settings.from_config(cfg)
+    with training.set_default_dtype(DTYPES[setting.dtype]):
+        model = build_model(cfg)
+    freeze_base(model, DTYPES[setting.master_dtype])
+    base = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    quantized, nf4 = list(filter(is_nf4, base)), (None, None)
+    if quantized:
+        in_nf4 = sum(weight.numel() for weight in quantized)
+        nf4 = (rounded(in_nf4), f"{8 * sum(map(size, quantized)) / in_nf4:.3f}")
+    adapter = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    reference = DTYPES[setting.master_dtype].itemsize
+    gigabytes = sum(map(size, base)) / 1e9, adapter * 5 * reference / 1e9
+    assert stated_memory(path, ADAPTER_MEMORY) == (
+        rounded(sum(weight.numel() for weight in base)),
+        *nf4,
+        f"{gigabytes[0]:.2f}",
+        rounded(adapter),
+        str(4 * reference),
+        str(reference),
+        f"{gigabytes[1]:.2f}",
+        f"{sum(gigabytes):.2f}",
+    )
+
+
+def test_the_guide_has_the_memory_that_the_headers_state():
+    table = re.findall(r"\| `(\w+)` \|[^|]+\| ([\d.]+) \|", (ROOT / "docs" / "single_gpu.md").read_text())
+    for path in set(WITH_ADAPTER) & set(WITH_DOWNLOAD):
+        assert (path.stem, stated_memory(path, ADAPTER_MEMORY)[-1]) in table
+
+
+@every(WITH_ADAPTER)
+def test_an_adapter_trains_on_one_gpu_or_on_several_with_as_many_groups_a_step(path):
+    assert [recipe.sharded for recipe in recipe_classes(path)] == [False, True]
+    cfg = OmegaConf.load(path)
+    for words in commands(path, "tune run"):
+        processes = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 1
+        assert processes == 1 or "distributed" in words[words.index("--config") - 1]
+        override = OmegaConf.from_dotlist([word for word in words if "=" in word])
+        assert processes * override.get("batch_size", cfg.batch_size) == cfg.batch_size
+
+
+@every(WITH_ADAPTER)
+@pytest.mark.parametrize("name", ["kto", "grpo"])
+def test_the_comments_say_how_to_train_the_adapter_with_another_objective(path, name):
+    comments = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    recipe = f"humanline_{name}_single_device"
+    assert f"recipes/{recipe}" in comments
+    loss = recipe_class(recipe).objective_type.loss_type
+    key, value = re.search(rf"humanline\.losses\.{loss.__name__} \(\w+ (\w+): ([\d.]+)\)", comments).groups()
+    cfg = OmegaConf.load(path)
+    cfg.loss |= {"_component_": f"humanline.losses.{loss.__name__}", key: float(value)}
+    built = component(cfg, "loss")
+    assert type(built) is loss and getattr(built, key) == float(value)
+
+
+LLAMA3_LORA, LLAMA3_QLORA = (LLAMA3.with_stem(f"llama3_8b_{mode}") for mode in ("lora", "qlora"))
+QWEN_LORA, QWEN_QLORA = (LLAMA3.with_stem(f"qwen2_5_1_5b_{mode}") for mode in ("lora", "qlora"))
+OF_A_MODEL = {"output_dir", "model", "checkpointer", "tokenizer", "rows_per_pass"}
+OF_AN_ADAPTER = {"adapter", "save_adapter_weights_only", "batch_size", "loss", "reference", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "own"),
+    [
+        pytest.param(LLAMA3_LORA, LLAMA3_QLORA, {"output_dir", "model"}, id="llama3-lora-qlora"),
+        pytest.param(QWEN_LORA, QWEN_QLORA, {"output_dir", "model"}, id="qwen2_5-lora-qlora"),
+        pytest.param(LLAMA3_LORA, QWEN_LORA, OF_A_MODEL, id="lora-llama3-qwen2_5"),
+        pytest.param(
+            LLAMA3, LLAMA3_LORA, {"output_dir", "model", "rows_per_pass"} | OF_AN_ADAPTER, id="llama3-full-lora"
+        ),
+    ],
+)
+def test_two_configs_differ_in_nothing_but_their_model_and_what_trains_of_it(one, other, own):
+    one, other = (OmegaConf.to_container(OmegaConf.load(path), resolve=False) for path in (one, other))
+    assert {key for key in one | other if one.get(key) != other.get(key)} <= own
 
 
 # ---- Ablations by overrides alone

@@ -1,8 +1,31 @@
 """What torchtune's models lack: log-probs without logits, a check of checkpoints, and SmolLM2."""
 
+from humanline.models._adapter import (
+    adapter_modules,
+    check_adapter,
+    freeze_base,
+    initial_adapter,
+    merge_adapter,
+    trainable_parameters,
+)
 from humanline.models._load import check_architecture, load_decoder
 from humanline.models._log_probs import token_log_probs
-from humanline.models._policy import LogProbDecoder, log_probs
-from humanline.models._smollm2 import smollm2_135m
+from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
+from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
 
-__all__ = ["LogProbDecoder", "check_architecture", "load_decoder", "log_probs", "smollm2_135m", "token_log_probs"]
+__all__ = [
+    "LogProbDecoder",
+    "adapter_modules",
+    "check_adapter",
+    "check_architecture",
+    "fixed_log_probs",
+    "freeze_base",
+    "initial_adapter",
+    "load_decoder",
+    "log_probs",
+    "lora_smollm2_135m",
+    "merge_adapter",
+    "smollm2_135m",
+    "token_log_probs",
+    "trainable_parameters",
+]

@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor, nn
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
@@ -70,6 +71,17 @@ class LogProbDecoder(nn.Module):
 
 def _is_plain_linear(module: object) -> bool:
     return type(module) is nn.Linear and module.bias is None
+
+
+def fixed_log_probs(model: nn.Module, rows: Rows) -> Tensor:
+    """:func:`log_probs` without gradient and in evaluation mode, which turns dropout off."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return log_probs(model, rows)
+    finally:
+        model.train(was_training)
 
 
 def log_probs(model: nn.Module, rows: Rows) -> Tensor:

@@ -4,6 +4,9 @@ Every strategy has one interface: ``setup(policy, new_model)``, ``log_probs(rows
 a state for the checkpoint.
 """
 
+from humanline.reference._adapter_reference import AdapterReference
 from humanline.reference._model_reference import ModelReference
 
-__all__ = ["ModelReference"]
+Reference = AdapterReference | ModelReference
+
+__all__ = ["AdapterReference", "ModelReference", "Reference"]

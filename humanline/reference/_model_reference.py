@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
-from humanline.models import log_probs
+from humanline.models import fixed_log_probs, trainable_parameters
 
 
 class ModelReference:
@@ -28,13 +28,7 @@ class ModelReference:
     """
 
     def __init__(self, sync_every: int | None = 1) -> None:
-        if sync_every is not None and (
-            isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1
-        ):
-            raise ConfigError(
-                f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps; 1 to 4 suit "
-                "instruction following, null never syncs"
-            )
+        check_sync_every(sync_every)
         self.sync_every = sync_every
         self.last_sync = 0
 
@@ -44,10 +38,9 @@ class ModelReference:
         self.model = new_model().eval().requires_grad_(False)
         self._sync()
 
-    @torch.no_grad()
     def log_probs(self, rows: Rows) -> Tensor:
         """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
-        return log_probs(self.model, rows)
+        return fixed_log_probs(self.model, rows)
 
     def before_optimizer_step(self, step: int) -> None:
         """The sync hook: call it at every step (1-based), after gradient clipping and before ``optimizer.step()``."""
@@ -56,18 +49,37 @@ class ModelReference:
             self.last_sync = step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the reference's weights and the step of the last sync."""
-        return {"model": self.model.state_dict(), "last_sync": self.last_sync}
+        """What a checkpoint needs: the weights of the reference that a sync changes, and the step of the last sync."""
+        return {"model": self._weights(), "last_sync": self.last_sync}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        for name, tensor in self._weights().items():
+            local(tensor).copy_(local(state["model"][name]))
         self.last_sync = state["last_sync"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The reference's copies of what trains in the policy."""
+        weights = self.model.state_dict()
+        return {name: weights[name] for name in trainable_parameters(self.policy)}
 
     @torch.no_grad()
     def _sync(self) -> None:
-        for reference, policy in zip(self.model.parameters(), self.policy.parameters(), strict=True):
-            _local(reference).copy_(_local(policy))
+        weights = self._weights()
+        for name, parameter in trainable_parameters(self.policy).items():
+            local(weights[name]).copy_(local(parameter))
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def check_sync_every(sync_every: int | None) -> None:
+    """Raises ConfigError unless ``sync_every`` is a positive whole number or None."""
+    if sync_every is None:
+        return
+    if isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1:
+        raise ConfigError(
+            f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps; 1 to 4 suit "
+            "instruction following, null never syncs"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,12 +7,15 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from humanline.errors import ConfigError
-from humanline.reference import ModelReference
+from humanline.reference import Reference
+
+# The frozen base of an adapter is in the model's own checkpoint.
+ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class TrainingCheckpoint:
@@ -25,7 +28,7 @@ class TrainingCheckpoint:
         policy (nn.Module): the sharded policy.
         optimizer (Optimizer): its optimizer.
         lr_scheduler (LRScheduler | None): its schedule.
-        reference (ModelReference): the reference strategy.
+        reference (Reference): the reference strategy.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class TrainingCheckpoint:
         policy: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
-        reference: ModelReference,
+        reference: Reference,
     ) -> None:
         self.folder = Path(output_dir) / "checkpoints"
         self.position = position
@@ -90,7 +93,11 @@ class TrainingCheckpoint:
                     f"{here}; a step would be of other groups, so set it back or start anew"
                 )
         set_state_dict(
-            self.policy, self.optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"]
+            self.policy,
+            self.optimizer,
+            model_state_dict=state["policy"],
+            optim_state_dict=state["optimizer"],
+            options=ONLY_TRAINED,
         )
         self.reference.load_state_dict(state["reference"])
         if self.lr_scheduler is not None:
@@ -99,7 +106,7 @@ class TrainingCheckpoint:
         return int(state["step"])
 
     def _state(self, step: int) -> dict[str, Any]:
-        policy, optimizer = get_state_dict(self.policy, self.optimizer)
+        policy, optimizer = get_state_dict(self.policy, self.optimizer, options=ONLY_TRAINED)
         state = {
             "policy": policy,
             "optimizer": optimizer,

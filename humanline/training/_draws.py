@@ -7,6 +7,11 @@ from torch import Tensor
 from humanline.data import Rows
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of what a rank draws during an optimizer step, so that a resumed run draws the same."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_responses: Sequence[int]) -> Tensor:
     """The uniforms of humanline sampling for a pass.
 

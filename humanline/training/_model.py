@@ -1,53 +1,86 @@
-"""From a builder and a state dict to a sharded model that returns log-probs."""
+"""From a builder and a state dict to a model that returns log-probs, sharded over ranks or whole on one device."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 
-from humanline.models import LogProbDecoder
+from humanline.models import LogProbDecoder, adapter_modules, freeze_base
+from humanline.models._adapter import quantized_like
+from humanline.reference._model_reference import local
 
 
-def sharded_model(
+def build_model(
     build: Callable[[], TransformerDecoder],
     state_dict: dict[str, Tensor] | None,
     *,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     device: torch.device,
     param_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> LogProbDecoder:
-    """Builds a model on the meta device, shards it with FSDP2, and loads each rank's part of the weights.
+    """Builds a model on the meta device, places it, and loads the weights.
 
-    Parameters are kept in ``param_dtype`` and gathered in ``compute_dtype``; gradients are reduced in float32.
+    What trains is kept in ``param_dtype`` and computes in ``compute_dtype``; the frozen base of an adapter is kept in
+    ``compute_dtype`` (or in NF4, where its builder says so).
 
     Args:
         build (Callable[[], TransformerDecoder]): the builder.
-        state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, on every rank; None leaves the
-            shards uninitialised, for a model that is about to become a copy of another.
-        mesh (DeviceMesh): ranks to shard over.
+        state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, on every rank, the adapter's
+            among them; None leaves the parameters uninitialised, for a model that is about to become a copy of another.
+        mesh (DeviceMesh | None): ranks to shard over with FSDP2, whose gradients are reduced in float32; None keeps
+            the model whole, in plain tensors.
         device (torch.device): this rank's device.
-        param_dtype (torch.dtype): dtype of the shards.
+        param_dtype (torch.dtype): dtype of what trains.
         compute_dtype (torch.dtype): dtype of the forward and backward pass.
         activation_checkpointing (bool): recompute each layer in backward.
         compile (bool): compile each layer.
 
     Returns:
-        LogProbDecoder: the sharded model.
+        LogProbDecoder: the model.
     """
-    with training.set_default_dtype(param_dtype), torch.device("meta"):
+    with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
+    if adapter_modules(model):
+        freeze_base(model, param_dtype)
+    else:
+        model.to(param_dtype)
+        training.disable_dropout(model)
+    if mesh is None and param_dtype != compute_dtype:
+        _compute_in(model, compute_dtype)
     if compile:
         training.compile_model(model, verbose=False)
     if activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    if mesh is not None:
+        _shard(model, mesh, compute_dtype)
+    if state_dict is None:
+        model.to_empty(device=device)
+    with training.set_default_dtype(compute_dtype), device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its table is in no state dict
+                module.rope_init()  # type: ignore[operator]
+    if state_dict is not None and mesh is not None:
+        # A copy of the dict, since torchtune's main branch empties the one it is given.
+        training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
+    elif state_dict is not None:
+        _load(model, state_dict, device)
+    training.validate_no_params_on_meta_device(model)
+    return model
+
+
+def _shard(model: LogProbDecoder, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for name, module in reversed(list(model.named_modules())):
         if training.get_shard_conditions(name, module):
@@ -55,26 +88,74 @@ def sharded_model(
     # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which
     # would outlive the optimizer step or sync that changes their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    if state_dict is None:
-        model.to_empty(device=device)
-    with training.set_default_dtype(param_dtype), device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):  # its table is in no state dict
-                module.rope_init()  # type: ignore[operator]
-    if state_dict is not None:
-        # A copy of the dict, since torchtune's main branch empties the one it is given.
-        training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
-    training.validate_no_params_on_meta_device(model)
-    training.disable_dropout(model)
-    return model
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:
+    """Replaces parameters on the meta device by their weights, one at a time."""
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{prefix}.{leaf}".lstrip(".").replace("_checkpoint_wrapped_module.", "")
+            # What trains is this model's own; a frozen weight may be shared with another model of the same checkpoint.
+            weight = state_dict[name].to(device, parameter.dtype, copy=parameter.requires_grad)
+            stored = quantized_like(weight, parameter) if isinstance(parameter, NF4Tensor) else weight
+            setattr(module, leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
+
+
+def _compute_in(model: LogProbDecoder, dtype: torch.dtype) -> None:
+    """Makes the layers, and then the rest, compute in ``dtype`` with parameters that are kept in another one.
+
+    For the length of a forward pass each such parameter is replaced by a cast of it, as FSDP2 does it in gathering; a
+    layer that is recomputed in backward casts again.
+    """
+    for module in (*model.layers, model):
+        module.forward = _with_cast_parameters(module, module.forward, dtype)
+
+
+def _with_cast_parameters(root: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def cast_forward(*args: Any, **kwargs: Any) -> Any:
+        with _cast_parameters(root, dtype):
+            return forward(*args, **kwargs)
+
+    return cast_forward
+
+
+@contextmanager
+def _cast_parameters(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    skipped = set(root.layers.modules()) if isinstance(root, LogProbDecoder) else set()
+    replaced = []
+    for module in root.modules():
+        if module not in skipped:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype != dtype and parameter.is_floating_point():
+                    replaced.append((module, name, parameter))
+    for module, name, parameter in replaced:
+        module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    """Gathers the weights on the host of rank 0 (empty elsewhere), each in the dtype that it had in the checkpoint."""
+    """Gathers the weights that ``dtypes`` names on the host of rank 0 (empty elsewhere), each in the dtype it gives.
+
+    Weights in NF4 come back as what the model computes with.
+    """
     full = {}
-    for name, parameter in model.state_dict().items():
-        tensor = parameter.to(dtypes[name])
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    weights = model.state_dict()
+    for name, dtype in dtypes.items():
+        tensor = weights[name]
+        if isinstance(local(tensor), NF4Tensor):
+            tensor = _dequantized(tensor)
+        tensor = tensor.to(dtype)
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
             full[name] = tensor.cpu()
     return full
+
+
+def _dequantized(tensor: Tensor) -> Tensor:
+    weight: Tensor = local(tensor).get_original_weight()  # type: ignore[attr-defined]
+    return DTensor.from_local(weight, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else weight

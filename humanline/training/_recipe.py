@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +21,23 @@ from tqdm import tqdm
 
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack, parts
 from humanline.errors import ConfigError, DataError
-from humanline.models import LogProbDecoder, check_architecture, log_probs
+from humanline.models import (
+    LogProbDecoder,
+    adapter_modules,
+    check_adapter,
+    check_architecture,
+    fixed_log_probs,
+    initial_adapter,
+    log_probs,
+    merge_adapter,
+    trainable_parameters,
+)
+from humanline.training._adapter_files import read_adapter, write_adapter
 from humanline.training._checkpoint import TrainingCheckpoint
-from humanline.training._draws import uniform_draws
+from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
-from humanline.training._model import full_state_dict, sharded_model
+from humanline.training._model import build_model, full_state_dict
 from humanline.training._objectives import Objective
 from humanline.training._settings import DTYPES, Settings, component
 from humanline.training._stochastic_adamw import StochasticAdamW
@@ -49,6 +61,8 @@ class HumanlineRecipe(FTRecipeInterface):
     """
 
     objective_type: ClassVar[type[Objective]]
+    sharded: ClassVar[bool] = True
+    """FSDP2 over all ranks; otherwise one process with plain tensors."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.settings = Settings.from_config(cfg)
@@ -86,7 +100,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         self.policy = self._setup_models(cfg)
-        self.optimizer = component(cfg, "optimizer", self.policy.parameters())
+        self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
@@ -145,21 +159,26 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
         settings = self.settings
-        checkpointer, weights = read_weights(cfg)
-        self.checkpointer = checkpointer
+        self.checkpointer, weights = read_weights(cfg)
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-
-        def build() -> TransformerDecoder:
-            decoder = component(cfg, "model")
-            check_architecture(decoder, weights, cfg.checkpointer.checkpoint_dir)
-            return decoder
+        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
+            shape = LogProbDecoder(component(cfg, "model"))
+        check_adapter(shape)
+        has_adapter = bool(adapter_modules(shape))
+        if has_adapter:
+            if settings.adapter:
+                weights |= read_adapter(settings.adapter, shape, self.checkpointer)
+            else:
+                weights |= initial_adapter(shape, weights, settings.seed)
+        elif settings.adapter:
+            raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
+        check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
 
         def model(state_dict: dict[str, Tensor] | None, **kwargs: Any) -> LogProbDecoder:
-            return sharded_model(
-                build,
+            return build_model(
+                lambda: component(cfg, "model"),
                 state_dict,
-                mesh=mesh,
+                mesh=init_device_mesh(self.device.type, (self.world_size,)) if self.sharded else None,
                 device=self.device,
                 compute_dtype=DTYPES[settings.dtype],
                 compile=settings.compile,
@@ -172,9 +191,13 @@ class HumanlineRecipe(FTRecipeInterface):
             param_dtype=DTYPES[settings.master_dtype],
             activation_checkpointing=settings.enable_activation_checkpointing,
         )
-        self.reference.setup(policy, lambda: model(None, param_dtype=DTYPES[settings.dtype]))
+        # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
+        reference_weights = weights if has_adapter else None
+        self.reference.setup(policy, lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]))
         if self.rank == 0:
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
+            trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
+            log.info(f"{trained:,} parameters train")
         return policy
 
     def _warn_of_rounding(self) -> None:
@@ -198,6 +221,7 @@ class HumanlineRecipe(FTRecipeInterface):
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 self.step += 1
+                torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
                 batch = self.source.batch(self._source_step())
                 for index, normalizer in enumerate(self.objective.normalizers(batch)):
                     kl = self._kl_baseline(self._kl_passes(batch[index], self.source.dataset))
@@ -273,11 +297,10 @@ class HumanlineRecipe(FTRecipeInterface):
         if groups:
             yield from self._with_reference(self._cut(groups))
 
-    @torch.no_grad()
     def _kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
         """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none."""
         sums = [
-            weight * self.objective.kl_sum(log_probs(self.policy, rows), reference_logps, rows)
+            weight * self.objective.kl_sum(fixed_log_probs(self.policy, rows), reference_logps, rows)
             for rows, weight, reference_logps in passes
         ]
         if not sums:
@@ -318,7 +341,6 @@ class HumanlineRecipe(FTRecipeInterface):
 
     # ----------------------------------------------------------------------------------------- evaluation and saving
 
-    @torch.no_grad()
     def _take_initial_log_probs(self) -> None:
         """Lays out the held-out groups, with their log-probs under the policy that the run starts from.
 
@@ -330,7 +352,10 @@ class HumanlineRecipe(FTRecipeInterface):
             groups = list(self.dataset_val)
             kl_groups = self.objective.kl_groups(groups, self.dataset_val)
         self.val_passes, self.val_kl_passes = (
-            [(rows.to(CPU), weight, log_probs(self.policy, rows).cpu()) for rows, weight in self._val_passes(passed)]
+            [
+                (rows.to(CPU), weight, fixed_log_probs(self.policy, rows).cpu())
+                for rows, weight in self._val_passes(passed)
+            ]
             for passed in (self._cut(groups), self._cut(kl_groups))
         )
 
@@ -353,7 +378,7 @@ class HumanlineRecipe(FTRecipeInterface):
         for rows, weight, initial_logps in self.val_passes:
             rows = rows.to(self.device)
             loss, metrics = self.objective(
-                log_probs(self.policy, rows), initial_logps.to(self.device), rows, draws=None, kl=kl
+                fixed_log_probs(self.policy, rows), initial_logps.to(self.device), rows, draws=None, kl=kl
             )
             metrics |= {"loss": (loss, self.objective.num_terms(rows.groups))}
             sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
@@ -362,10 +387,24 @@ class HumanlineRecipe(FTRecipeInterface):
             self.metric_logger.log_dict(means, step=self.step)
 
     def save_checkpoint(self, epoch: int) -> None:
-        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes that they came in."""
-        weights = full_state_dict(self.policy, rank=self.rank, dtypes=self.weight_dtypes)
-        if self.rank == 0:
-            self.checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=epoch)
+        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes that they came in.
+
+        A model with an adapter writes it into ``output_dir/epoch_N/adapter``, and the folder of merged weights only if
+        ``save_adapter_weights_only`` is False.
+        """
+        folder = Path(self.settings.output_dir) / f"epoch_{epoch}"
+        layers = adapter_modules(self.policy)
+        if layers:
+            dtypes = dict.fromkeys(trainable_parameters(self.policy), torch.float32)
+            adapter = full_state_dict(self.policy, rank=self.rank, dtypes=dtypes)
+            if self.rank == 0:
+                write_adapter(folder / "adapter", adapter, self.policy, self.checkpointer)
+        if not layers or not self.settings.save_adapter_weights_only:
+            weights = full_state_dict(self.policy, rank=self.rank, dtypes=self.weight_dtypes)
+            if self.rank == 0:
+                if layers:
+                    merge_adapter(weights, adapter, layers)
+                self.checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=epoch)
         dist.barrier()
 
     def cleanup(self) -> None:
@@ -384,7 +423,10 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
     try:
         hide_known_warnings()
         settings = Settings.from_config(cfg)
-        start_on_every_device(settings.device, script)
+        if recipe_type.sharded:
+            start_on_every_device(settings.device, script)
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
         with process_group(settings.torch_device):
             recipe = recipe_type(cfg)
             recipe.setup(cfg)

@@ -36,6 +36,8 @@ SWITCHES = (
     "enable_activation_checkpointing",
     "enable_activation_offloading",
     "log_peak_memory_stats",
+    "save_adapter_weights_only",
+    "optimizer_in_bwd",
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "dataset", "loss", "reference", "optimizer", "metric_logger")
 
@@ -66,6 +68,12 @@ class Settings:
         enable_activation_offloading (bool): keep the checkpointed activations in host memory (CUDA only).
         log_every_n_steps (int): optimizer steps between two log entries.
         log_peak_memory_stats (bool): log the peak memory as well.
+        adapter (str | None): a LoRA adapter to go on from, a folder or file in torchtune's or PEFT's format; None
+            starts a new one. For models with an adapter.
+        save_adapter_weights_only (bool): at the end of an epoch write the adapter alone; False writes the weights with
+            the adapter merged into them as well, as an HF folder. For models with an adapter.
+        optimizer_in_bwd (bool): False only: the reference syncs between backward and the optimizer's step, which that
+            would merge.
         run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
         save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of
             an epoch.
@@ -92,6 +100,9 @@ class Settings:
     compile: bool = False
     enable_activation_checkpointing: bool = False
     enable_activation_offloading: bool = False
+    adapter: str | None = None
+    save_adapter_weights_only: bool = True
+    optimizer_in_bwd: bool = False
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
     run_val_every_n_steps: int | None = None
@@ -132,6 +143,12 @@ class Settings:
             "master_dtype",
             not (self.dtype == "fp32" and self.master_dtype == "bf16"),
             "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
+        )
+        self._check(
+            "optimizer_in_bwd",
+            not self.optimizer_in_bwd,
+            "the reference syncs after backward and before the optimizer's step, which it would merge into backward; "
+            "leave it out, and save memory by gradient accumulation or an 8-bit optimizer instead",
         )
         limit = self.clip_grad_norm
         above = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0

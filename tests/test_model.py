@@ -12,7 +12,7 @@ from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, log_probs
 from humanline.training._launch import process_group
-from humanline.training._model import sharded_model
+from humanline.training._model import build_model
 
 SHAPE = {
     "vocab_size": 64,
@@ -44,7 +44,7 @@ def weights():
 
 
 def sharded(weights, mesh, compute_dtype=torch.float32, **kwargs):
-    return sharded_model(
+    return build_model(
         build,
         weights,
         mesh=mesh,

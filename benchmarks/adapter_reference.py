@@ -1,0 +1,67 @@
+"""What the reference of a LoRA run costs: its memory beside the adapter's, and the time of a sync.
+
+    python benchmarks/adapter_reference.py
+
+SmolLM2-135M's shape with random weights, LoRA of rank 16 on every linear layer, on this machine's CPU or first GPU.
+Prints the bytes of the adapter, the bytes that setting up `AdapterReference` allocates, and the median time of a sync.
+"""
+
+import statistics
+import time
+
+import torch
+
+from humanline.models import initial_adapter, lora_smollm2_135m, trainable_parameters
+from humanline.reference import AdapterReference
+from humanline.training._model import build_model
+
+SYNCS = 50
+
+
+def build():
+    return lora_smollm2_135m(
+        lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        lora_rank=16,
+        lora_alpha=32,
+    )
+
+
+def allocated(device: torch.device, tensors: list[torch.Tensor]) -> int:
+    """Bytes that the allocator holds on a GPU; on a CPU, which does not count, those of the distinct storages."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        shape = build()
+    base = {name: torch.randn(p.shape) * 0.02 for name, p in shape.state_dict().items() if "lora" not in name}
+    weights = base | initial_adapter(shape, base, seed=0)
+    precision = {"param_dtype": torch.float32, "compute_dtype": torch.bfloat16}
+    policy = build_model(build, weights, mesh=None, device=device, **precision)
+    adapter = sum(parameter.nbytes for parameter in trainable_parameters(policy).values())
+
+    before = allocated(device, list(policy.parameters()))
+    reference = AdapterReference(sync_every=1)
+    reference.setup(policy, lambda: None)
+    extra = allocated(device, [*policy.parameters(), *reference.adapter.values()]) - before
+
+    seconds = []
+    for step in range(1, SYNCS + 1):
+        start = time.perf_counter()
+        reference.before_optimizer_step(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    print(f"{device}, torch {torch.__version__}")
+    print(f"adapter    {adapter / 1e6:8.2f} MB")
+    print(f"reference  {extra / 1e6:8.2f} MB, {extra / adapter:.3f} of the adapter")
+    median, largest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
+    print(f"sync       {median:8.2f} ms, median of {SYNCS} (largest {largest:.2f} ms)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""LoRA, QLoRA and DoRA: what trains in a torchtune model that has adapters, and what it starts from."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
+
+from humanline.errors import ConfigError
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by their names in the state dict: all of a model, or its adapter's."""
+    named = ((name.replace(_CHECKPOINT_PREFIX, ""), parameter) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def adapter_modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
+    """The linear layers with an adapter, by name; none in a model that trains as a whole."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | DoRALinear)}
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raises ConfigError for a layer whose adapter computes another function in torchtune than everywhere else."""
+    for name, module in adapter_modules(model).items():
+        if isinstance(module, DoRALinear) and module.bias is not None:
+            raise ConfigError(
+                f"model.use_dora: {name} has a bias, which torchtune's DoRA scales with the weight's magnitude, and "
+                "PEFT and the paper do not; set use_dora: False, or leave such layers out of model.lora_attn_modules"
+            )
+
+
+def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Leaves only the adapter trainable, in ``dtype``; does nothing to a model without one."""
+    adapter = {id(parameter) for parameter in get_adapter_params(model).values()}
+    if not adapter:
+        return
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            trains = id(parameter) in adapter
+            tensor = parameter.detach().to(dtype) if trains else parameter.detach()
+            setattr(module, name, nn.Parameter(tensor, requires_grad=trains))
+
+
+def initial_adapter(model: nn.Module, base: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """An adapter that leaves the base model's function as it is; the same on every rank.
+
+    ``lora_a`` is uniform in ``1 / sqrt(in_dim)`` and ``lora_b`` zero (https://arxiv.org/abs/2106.09685); DoRA's
+    magnitudes are the norms of the base weight's rows (https://arxiv.org/abs/2402.09353).
+
+    Args:
+        model (nn.Module): the model with adapters, which may be on the meta device.
+        base (Mapping[str, Tensor]): the base model's weights, in torchtune's names.
+        seed (int): seed of ``lora_a``.
+
+    Returns:
+        dict[str, Tensor]: float32, in torchtune's names.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for name, module in adapter_modules(model).items():
+        (rank, in_dim), out_dim = module.lora_a.weight.shape, module.lora_b.weight.shape[0]
+        bound = 1 / math.sqrt(in_dim)
+        adapter[f"{name}.lora_a.weight"] = torch.empty(rank, in_dim).uniform_(-bound, bound, generator=generator)
+        adapter[f"{name}.lora_b.weight"] = torch.zeros(out_dim, rank)
+        if isinstance(module, DoRALinear):
+            weight = base[f"{name}.weight"].to(module.weight.dtype)
+            adapter[f"{name}.magnitude"] = as_stored(weight, module.weight).float().norm(dim=1)
+    return adapter
+
+
+def as_stored(weight: Tensor, parameter: Tensor) -> Tensor:
+    """What a layer computes with when ``weight`` is kept as ``parameter`` is: rounded to NF4 where that one is."""
+    return quantized_like(weight, parameter).get_original_weight() if isinstance(parameter, NF4Tensor) else weight
+
+
+def quantized_like(weight: Tensor, parameter: NF4Tensor) -> NF4Tensor:
+    """``weight`` in NF4, in blocks of the size of ``parameter``'s."""
+    return to_nf4(weight, block_size=parameter.block_size, scaler_block_size=parameter.scaler_block_size)
+
+
+@torch.no_grad()
+def merge_adapter(
+    weights: dict[str, Tensor], adapter: Mapping[str, Tensor], layers: Mapping[str, LoRALinear | DoRALinear]
+) -> None:
+    """Adds an adapter to the base weights, in place: ``W + alpha / rank * B A``, with DoRA's rows scaled to magnitude.
+
+    Args:
+        weights (dict[str, Tensor]): the base weights, in torchtune's names, in any dtype.
+        adapter (Mapping[str, Tensor]): the adapter, float32.
+        layers (Mapping[str, LoRALinear | DoRALinear]): the layers with an adapter, by name.
+    """
+    for name, layer in layers.items():
+        name = name.replace(_CHECKPOINT_PREFIX, "")
+        base = weights[f"{name}.weight"]
+        scaling = layer.scaling if isinstance(layer, DoRALinear) else layer.alpha / layer.rank
+        merged = base.float() + scaling * adapter[f"{name}.lora_b.weight"] @ adapter[f"{name}.lora_a.weight"]
+        if isinstance(layer, DoRALinear):
+            merged *= (adapter[f"{name}.magnitude"] / merged.norm(dim=1))[:, None]
+        weights[f"{name}.weight"] = merged.to(base.dtype)

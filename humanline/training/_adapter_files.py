@@ -1,0 +1,185 @@
+"""Adapters as files, in torchtune's format and in PEFT's.
+
+torchtune's own export permutes the query and key rows of every model as it does Llama's, and leaves DoRA's magnitudes
+as they are; PEFT then computes another function for Qwen2.5, or with DoRA. Here an adapter's rows go wherever the rows
+of the base weight go: they are passed through the conversion of the checkpoint itself, as columns of that weight.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchtune.models import convert_weights
+from torchtune.models.qwen2 import _convert_weights as qwen2
+from torchtune.modules.peft import DoRALinear
+from torchtune.training import ModelType
+
+from humanline.errors import ConfigError
+from humanline.models import adapter_modules
+
+Weights = dict[str, Tensor]
+
+Convert = Callable[..., Weights]
+
+
+class Family(NamedTuple):
+    """How a family's weights are named and laid out in the Hugging Face format."""
+
+    to_hf: Convert
+    from_hf: Convert
+    names: dict[str, str]  # of HF -> torchtune's
+
+
+LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, convert_weights._FROM_HF)
+QWEN2 = Family(qwen2.qwen2_tune_to_hf, qwen2.qwen2_hf_to_tune, qwen2._FROM_HF)
+FAMILIES = {
+    ModelType.LLAMA2: LLAMA,
+    ModelType.LLAMA3: LLAMA,
+    ModelType.LLAMA3_2: LLAMA,
+    ModelType.MISTRAL: LLAMA,
+    ModelType.QWEN2: QWEN2,
+}
+TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
+PEFT_NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer: Any) -> None:
+    """Writes an adapter into ``folder`` in torchtune's format, and in PEFT's where the model's family is known.
+
+    Args:
+        folder (Path): where to.
+        adapter (Weights): the adapter, whole and on the host, in torchtune's names.
+        model (nn.Module): the model with the adapter, for its shape.
+        checkpointer (Any): torchtune's checkpointer of the base model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(adapter, folder / TORCHTUNE_FILE)
+    if (family := _family(checkpointer)) is None:
+        return
+    hf_names = {ours: theirs for theirs, ours in family.names.items()}
+    peft = {}
+    for name, tensor in adapter.items():
+        base, kind = _split(name, PEFT_NAMES)
+        layer = convert_weights.get_mapped_key(f"{base}.weight", hf_names).removesuffix(".weight")
+        # The rows of lora_a are of the rank, and stay where they are.
+        moved = tensor if kind == "lora_a.weight" else _moved(family.to_hf, f"{base}.weight", tensor, checkpointer)
+        peft[f"base_model.model.{layer}.{PEFT_NAMES[kind]}"] = moved.contiguous()
+    save_file(peft, folder / PEFT_FILE, metadata={"format": "pt"})
+    (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, peft, checkpointer), indent=2) + "\n")
+
+
+def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
+    """Reads an adapter from a folder or file, in torchtune's format or in PEFT's, in torchtune's names.
+
+    Args:
+        path (str): an ``adapter_model.pt``, or a folder that holds one or PEFT's two files.
+        model (nn.Module): the model that it is for.
+        checkpointer (Any): torchtune's checkpointer of the base model.
+
+    Raises:
+        ConfigError: if it cannot be read, or is of another rank, alpha or set of layers than the model's.
+    """
+    where = Path(path)
+    folder = where if where.is_dir() else where.parent
+    if (folder / PEFT_CONFIG).is_file() and (where.is_dir() or where.suffix == ".safetensors"):
+        adapter = _read_peft(folder, model, checkpointer)
+    else:
+        file = where / TORCHTUNE_FILE if where.is_dir() else where
+        if not file.is_file():
+            raise ConfigError(
+                f"adapter: {path} has no {TORCHTUNE_FILE} and no {PEFT_CONFIG}; give a folder with an adapter"
+            )
+        adapter = torch.load(file, map_location="cpu", weights_only=True)
+    _check_shapes(adapter, model, path)
+    return adapter
+
+
+def _read_peft(folder: Path, model: nn.Module, checkpointer: Any) -> Weights:
+    config = json.loads((folder / PEFT_CONFIG).read_text())
+    if (family := _family(checkpointer)) is None:
+        raise ConfigError(
+            f"adapter: {folder} is in PEFT's format, which is not known for checkpointer.model_type; give torchtune's"
+        )
+    for module in adapter_modules(model).values():
+        rank, alpha = _rank_and_alpha(module)
+        for key, theirs, ours in (("lora_rank", config["r"], rank), ("lora_alpha", config["lora_alpha"], alpha)):
+            if theirs != ours:
+                raise ConfigError(f"adapter: {folder} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
+    kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
+    adapter = {}
+    for name, tensor in load_file(folder / PEFT_FILE).items():
+        layer, kind = _split(name.removeprefix("base_model.model."), kinds)
+        base = convert_weights.get_mapped_key(f"{layer}.weight", family.names).removesuffix(".weight")
+        moved = tensor if kind == "lora_A.weight" else _moved(family.from_hf, f"{layer}.weight", tensor, checkpointer)
+        adapter[f"{base}.{kinds[kind]}"] = moved
+    return adapter
+
+
+def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
+    wanted = {
+        f"{prefix}.{name}": tuple(parameter.shape)
+        for prefix, module in adapter_modules(model).items()
+        for name, parameter in module.named_parameters()
+        if name in module.adapter_params()
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(
+                f"adapter: {path} is of another shape than model: {name} is {found.get(name, 'absent')} in the file "
+                f"and {wanted.get(name, 'absent')} in the model; let both have the same rank and layers"
+            )
+
+
+def _family(checkpointer: Any) -> Family | None:
+    return FAMILIES.get(getattr(checkpointer, "_model_type", None))
+
+
+def _moved(convert: Convert, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
+    """The adapter's tensor with its rows moved as ``convert`` moves those of the base weight ``name``."""
+    config = checkpointer._config
+    width = config["hidden_size"]
+    columns = tensor.view(len(tensor), -1)
+    (converted,) = convert(
+        {name: F.pad(columns, (0, width - columns.size(1)))},
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        dim=width,
+        head_dim=config.get("head_dim"),
+    ).values()
+    return converted[:, : columns.size(1)].reshape(tensor.shape)
+
+
+def _split(name: str, kinds: Iterable[str]) -> tuple[str, str]:
+    """``layers.0.attn.q_proj.lora_a.weight`` to ``layers.0.attn.q_proj`` and ``lora_a.weight``."""
+    for kind in kinds:
+        if name.endswith(f".{kind}"):
+            return name.removesuffix(f".{kind}"), kind
+    raise ConfigError(f"adapter: {name} is no weight of LoRA or DoRA; give an adapter of one of these")
+
+
+def _rank_and_alpha(module: nn.Module) -> tuple[int, float]:
+    if isinstance(module, DoRALinear):
+        return module.lora_a.out_features, module.scaling * module.lora_a.out_features
+    return module.rank, module.alpha  # type: ignore[return-value]
+
+
+def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str, Any]:
+    layers = adapter_modules(model)
+    rank, alpha = _rank_and_alpha(next(iter(layers.values())))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(checkpointer, "repo_id", None) or str(checkpointer._checkpoint_dir),
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft}),
+        "use_dora": any(isinstance(module, DoRALinear) for module in layers.values()),
+        "bias": "none",
+        "inference_mode": True,
+    }

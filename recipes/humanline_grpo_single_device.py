@@ -1,0 +1,36 @@
+"""Humanline GRPO on one GPU (or on a CPU): LoRA, QLoRA, DoRA or full fine-tuning.
+
+Trains an adapter, or all of a torchtune decoder, on groups of scored responses, with the token log-ratios clipped
+before the loss and a reference that follows the policy every ``sync_every`` optimizer steps
+(https://arxiv.org/abs/2509.24207). With ``AdapterReference`` the reference costs one more copy of the adapter. Tensors
+are plain, so that any optimizer works, bitsandbytes' 8-bit ones among them. What it leaves out on purpose: more than
+one process (the distributed recipe takes the same configs) and optimizer-in-backward (the reference has to sync between
+backward and the optimizer's step).
+
+    tune run recipes/humanline_grpo_single_device --config configs/CONFIG.yaml
+
+The step itself is in ``humanline.training.HumanlineRecipe.train``.
+"""
+
+import sys
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from humanline.training import GRPO, HumanlineRecipe, run
+
+
+class HumanlineGRPORecipeSingleDevice(HumanlineRecipe):
+    """Scored groups, GRPO on clipped log-ratios, a synced reference, one process with plain tensors."""
+
+    objective_type = GRPO
+    sharded = False
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    run(HumanlineGRPORecipeSingleDevice, cfg, script=__file__)
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
