@@ -5,7 +5,10 @@ import sys
 
 SCRIPT = """
 import os, sys
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:])
+
+arguments = " ".join(sys.argv[1:])
+rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+print(f"rank {rank} of {world_size} {arguments}\\n", end="")  # one write, whole among other ranks'
 """
 
 
