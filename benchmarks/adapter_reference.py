@@ -3,15 +3,18 @@
     python benchmarks/adapter_reference.py
 
 SmolLM2-135M's shape with random weights, LoRA of rank 16 on every linear layer, on this machine's CPU or first GPU.
-Prints the bytes of the adapter, the bytes that setting up `AdapterReference` allocates, and the median time of a sync.
+Prints the bytes of the adapter, the bytes that are there in addition once `AdapterReference` is set up, has given
+log-probs and has synced, and the median time of a sync.
 """
 
+import gc
 import statistics
 import time
 
 import torch
 
-from humanline.models import initial_adapter, lora_smollm2_135m, trainable_parameters
+from humanline.data import Group, RowBudget, lay_out, pack
+from humanline.models import fixed_log_probs, initial_adapter, lora_smollm2_135m, trainable_parameters
 from humanline.reference import AdapterReference
 from humanline.training._model import build_model
 
@@ -27,10 +30,12 @@ def build():
     )
 
 
-def allocated(device: torch.device, tensors: list[torch.Tensor]) -> int:
-    """Bytes that the allocator holds on a GPU; on a CPU, which does not count, those of the distinct storages."""
+def allocated(device: torch.device) -> int:
+    """Bytes that the allocator holds on a GPU; on a CPU, which does not count, those of all live tensors."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -44,10 +49,16 @@ def main() -> None:
     policy = build_model(build, weights, mesh=None, device=device, **precision)
     adapter = sum(parameter.nbytes for parameter in trainable_parameters(policy).values())
 
-    before = allocated(device, list(policy.parameters()))
+    groups = [Group(range(100, 140), (range(200, 260), range(300, 350)))]
+    budget = RowBudget(tokens_per_row=256)
+    rows = lay_out(groups, pack(groups, budget)[0], budget).to(device)
+    fixed_log_probs(policy, rows)
+    before = allocated(device)
     reference = AdapterReference(sync_every=1)
-    reference.setup(policy, lambda: None)
-    extra = allocated(device, [*policy.parameters(), *reference.adapter.values()]) - before
+    reference.setup(policy, None)
+    reference.log_probs(rows)
+    reference.before_optimizer_step(1)
+    extra = allocated(device) - before
 
     seconds = []
     for step in range(1, SYNCS + 1):

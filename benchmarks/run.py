@@ -2,17 +2,18 @@
 
     make bench          # python benchmarks/run.py --steps 5
 
-Both train the same 8 pairs a step with bf16 compute and activation checkpointing, each in a process of its own, so that
+All train the same 8 pairs a step with bf16 compute and activation checkpointing, each in a process of its own, so that
 the peak memory is its own. The pairs are random tokens with the lengths of real ones (AlpacaEval prompts with
 UltraFeedback-like responses, cut at 512 tokens: prompts of 66 tokens and responses of 278 on average), as speed does
 not depend on the words.
 
-- humanline: the recipe's own parts. Float32 master weights, rows with shared prompts, log-probs without logits, a
-reference synced every 4 steps.
+- window: the recipe's own parts. Float32 master weights, rows with shared prompts, log-probs without logits, and
+`WindowedReference`, synced at every step, so that each step does the same work.
+- second_model: the same with `ModelReference`.
 - torchtune: what `full_dpo_distributed` of torchtune 0.6.1 does in a step, on the CPU, where that recipe itself does
 not start. bf16 weights, chosen and rejected padded to the longest of the batch, full logits, a frozen second model.
 
-It prints seconds a step (median), peak resident memory, and the ratios.
+It prints seconds a step (median), peak resident memory, and what both are of torchtune's and of a second model's.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -44,13 +47,25 @@ def pairs(count: int) -> list[tuple[list[int], list[int], list[int]]]:
     return triples
 
 
-def humanline(steps: int) -> list[float]:
+def window(steps: int) -> list[float]:
+    from humanline.reference import WindowedReference
+
+    return humanline(steps, WindowedReference(sync_every=1))
+
+
+def second_model(steps: int) -> list[float]:
+    from humanline.reference import ModelReference
+
+    return humanline(steps, ModelReference(sync_every=1))
+
+
+def humanline(steps: int, reference: Any) -> list[float]:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from humanline.data import Group, RowBudget, lay_out, pack
+    from humanline.data import Group, RowBudget, Rows, lay_out, pack
     from humanline.losses import HumanlineDPOLoss
     from humanline.models import log_probs, smollm2_135m
-    from humanline.reference import ModelReference
+    from humanline.reference import Plan
     from humanline.training import DPO
     from humanline.training._launch import process_group
     from humanline.training._model import build_model
@@ -73,20 +88,29 @@ def humanline(steps: int) -> list[float]:
                 activation_checkpointing=checkpointing,
             )
 
-        policy, reference = model(torch.float32, True), ModelReference(sync_every=4)
-        reference.setup(policy, lambda: model(torch.bfloat16, False))
+        def passes(step: int) -> Iterator[Rows]:
+            microbatch = groups[(step - 1) * PAIRS : step * PAIRS]
+            return (lay_out(microbatch, planned, budget) for planned in pack(microbatch, budget))
+
+        policy = model(torch.float32, True)
+        plan = Plan(
+            new_model=lambda: model(torch.bfloat16, False),
+            passes=passes,
+            total_steps=steps,
+            resumes=False,
+            fingerprint=lambda: "",
+        )
+        reference.setup(policy, plan)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
         objective = DPO(HumanlineDPOLoss())
         seconds = []
-        for step in range(steps):
+        for step in range(1, steps + 1):
             start = time.perf_counter()
-            microbatch = groups[step * PAIRS : (step + 1) * PAIRS]
-            for planned in pack(microbatch, budget):
-                rows = lay_out(microbatch, planned, budget)
+            for rows in passes(step):
                 loss, _ = objective(log_probs(policy, rows), reference.log_probs(rows), rows)
                 (loss / PAIRS).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            reference.before_optimizer_step(step + 1)
+            reference.before_optimizer_step(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)
@@ -140,7 +164,7 @@ def torchtune(steps: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="steps after one that warms up")
-    parser.add_argument("--only", choices=("humanline", "torchtune"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("window", "second_model", "torchtune"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         seconds = globals()[arguments.only](arguments.steps + 1)[1:]
@@ -148,15 +172,18 @@ def main() -> None:
         print(json.dumps({"seconds": statistics.median(seconds), "peak_gb": peak}))
         return
     results = {}
-    for name in ("torchtune", "humanline"):
+    for name in ("torchtune", "second_model", "window"):
         command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         results[name] = json.loads(output.splitlines()[-1])
         print(
-            f"{name:10} {results[name]['seconds']:6.1f} s a step   {results[name]['peak_gb']:5.2f} GB peak", flush=True
+            f"{name:12} {results[name]['seconds']:6.1f} s a step   {results[name]['peak_gb']:5.2f} GB peak", flush=True
         )
-    ratios = {key: results["humanline"][key] / results["torchtune"][key] for key in ("seconds", "peak_gb")}
-    print(f"humanline / torchtune: {ratios['seconds']:.2f} of the time, {ratios['peak_gb']:.2f} of the memory")
+    ours = results["window"]
+    for name in ("torchtune", "second_model"):
+        ratios = {key: ours[key] / results[name][key] for key in ours}
+        print(f"window / {name}: {ratios['seconds']:.2f} of the time, {ratios['peak_gb']:.3f} of the memory")
+    print(f"second_model - window: {results['second_model']['peak_gb'] - ours['peak_gb']:.3f} GB")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 Trains an adapter, or all of a torchtune decoder, on preference pairs, with the token log-ratios clipped before the loss
 and a reference that follows the policy every ``sync_every`` optimizer steps (https://arxiv.org/abs/2509.24207). With
-``AdapterReference`` the reference costs one more copy of the adapter. Tensors are plain, so that any optimizer works,
-bitsandbytes' 8-bit ones among them. What it leaves out on purpose: more than one process (the distributed recipe takes
-the same configs) and optimizer-in-backward (the reference has to sync between backward and the optimizer's step).
+``AdapterReference`` the reference costs one more copy of the adapter. Tensors are plain, so optimizers that do not know
+DTensor work too (bitsandbytes' were not tried). What it leaves out on purpose: more than one process (the distributed
+recipe takes the same configs) and optimizer-in-backward (the reference has to sync between backward and the optimizer's
+step).
 
     tune run recipes/humanline_dpo_single_device --config configs/CONFIG.yaml
 

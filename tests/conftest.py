@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import settings
+from ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,6 +132,16 @@ class TrajectoryRun:
         recipe = str(self.recipe.relative_to(ROOT).with_suffix(""))
         command = [str(TUNE), "run", *torchrun, recipe, "--config", str(self._write_config()), *overrides]
         return run(command, cwd=ROOT, check=check)
+
+    def start(self, *overrides: str, nproc: int = 1, **environment: str) -> Ranks:
+        """Starts the recipe's file in ``nproc`` processes."""
+        arguments = ["--config", str(self._write_config()), *overrides]
+        return Ranks(self.recipe, arguments, nproc, self.folder / "output.txt", environment)
+
+    def train_on(self, nproc: int, *overrides: str, **environment: str) -> None:
+        """Runs the recipe's file in ``nproc`` processes to a good end."""
+        with self.start(*overrides, nproc=nproc, **environment) as ranks:
+            assert ranks.wait() == [0] * nproc, ranks.output()[-6000:]
 
     def _write_config(self) -> Path:
         path = self.folder / "config.yaml"

@@ -1,5 +1,6 @@
 """LoRA, QLoRA and DoRA through the recipes: one device and sharded, the adapter reference, and adapters as files."""
 
+import gc
 import json
 import shutil
 import sys
@@ -17,7 +18,8 @@ from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3 import llama3, lora_llama3
 
 from humanline.data import Group, RowBudget, lay_out, pack
-from humanline.models import LogProbDecoder, fixed_log_probs, initial_adapter, log_probs, trainable_parameters
+from humanline.errors import ConfigError
+from humanline.models import LogProbDecoder, check_adapter, fixed_log_probs, initial_adapter, trainable_parameters
 from humanline.reference import AdapterReference
 from humanline.training._model import build_model
 
@@ -103,10 +105,14 @@ def test_compiled_layers_change_no_loss_on_one_device(trajectory):
 
 
 def test_an_8_bit_optimizer_trains_an_adapter(trajectory):
-    run = with_lora(one_device(trajectory("dpo_7_k1")))
+    run = quantize(with_lora(one_device(trajectory("dpo_7_k1")), lora_rank=16))
     run.config["optimizer"] = {"_component_": "torchao.optim.AdamW8bit", "lr": 0.02}
-    losses = trained(run, "max_steps_per_epoch=4")
-    assert len(set(losses.values())) == 4
+    losses = trained(run, "save_every_n_steps=5")
+    assert len(set(losses.values())) == 12
+    size = sum(file.stat().st_size for file in (run.folder / "out" / "checkpoints" / "step_10").iterdir())
+    assert size < 131_072 * (4 + 4 + 2 * 3)  # weights, reference, and two moments, most of them of a byte
+    (run.folder / "logs" / "log.txt").unlink()
+    assert trained(run, "resume_from_checkpoint=latest") == {step: losses[step] for step in (11, 12)}
 
 
 # ---- The adapter reference
@@ -176,7 +182,7 @@ def nudge(model):
 def test_the_reference_is_the_adapter_of_the_last_sync_and_leaves_the_policy_alone():
     model = policy(lora_dropout=0.5)
     reference = AdapterReference(sync_every=2)
-    reference.setup(model, lambda: pytest.fail("an adapter reference needs no second model"))
+    reference.setup(model, None)
     start, before = fixed_log_probs(model, rows()), {k: v.clone() for k, v in model.state_dict().items()}
     assert torch.equal(reference.log_probs(rows()), start)  # dropout is off
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -190,26 +196,22 @@ def test_the_reference_is_the_adapter_of_the_last_sync_and_leaves_the_policy_alo
     assert not torch.equal(moved, start)
 
 
-def test_gradients_survive_the_reference_s_pass():
-    gradients = []
-    for with_reference in (False, True):
-        model = policy()
-        log_probs(model, rows()).sum().backward()
-        if with_reference:
-            reference = AdapterReference()
-            reference.setup(model, lambda: None)
-            nudge(model)
-            reference.log_probs(rows())
-        gradients.append([parameter.grad for parameter in trainable_parameters(model).values()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_the_reference_keeps_the_adapter_and_nothing_more():
-    model = policy()
-    reference = AdapterReference()
-    reference.setup(model, lambda: None)
+    model, batch = policy(), rows()
+    batch.attention_mask  # noqa: B018, rows keep it from the first pass on
     adapter = sum(parameter.nbytes for parameter in trainable_parameters(model).values())
-    assert sum(tensor.nbytes for tensor in reference.adapter.values()) == adapter
+    before = bytes_of_live_tensors()
+    reference = AdapterReference()
+    reference.setup(model, None)
+    reference.log_probs(batch)
+    reference.before_optimizer_step(1)
+    assert adapter <= bytes_of_live_tensors() - before <= 1.05 * adapter
+
+
+def bytes_of_live_tensors():
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def test_an_adapter_reference_of_a_model_without_adapter_is_refused(trajectory):
@@ -294,18 +296,19 @@ def test_a_qlora_base_is_kept_in_4_bits_and_trains(trajectory):
     name, adapter = "model.layers.0.mlp.up_proj.weight", adapter_of(run)
     base = to_nf4(before[name].bfloat16()).get_original_weight().float()
     delta = 2.0 * adapter["layers.0.mlp.w3.lora_b.weight"] @ adapter["layers.0.mlp.w3.lora_a.weight"]
-    torch.testing.assert_close(after[name].float(), base + delta, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(after[name], base + delta, atol=1e-5, rtol=0)
 
 
 def test_a_qlora_base_is_sharded_too(trajectory):
     run = quantize(with_lora(trajectory("dpo_7_k1")))
-    one = trained(one_device(run), "max_steps_per_epoch=4")
-    run.recipe = run.recipe.with_name("humanline_dpo_distributed.py")
+    one = trained(run, "max_steps_per_epoch=4")  # the distributed recipe in one process
     (run.folder / "logs" / "log.txt").unlink()
     run.config["batch_size"] //= 2
     run.tune("max_steps_per_epoch=4", "save_adapter_weights_only=False", nproc=2)
     assert run.log() == pytest.approx(one, abs=1e-5)
     assert (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").is_file()
+    with pytest.raises(ConfigError, match="do not divide into 3 parts of whole blocks of 16,384"):
+        check_adapter(policy(quantize_base=True), world_size=3)
 
 
 # ---- Adapters as files
@@ -388,12 +391,68 @@ def test_adapters_that_do_not_fit_are_refused_by_name(trajectory):
     folder = run.folder / "out" / "epoch_0" / "adapter"
     run.config["model"]["lora_rank"] = 8
     assert "has lora_rank 4, the model 8; set model.lora_rank: 4" in run.train(f"adapter={folder}")
+    (folder / "adapter_config.json").unlink()
     line = run.train(f"adapter={folder / 'adapter_model.pt'}")
     assert "is of another shape than model: layers.0.attn.q_proj.lora_a.weight is (4, 64) in the file" in line
     assert "nowhere has no adapter_model.pt" in run.train("adapter=nowhere")
     run.config["model"] = trajectory("dpo_8_k4").config["model"]
     run.config["reference"]["_component_"] = "humanline.reference.ModelReference"
     assert "adapter: the model has none; name a lora_" in run.train(f"adapter={folder}")
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_peft_adapters_that_are_another_function_are_refused(trajectory, change):
+    run = with_lora(one_device(trajectory("dpo_7_k1")))
+    trained(run, "max_steps_per_epoch=1")
+    folder = run.folder / "out" / "epoch_0" / "adapter"
+    (folder / "adapter_model.pt").unlink()
+    assert run.train(f"adapter={folder}", "max_steps_per_epoch=1") is None
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert f"adapter: {config} has {next(iter(change))}" in run.train(f"adapter={folder}")
+
+
+def test_of_a_folder_that_torchtune_wrote_its_own_file_is_read(trajectory):
+    run = one_device(trajectory("dpo_7_k1"))
+    qwen2_base(run)
+    with_lora(run, "torchtune.models.qwen2.lora_qwen2")
+    trained(run, "max_steps_per_epoch=2")
+    adapter = adapter_of(run)
+    theirs = run.config["checkpointer"] | {"output_dir": str(run.folder / "theirs")}
+    checkpointer = config.instantiate(OmegaConf.create(theirs))
+    checkpointer.load_checkpoint()
+    settings = {"r": 4, "lora_alpha": 8.0, "target_modules": LORA["lora_attn_modules"], "peft_type": "LORA"}
+    state = {"model": {}, "adapter": adapter, "adapter_config": settings}
+    checkpointer.save_checkpoint(state, epoch=0, adapter_only=True)
+    folder = run.folder / "theirs" / "epoch_0"
+    assert (folder / "adapter_model.safetensors").is_file()
+    run.config["optimizer"]["lr"] = 0.0
+    trained(run, f"adapter={folder}", "max_steps_per_epoch=1")
+    torch.testing.assert_close(adapter_of(run), adapter, atol=0, rtol=0)
+    run.config["model"]["lora_alpha"] = 16.0
+    assert "adapter_config.json has lora_alpha 8.0, the model 16.0" in run.train(f"adapter={folder}")
+
+
+def test_other_checkpointers_write_the_adapter_in_torchtune_s_format_alone(trajectory):
+    run = with_lora(one_device(trajectory("dpo_7_k1")))
+    weights = run.folder / "model" / "torchtune.pt"
+    checkpointer = run.config["checkpointer"] | {"output_dir": str(run.folder / "elsewhere")}
+    torch.save(config.instantiate(OmegaConf.create(checkpointer)).load_checkpoint()["model"], weights)
+    run.config["checkpointer"] |= {
+        "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
+        "checkpoint_files": [weights.name],
+    }
+    trained(run, "max_steps_per_epoch=1", "save_adapter_weights_only=False")
+    folder = run.folder / "out" / "epoch_0"
+    assert [path.name for path in (folder / "adapter").iterdir()] == ["adapter_model.pt"]
+
+
+def test_a_resumed_run_is_of_the_same_model(trajectory):
+    run = with_lora(one_device(trajectory("dpo_7_k1")))
+    trained(run, "save_every_n_steps=10")
+    assert "step_10 was written with model {" in run.train("resume_from_checkpoint=latest", "model.lora_alpha=800")
 
 
 def test_lora_on_the_output_layer_is_refused(trajectory):

@@ -23,9 +23,27 @@ def adapter_modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | DoRALinear)}
 
 
-def check_adapter(model: nn.Module) -> None:
-    """Raises ConfigError for a layer whose adapter computes another function in torchtune than everywhere else."""
+def has_quantized_base(model: nn.Module) -> bool:
+    """Whether layers of a model keep their base in NF4."""
+    return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
+
+
+def check_adapter(model: nn.Module, world_size: int) -> None:
+    """Checks the layers with an adapter.
+
+    Raises:
+        ConfigError: if one computes another function in torchtune than everywhere else, or its NF4 base does not
+            divide among ``world_size`` ranks.
+    """
     for name, module in adapter_modules(model).items():
+        weight = module.weight
+        if isinstance(weight, NF4Tensor) and world_size > 1:
+            block = weight.block_size * weight.scaler_block_size
+            if weight.shape[0] % world_size or weight.numel() % (block * world_size):
+                raise ConfigError(
+                    f"nproc_per_node: {name} has {weight.shape[0]} rows and {weight.numel():,} elements in NF4, which "
+                    f"do not divide into {world_size} parts of whole blocks of {block:,}; take another number"
+                )
         if isinstance(module, DoRALinear) and module.bias is not None:
             raise ConfigError(
                 f"model.use_dora: {name} has a bias, which torchtune's DoRA scales with the weight's magnitude, and "

@@ -3,6 +3,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
 
 from humanline.errors import ConfigError
 
@@ -13,14 +14,15 @@ def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], check
     """Compares names and shapes of a checkpoint's weights with those of a model, which may be on the meta device.
 
     Args:
-        model (nn.Module): the model that the weights are for.
+        model (nn.Module): the model that the weights are for; an adapter of its is left aside.
         state_dict (Mapping[str, Tensor]): the checkpoint, in torchtune's names.
         checkpoint_dir (str): where it came from, for the message.
 
     Raises:
         ConfigError: at the first difference.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapter = get_adapter_params(model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in adapter}
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     for name in wanted | found:
         if wanted.get(name) != found.get(name):

@@ -38,11 +38,11 @@ def lora_smollm2_135m(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
-    quantize_base: bool = False,
 ) -> TransformerDecoder:
     """Builder for SmolLM2-135M with LoRA, in the arguments of torchtune's own LoRA builders.
 
-    The output cannot have an adapter, since its weights are those of the embeddings.
+    The output cannot have an adapter, since its weights are those of the embeddings, and the base cannot be quantized:
+    attention's projections do not divide into blocks of NF4.
 
     Args:
         lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, of ``q_proj``, ``k_proj``,
@@ -52,7 +52,6 @@ def lora_smollm2_135m(
         lora_alpha (float): the update is scaled by ``lora_alpha / lora_rank``.
         lora_dropout (float): probability of dropping an input of the adapter in training.
         use_dora (bool): train each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353).
-        quantize_base (bool): keep the base of the layers with an adapter in NF4.
 
     Returns:
         TransformerDecoder: as :func:`smollm2_135m`, with adapters.
@@ -64,6 +63,5 @@ def lora_smollm2_135m(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
-        quantize_base=quantize_base,
         **SHAPE,
     )

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, fixed_log_probs, trainable_parameters
 from humanline.reference._model_reference import check_sync_every, local
+from humanline.reference._plan import Plan
 
 
 class AdapterReference:
@@ -19,7 +20,8 @@ class AdapterReference:
     :class:`ModelReference`) copies the adapter, in place.
 
     For its log-probs the two adapters change places for the length of one forward pass, in evaluation mode, so that
-    LoRA dropout is off.
+    LoRA dropout is off. That is before the policy's own forward pass, or after its backward: between the two autograd
+    would find its adapter changed.
 
     Args:
         sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
@@ -33,7 +35,7 @@ class AdapterReference:
         self.sync_every = sync_every
         self.last_sync = 0
 
-    def setup(self, policy: nn.Module, new_model: Callable[[], nn.Module]) -> None:
+    def setup(self, policy: nn.Module, plan: Plan) -> None:
         """Takes the policy's adapter as the reference's.
 
         Raises:

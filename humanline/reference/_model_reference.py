@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models import fixed_log_probs, trainable_parameters
+from humanline.reference._plan import Plan
 
 
 class ModelReference:
@@ -32,10 +32,10 @@ class ModelReference:
         self.sync_every = sync_every
         self.last_sync = 0
 
-    def setup(self, policy: nn.Module, new_model: Callable[[], nn.Module]) -> None:
-        """Builds the reference: ``new_model`` gives a model sharded like ``policy``, whose weights it then takes."""
+    def setup(self, policy: nn.Module, plan: Plan) -> None:
+        """Builds the reference: a model like the policy, whose weights it then takes."""
         self.policy = policy
-        self.model = new_model().eval().requires_grad_(False)
+        self.model = plan.new_model().eval().requires_grad_(False)
         self._sync()
 
     def log_probs(self, rows: Rows) -> Tensor:

@@ -45,11 +45,15 @@ FAMILIES = {
     ModelType.QWEN2: QWEN2,
 }
 TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
+# Of PEFT's config: what makes another function of the same weights, and the ways to begin that leave the base alone.
+OTHER_FUNCTIONS = ("use_rslora", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 PEFT_NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer: Any) -> None:
-    """Writes an adapter into ``folder`` in torchtune's format, and in PEFT's where the model's family is known.
+    """Writes an adapter into ``folder`` in torchtune's format, and in PEFT's if the base is a Hugging Face checkpoint
+    of a known family.
 
     Args:
         folder (Path): where to.
@@ -77,42 +81,68 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
     """Reads an adapter from a folder or file, in torchtune's format or in PEFT's, in torchtune's names.
 
     Args:
-        path (str): an ``adapter_model.pt``, or a folder that holds one or PEFT's two files.
+        path (str): an ``adapter_model.pt``, PEFT's ``adapter_model.safetensors``, or a folder that holds one of them.
         model (nn.Module): the model that it is for.
         checkpointer (Any): torchtune's checkpointer of the base model.
 
     Raises:
-        ConfigError: if it cannot be read, or is of another rank, alpha or set of layers than the model's.
+        ConfigError: if it cannot be read, is of another rank or set of layers than the model's, or of another alpha,
+            which only the ``adapter_config.json`` beside it can tell.
     """
     where = Path(path)
-    folder = where if where.is_dir() else where.parent
-    if (folder / PEFT_CONFIG).is_file() and (where.is_dir() or where.suffix == ".safetensors"):
-        adapter = _read_peft(folder, model, checkpointer)
-    else:
-        file = where / TORCHTUNE_FILE if where.is_dir() else where
-        if not file.is_file():
-            raise ConfigError(
-                f"adapter: {path} has no {TORCHTUNE_FILE} and no {PEFT_CONFIG}; give a folder with an adapter"
-            )
-        adapter = torch.load(file, map_location="cpu", weights_only=True)
+    # torchtune's file first: where torchtune itself wrote both formats, its PEFT file is another function for Qwen2.
+    candidates = [where / TORCHTUNE_FILE, where / PEFT_FILE] if where.is_dir() else [where]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise ConfigError(f"adapter: {path} has no {TORCHTUNE_FILE} and no {PEFT_FILE}; give a folder with an adapter")
+    try:
+        _check_config(file, model)
+        if file.suffix == ".safetensors":
+            adapter = _read_peft(file, checkpointer)
+        else:
+            adapter = torch.load(file, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file may hold that is no adapter
+        raise ConfigError(f"adapter: {file} cannot be read as an adapter: {' '.join(str(error).split())}") from error
     _check_shapes(adapter, model, path)
     return adapter
 
 
-def _read_peft(folder: Path, model: nn.Module, checkpointer: Any) -> Weights:
-    config = json.loads((folder / PEFT_CONFIG).read_text())
-    if (family := _family(checkpointer)) is None:
-        raise ConfigError(
-            f"adapter: {folder} is in PEFT's format, which is not known for checkpointer.model_type; give torchtune's"
-        )
+def _check_config(file: Path, model: nn.Module) -> None:
+    """Compares what ``adapter_config.json`` says, in both formats the same, with the model."""
+    path = file.with_name(PEFT_CONFIG)
+    if not path.is_file():
+        if file.suffix == ".safetensors":
+            raise ConfigError(f"adapter: {file} has no {PEFT_CONFIG} beside it; PEFT's format takes both")
+        return
+    config = json.loads(path.read_text())
     for module in adapter_modules(model).values():
         rank, alpha = _rank_and_alpha(module)
         for key, theirs, ours in (("lora_rank", config["r"], rank), ("lora_alpha", config["lora_alpha"], alpha)):
             if theirs != ours:
-                raise ConfigError(f"adapter: {folder} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
+                raise ConfigError(f"adapter: {path} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
+    for key in OTHER_FUNCTIONS:
+        if config.get(key):
+            raise ConfigError(
+                f"adapter: {path} has {key}, with which its weights are not those of a plain LoRA or DoRA"
+            )
+    if config.get("init_lora_weights", True) not in KEEP_THE_BASE:
+        raise ConfigError(
+            f"adapter: {path} has init_lora_weights {config['init_lora_weights']}, which changes the base as well; "
+            "convert it to a plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
+
+
+def _read_peft(file: Path, checkpointer: Any) -> Weights:
+    if (family := _family(checkpointer)) is None:
+        raise ConfigError(
+            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral or Qwen2 "
+            "in checkpointer; give torchtune's"
+        )
     kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
     adapter = {}
-    for name, tensor in load_file(folder / PEFT_FILE).items():
+    for name, tensor in load_file(file).items():
         layer, kind = _split(name.removeprefix("base_model.model."), kinds)
         base = convert_weights.get_mapped_key(f"{layer}.weight", family.names).removesuffix(".weight")
         moved = tensor if kind == "lora_A.weight" else _moved(family.from_hf, f"{layer}.weight", tensor, checkpointer)
@@ -137,7 +167,8 @@ def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
 
 
 def _family(checkpointer: Any) -> Family | None:
-    return FAMILIES.get(getattr(checkpointer, "_model_type", None))
+    is_hf = hasattr(checkpointer, "_config")
+    return FAMILIES.get(checkpointer._model_type) if is_hf else None
 
 
 def _moved(convert: Convert, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:

@@ -1,12 +1,15 @@
 """Checkpoints of a running training: every rank writes its shards, and a folder only gets its name once it is whole."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,9 +26,9 @@ class TrainingCheckpoint:
 
     Args:
         output_dir (str): the run's folder.
-        position (dict[str, int]): what a step number means in this run, by name; a run in which it means something
+        position (dict[str, Any]): what a step number means in this run, by name; a run in which it means something
             else cannot continue a checkpoint.
-        policy (nn.Module): the sharded policy.
+        policy (nn.Module): the policy.
         optimizer (Optimizer): its optimizer.
         lr_scheduler (LRScheduler | None): its schedule.
         reference (Reference): the reference strategy.
@@ -34,7 +37,7 @@ class TrainingCheckpoint:
     def __init__(
         self,
         output_dir: str,
-        position: dict[str, int],
+        position: dict[str, Any],
         policy: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
@@ -85,12 +88,14 @@ class TrainingCheckpoint:
         if not (path / ".metadata").is_file():
             raise ConfigError(f"resume_from_checkpoint: {path} is not a checkpoint folder (a folder named step_N)")
         state = self._state(0)
+        state["reference"] |= {"window": _window(path)}
         dcp.load(state, checkpoint_id=path)
+        position = json.loads(state["position"])
         for key, here in self.position.items():
-            if state["position"].get(key) != here:
+            if position.get(key) != here:
                 raise ConfigError(
-                    f"resume_from_checkpoint: {path} was written with {key} {state['position'].get(key)}, this run has "
-                    f"{here}; a step would be of other groups, so set it back or start anew"
+                    f"resume_from_checkpoint: {path} was written with {key} {position.get(key)}, this run has "
+                    f"{here}; that is another run, so set it back or start anew"
                 )
         set_state_dict(
             self.policy,
@@ -111,7 +116,7 @@ class TrainingCheckpoint:
             "policy": policy,
             "optimizer": optimizer,
             "reference": self.reference.state_dict(),
-            "position": dict(self.position),
+            "position": json.dumps(self.position),
             "step": step,
         }
         if self.lr_scheduler is not None:
@@ -122,3 +127,10 @@ class TrainingCheckpoint:
     def _steps(self) -> list[int]:
         names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
         return sorted(int(name) for name in names if name.isdigit())
+
+
+def _window(path: Path) -> dict[str, torch.Tensor]:
+    """Room for the windowed log-probs that a checkpoint holds; it knows which they are, and the run does not."""
+    prefix = "reference.window."
+    metadata: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name.removeprefix(prefix): torch.empty(m.size) for name, m in metadata.items() if name.startswith(prefix)}

@@ -104,8 +104,8 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device)
 def _compute_in(model: LogProbDecoder, dtype: torch.dtype) -> None:
     """Makes the layers, and then the rest, compute in ``dtype`` with parameters that are kept in another one.
 
-    For the length of a forward pass each such parameter is replaced by a cast of it, as FSDP2 does it in gathering; a
-    layer that is recomputed in backward casts again.
+    For the length of a forward pass each such parameter is replaced by a cast of it. A layer that is recomputed in
+    backward casts again; one that is not keeps its casts until then.
     """
     for module in (*model.layers, model):
         module.forward = _with_cast_parameters(module, module.forward, dtype)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune import training, utils
@@ -27,11 +27,13 @@ from humanline.models import (
     check_adapter,
     check_architecture,
     fixed_log_probs,
+    has_quantized_base,
     initial_adapter,
     log_probs,
     merge_adapter,
     trainable_parameters,
 )
+from humanline.reference import Plan
 from humanline.training._adapter_files import read_adapter, write_adapter
 from humanline.training._checkpoint import TrainingCheckpoint
 from humanline.training._draws import step_seed, uniform_draws
@@ -41,7 +43,7 @@ from humanline.training._model import build_model, full_state_dict
 from humanline.training._objectives import Objective
 from humanline.training._settings import DTYPES, Settings, component
 from humanline.training._stochastic_adamw import StochasticAdamW
-from humanline.training._weights import read_weights
+from humanline.training._weights import fingerprint, read_weights
 
 log = utils.get_logger("INFO")
 
@@ -49,7 +51,7 @@ CPU = torch.device("cpu")
 
 
 class HumanlineRecipe(FTRecipeInterface):
-    """Trains a policy on groups against a synced reference, sharded over all ranks.
+    """Trains a policy on groups against a synced reference.
 
     A recipe names its objective; everything else comes from the config.
 
@@ -115,6 +117,9 @@ class HumanlineRecipe(FTRecipeInterface):
                 "dataset": len(self.source.dataset),
                 "max_steps_per_epoch": self.steps_per_epoch,
                 "seed": settings.seed,
+                "reference": type(self.reference).__name__,
+                "sync_every": self.reference.sync_every,
+                "model": OmegaConf.to_container(cfg.model, resolve=True),
             },
             self.policy,
             self.optimizer,
@@ -163,7 +168,8 @@ class HumanlineRecipe(FTRecipeInterface):
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
-        check_adapter(shape)
+        check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
+        check_adapter(shape, self.world_size)
         has_adapter = bool(adapter_modules(shape))
         if has_adapter:
             if settings.adapter:
@@ -172,13 +178,14 @@ class HumanlineRecipe(FTRecipeInterface):
                 weights |= initial_adapter(shape, weights, settings.seed)
         elif settings.adapter:
             raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
-        check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
+        # FSDP2 on one rank gathers nothing, and torchao's NF4 fails in that; there is nothing to shard either.
+        sharded = self.sharded and (self.world_size > 1 or not has_quantized_base(shape))
 
         def model(state_dict: dict[str, Tensor] | None, **kwargs: Any) -> LogProbDecoder:
             return build_model(
                 lambda: component(cfg, "model"),
                 state_dict,
-                mesh=init_device_mesh(self.device.type, (self.world_size,)) if self.sharded else None,
+                mesh=init_device_mesh(self.device.type, (self.world_size,)) if sharded else None,
                 device=self.device,
                 compute_dtype=DTYPES[settings.dtype],
                 compile=settings.compile,
@@ -193,7 +200,14 @@ class HumanlineRecipe(FTRecipeInterface):
         )
         # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
         reference_weights = weights if has_adapter else None
-        self.reference.setup(policy, lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]))
+        plan = Plan(
+            new_model=lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]),
+            passes=self._reference_passes,
+            total_steps=self.total_steps,
+            resumes=bool(settings.resume_from_checkpoint),
+            fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
+        )
+        self.reference.setup(policy, plan)
         if self.rank == 0:
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
@@ -222,9 +236,9 @@ class HumanlineRecipe(FTRecipeInterface):
                 start = time.perf_counter()
                 self.step += 1
                 torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
-                batch = self.source.batch(self._source_step())
+                batch = self.source.batch(self._source_step(self.step))
                 for index, normalizer in enumerate(self.objective.normalizers(batch)):
-                    kl = self._kl_baseline(self._kl_passes(batch[index], self.source.dataset))
+                    kl = self._kl_baseline(self._with_reference(self._kl_share(batch[index])))
                     draw = self._draws(batch[index], index)
                     for rows, weight, reference_logps in self._with_reference(self._cut(self._share(batch[index]))):
                         with self.activations:
@@ -262,9 +276,9 @@ class HumanlineRecipe(FTRecipeInterface):
                     self.checkpoint.save(self.step)
         self.profiler.stop()
 
-    def _source_step(self) -> int:
+    def _source_step(self, step: int) -> int:
         """The step of the source: an epoch that ``max_steps_per_epoch`` ends early skips the rest of its groups."""
-        epoch, index = divmod(self.step - 1, self.steps_per_epoch)
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
         return epoch * self.source.steps_per_epoch + index + 1
 
     def _share(self, microbatch: list[Group]) -> list[Group]:
@@ -278,8 +292,14 @@ class HumanlineRecipe(FTRecipeInterface):
             return groups
         return [part for group in groups for part in parts(group, self.budget)]
 
+    def _kl_share(self, microbatch: list[Group]) -> list[Group]:
+        """This rank's KL sequences of a global microbatch; none for an objective without them."""
+        return self._cut(self._share(self.objective.kl_groups(microbatch, self.source.dataset)))
+
     def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
+        if not groups:  # on no rank
+            return
         planned = pack(groups, self.budget)
         most = torch.tensor(len(planned))
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -291,11 +311,11 @@ class HumanlineRecipe(FTRecipeInterface):
         for rows, weight in self._passes(groups):
             yield rows, weight, self.reference.log_probs(rows)
 
-    def _kl_passes(self, microbatch: list[Group], dataset: GroupDataset) -> Iterator[tuple[Rows, int, Tensor]]:
-        """The passes of this rank's KL sequences of a global microbatch, for the objective whose loss needs them."""
-        groups = self._share(self.objective.kl_groups(microbatch, dataset))
-        if groups:
-            yield from self._with_reference(self._cut(groups))
+    def _reference_passes(self, step: int) -> Iterator[Rows]:
+        """All passes of a step for which the loop asks the reference."""
+        for microbatch in self.source.batch(self._source_step(step)):
+            for groups in (self._kl_share(microbatch), self._cut(self._share(microbatch))):
+                yield from (rows for rows, _ in self._passes(groups))
 
     def _kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
         """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none."""

@@ -1,6 +1,9 @@
+import hashlib
 from typing import Any
 
-from omegaconf import DictConfig
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import training
 
@@ -30,3 +33,22 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
         raise ConfigError(
             f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
         ) from error
+
+
+def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
+    """A digest of weights and of the function that is made of them, the same on all ranks; a collective.
+
+    Args:
+        weights (dict[str, Tensor]): the full state dict.
+        model (DictConfig): the builder and its arguments.
+        dtype (str): what the model computes in.
+    """
+    digest = [""]
+    if dist.get_rank() == 0:
+        total = hashlib.blake2b(f"{OmegaConf.to_container(model)} {dtype}".encode(), digest_size=16)
+        for name in sorted(weights):
+            total.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
+            total.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest = [total.hexdigest()]
+    dist.broadcast_object_list(digest)
+    return digest[0]

@@ -1,0 +1,29 @@
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from humanline.data import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run has for its reference to set itself up with.
+
+    Attributes:
+        new_model (Callable[[], nn.Module]): builds a model like the policy, placed on devices like it; its trainable
+            weights are undefined.
+        passes (Callable[[int], Iterable[Rows]] | None): the passes for which this rank will ask the reference at an
+            optimizer step, given before the step; all ranks make the same number. None where the source has a step's
+            groups only when the step comes.
+        total_steps (int): optimizer steps of the whole run.
+        resumes (bool): whether a checkpoint is about to be loaded.
+        fingerprint (Callable[[], str]): a digest of the weights that the run starts from and of the function that they
+            make; all ranks call it together.
+    """
+
+    new_model: Callable[[], nn.Module]
+    passes: Callable[[int], Iterable[Rows]] | None
+    total_steps: int
+    resumes: bool
+    fingerprint: Callable[[], str]

@@ -1,0 +1,169 @@
+import logging
+import os
+import uuid
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from humanline.data import Group, Rows
+from humanline.errors import ConfigError
+from humanline.models import fixed_log_probs
+from humanline.reference._model_reference import check_sync_every
+from humanline.reference._plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class WindowedReference:
+    """The reference without a model: at a sync the policy *is* the reference, so its log-probs are taken right then.
+
+    At a sync (timing as in :class:`ModelReference`), in passes without gradient and in evaluation mode, the policy
+    gives the log-probs of every response that the steps up to the next sync will ask for. They are kept on the host, 4
+    bytes a token. The first window is taken from the weights that the run starts from.
+
+    A response's log-probs are a function of its prompt and itself, so they are kept under a digest of the two:
+    whatever asks for them, in whatever order and packing, finds them, and none are taken twice.
+
+    With ``sync_every: null`` the one window is the whole run. It is also kept on disk, under a fingerprint of the
+    model, and later runs from the same weights take from there what they need, whatever their data and tokenizer.
+
+    Args:
+        sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
+        cache_dir (str | None): where the log-probs of frozen references are kept on disk; None is
+            ``$XDG_CACHE_HOME/humanline`` or ``~/.cache/humanline``.
+
+    Raises:
+        ConfigError: if ``sync_every`` is not a positive whole number or None.
+    """
+
+    def __init__(self, sync_every: int | None = 1, cache_dir: str | None = None) -> None:
+        check_sync_every(sync_every)
+        self.sync_every = sync_every
+        self.cache_dir = Path(
+            cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "humanline"
+        ).expanduser()
+        self.last_sync = 0
+        self.window: dict[str, Tensor] = {}
+        self.fingerprint = ""
+
+    def setup(self, policy: nn.Module, plan: Plan) -> None:
+        """Takes the first window.
+
+        Raises:
+            ConfigError: if the source samples groups after the sync whose reference they belong to.
+        """
+        if plan.passes is None:
+            raise ConfigError(
+                "reference._component_: WindowedReference takes log-probs at a sync for all steps up to the next, and "
+                "this source samples their groups later; take humanline.reference.ModelReference, or AdapterReference "
+                "for a model with an adapter"
+            )
+        self.policy = policy
+        self.passes: Callable[[int], Iterable[Rows]] = plan.passes
+        self.total_steps = plan.total_steps
+        if self.sync_every is None:
+            self.fingerprint = plan.fingerprint()
+            self._take_all(self.cache_dir / self.fingerprint)
+        elif not plan.resumes:
+            self._take(range(1, self.sync_every + 1))
+
+    def log_probs(self, rows: Rows) -> Tensor:
+        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
+        return torch.cat([self.window[key] for key in _keys(rows.groups)]).to(rows.targets.device)
+
+    def before_optimizer_step(self, step: int) -> None:
+        """The sync hook: call it at every step (1-based), after gradient clipping and before ``optimizer.step()``."""
+        if self.sync_every is not None and step % self.sync_every == 0:
+            self.window.clear()
+            self._take(range(step + 1, step + self.sync_every + 1))
+            self.last_sync = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: the window (of a frozen reference only whose it is), and the step of the last sync.
+
+        Every rank gives its own part of the window.
+        """
+        window = {} if self.sync_every is None else dict(self.window)
+        return {"window": window, "last_sync": self.last_sync, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ConfigError: if a frozen reference was of other weights.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                "resume_from_checkpoint: its frozen reference was of other weights than checkpointer and model give; "
+                "point them to what that run started from"
+            )
+        if self.sync_every is not None:
+            self.window = dict(state.get("window", {}))
+        self.last_sync = state["last_sync"]
+
+    def _take(self, steps: Iterable[int]) -> None:
+        """Adds to the window what the steps will ask for and it does not have."""
+        for step in steps:
+            if step > self.total_steps:
+                return
+            for rows in self.passes(step):
+                keys = list(_keys(rows.groups))
+                if _on_any_rank(not self.window.keys() >= set(keys)):
+                    log_probs = fixed_log_probs(self.policy, rows).cpu()
+                    each = log_probs.split(rows.mask.sum(1).tolist())
+                    self.window |= {key: mine.clone() for key, mine in zip(keys, each, strict=True)}
+
+    def _take_all(self, cache: Path) -> None:
+        self.window |= _read(cache)
+        known = set(self.window)
+        steps = range(1, self.total_steps + 1)
+        self._take(tqdm(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False))
+        if new := {key: log_probs for key, log_probs in self.window.items() if key not in known}:
+            _write(cache, new)
+
+
+def _keys(groups: Sequence[Group]) -> Iterator[str]:
+    """A digest for each response of the groups, of its prompt and itself."""
+    for group in groups:
+        prompt = blake2b(len(group.prompt).to_bytes(4, "little"), digest_size=16)
+        prompt.update(array("i", group.prompt))
+        for response in group.responses:
+            key = prompt.copy()
+            key.update(array("i", response))
+            yield key.hexdigest()
+
+
+def _on_any_rank(here: bool) -> bool:
+    flag = torch.tensor(here, dtype=torch.int32)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """All log-probs in a folder; a file that cannot be read is as good as none."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            log.warning(f"{file}: {error}; its log-probs are taken anew")
+    return found
+
+
+def _write(folder: Path, log_probs: dict[str, Tensor]) -> None:
+    """Adds log-probs to a folder. Runs and ranks do not get into each other's way: each write is a file of its own."""
+    file = folder / uuid.uuid4().hex
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(log_probs, file.with_suffix(".partial"))
+        file.with_suffix(".partial").rename(file.with_suffix(".safetensors"))
+    except (OSError, SafetensorError) as error:
+        log.warning(f"{folder}: {error}; the next run will take the reference's log-probs anew")
