@@ -13,7 +13,8 @@ not depend on the words.
 - torchtune: what `full_dpo_distributed` of torchtune 0.6.1 does in a step, on the CPU, where that recipe itself does
 not start. bf16 weights, chosen and rejected padded to the longest of the batch, full logits, a frozen second model.
 
-It prints seconds a step (median), peak resident memory, and what both are of torchtune's and of a second model's.
+The window is compared with each of the other two in turn: a step of one, a step of the other, and so on. It prints
+seconds a step (median), peak resident memory, and the ratios, that of the time as the median over the pairs of steps.
 """
 
 import argparse
@@ -47,19 +48,19 @@ def pairs(count: int) -> list[tuple[list[int], list[int], list[int]]]:
     return triples
 
 
-def window(steps: int) -> list[float]:
+def window(steps: int) -> Iterator[float]:
     from humanline.reference import WindowedReference
 
     return humanline(steps, WindowedReference(sync_every=1))
 
 
-def second_model(steps: int) -> list[float]:
+def second_model(steps: int) -> Iterator[float]:
     from humanline.reference import ModelReference
 
     return humanline(steps, ModelReference(sync_every=1))
 
 
-def humanline(steps: int, reference: Any) -> list[float]:
+def humanline(steps: int, reference: Any) -> Iterator[float]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
@@ -103,8 +104,8 @@ def humanline(steps: int, reference: Any) -> list[float]:
         reference.setup(policy, plan)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
         objective = DPO(HumanlineDPOLoss())
-        seconds = []
         for step in range(1, steps + 1):
+            sys.stdin.readline()
             start = time.perf_counter()
             for rows in passes(step):
                 loss, _ = objective(log_probs(policy, rows), reference.log_probs(rows), rows)
@@ -113,11 +114,10 @@ def humanline(steps: int, reference: Any) -> list[float]:
             reference.before_optimizer_step(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - start)
-    return seconds
+            yield time.perf_counter() - start
 
 
-def torchtune(steps: int) -> list[float]:
+def torchtune(steps: int) -> Iterator[float]:
     from torchtune import modules, rlhf, training
     from torchtune.data import padded_collate_dpo
     from torchtune.rlhf.loss import DPOLoss
@@ -137,8 +137,8 @@ def torchtune(steps: int) -> list[float]:
         logps = rlhf.get_batch_log_probs(model(tokens), labels)
         return logps[: len(tokens) // 2], logps[len(tokens) // 2 :]
 
-    seconds = []
     for step in range(steps):
+        sys.stdin.readline()
         start = time.perf_counter()
         examples = [
             {
@@ -157,33 +157,60 @@ def torchtune(steps: int) -> list[float]:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        yield time.perf_counter() - start
+
+
+class Child:
+    """One of the contestants in a process of its own, which takes a step whenever it is told to."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        command = [sys.executable, __file__, "--child", name, "--steps", str(steps)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of the next step, and the peak memory until then."""
+        assert self.process.stdin and self.process.stdout
+        print(file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("a step failed")
+
+
+def compare(ours: str, theirs: str, steps: int) -> None:
+    """The two take turns, step by step, so that the machine's moods meet both alike."""
+    names = (theirs, ours)
+    children = [Child(name, steps + 1) for name in names]
+    taken: list[list[dict[str, float]]] = [[child.step() for child in children] for _ in range(steps + 1)]
+    seconds = [[pair[i]["seconds"] for pair in taken[1:]] for i in range(2)]
+    peaks = [pair["peak_gb"] for pair in taken[-1]]
+    for name, each, peak in zip(names, seconds, peaks, strict=True):
+        print(f"{name:12} {statistics.median(each):6.1f} s a step   {peak:6.3f} GB peak", flush=True)
+    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    print(
+        f"{ours} / {theirs}: {ratio:.3f} of the time (median of {steps}), {peaks[1] / peaks[0]:.3f} of the memory, "
+        f"{peaks[0] - peaks[1]:.3f} GB less\n",
+        flush=True,
+    )
+
+
+def child(name: str, steps: int) -> None:
+    for seconds in {"window": window, "second_model": second_model, "torchtune": torchtune}[name](steps):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps({"seconds": seconds, "peak_gb": peak}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="steps after one that warms up")
-    parser.add_argument("--only", choices=("window", "second_model", "torchtune"), help=argparse.SUPPRESS)
+    parser.add_argument("--against", choices=("torchtune", "second_model"), action="append", help="default: both")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.only:
-        seconds = globals()[arguments.only](arguments.steps + 1)[1:]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(json.dumps({"seconds": statistics.median(seconds), "peak_gb": peak}))
+    if arguments.child:
+        child(arguments.child, arguments.steps)
         return
-    results = {}
-    for name in ("torchtune", "second_model", "window"):
-        command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results[name] = json.loads(output.splitlines()[-1])
-        print(
-            f"{name:12} {results[name]['seconds']:6.1f} s a step   {results[name]['peak_gb']:5.2f} GB peak", flush=True
-        )
-    ours = results["window"]
-    for name in ("torchtune", "second_model"):
-        ratios = {key: ours[key] / results[name][key] for key in ours}
-        print(f"window / {name}: {ratios['seconds']:.2f} of the time, {ratios['peak_gb']:.3f} of the memory")
-    print(f"second_model - window: {results['second_model']['peak_gb'] - ours['peak_gb']:.3f} GB")
+    for theirs in arguments.against or ("torchtune", "second_model"):
+        compare("window", theirs, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The two errors a user can cause: a setting that cannot work, and data that cannot be read.
+"""The errors that end a run with one line instead of a traceback.
 
-Both are raised before training starts, and both say in one line where the fault is (config key, or file and line), what
-was found, and what to do about it.
+The two that a user can cause are raised before training starts, and say where the fault is (config key, or file and
+line), what was found, and what to do about it.
 """
 
-__all__ = ["ConfigError", "DataError"]
+__all__ = ["ConfigError", "DataError", "TrainingError"]
 
 
 class ConfigError(ValueError):
@@ -13,3 +13,7 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """An example cannot be used. The message starts with the file (or dataset) and the line."""
+
+
+class TrainingError(RuntimeError):
+    """Training has to stop. The message says at which step, why, and what it left to go on from."""

@@ -1,5 +1,6 @@
 """A tiny Llama in HF layout, and the recipes as real processes on it."""
 
+import copy
 import json
 import os
 import re
@@ -132,6 +133,16 @@ class TrajectoryRun:
         recipe = str(self.recipe.relative_to(ROOT).with_suffix(""))
         command = [str(TUNE), "run", *torchrun, recipe, "--config", str(self._write_config()), *overrides]
         return run(command, cwd=ROOT, check=check)
+
+    def again(self, name: str) -> "TrajectoryRun":
+        """The same run in a folder of its own."""
+        other = copy.copy(self)
+        other.folder = self.folder / name
+        other.folder.mkdir()
+        other.config = copy.deepcopy(self.config)
+        other.config["output_dir"] = other.config["checkpointer"]["output_dir"] = str(other.folder / "out")
+        other.config["metric_logger"]["log_dir"] = str(other.folder / "logs")
+        return other
 
     def start(self, *overrides: str, nproc: int = 1, **environment: str) -> Ranks:
         """Starts the recipe's file in ``nproc`` processes."""

@@ -138,7 +138,7 @@ def test_the_adapter_reference_has_the_losses_of_a_second_model(trajectory, name
 def test_a_sharded_adapter_has_the_losses_of_one_device(trajectory, name):
     run = with_lora(trajectory(name))
     run.config["batch_size"] //= 2
-    run.tune(nproc=2)
+    run.train_on(2)
     sharded, files = run.log(), adapter_of(run)
     (run.folder / "logs" / "log.txt").unlink()
     run.config["batch_size"] *= 2
@@ -304,7 +304,7 @@ def test_a_qlora_base_is_sharded_too(trajectory):
     one = trained(run, "max_steps_per_epoch=4")  # the distributed recipe in one process
     (run.folder / "logs" / "log.txt").unlink()
     run.config["batch_size"] //= 2
-    run.tune("max_steps_per_epoch=4", "save_adapter_weights_only=False", nproc=2)
+    run.train_on(2, "max_steps_per_epoch=4", "save_adapter_weights_only=False")
     assert run.log() == pytest.approx(one, abs=1e-5)
     assert (run.folder / "out" / "epoch_0" / "model-00001-of-00001.safetensors").is_file()
     with pytest.raises(ConfigError, match="do not divide into 3 parts of whole blocks of 16,384"):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -179,11 +180,12 @@ def write_examples(run, examples):
 
 def one_and_two_ranks(run, *overrides):
     """The losses of a run on one process and on two ranks with the same global batch."""
-    run.tune(*overrides)
+    run.train_on(1, *overrides)
     one = run.log()
     (run.folder / "logs" / "log.txt").unlink()
+    shutil.rmtree(run.folder / "out")
     run.config["batch_size"] //= 2
-    run.tune(*overrides, nproc=2)
+    run.train_on(2, *overrides)
     return one, run.log()
 
 
@@ -258,7 +260,7 @@ def test_sampling_draws_the_same_on_any_number_of_ranks_and_after_a_resume(traje
     assert max(abs(one[step] - loss) for step, loss in enumerate(clipped, 1)) > 1e-4  # it is not the clip
 
     (run.folder / "logs" / "log.txt").unlink()
-    run.tune("resume_from_checkpoint=latest", nproc=2)
+    run.train_on(2, "resume_from_checkpoint=latest")
     assert run.log() == {step: two[step] for step in (11, 12)}
 
 
@@ -285,12 +287,12 @@ def test_held_out_metrics_are_the_same_on_two_ranks_and_move(trajectory, name, m
         "rows_per_pass": 1,
         "log_every_n_steps": 3,
     }
-    run.tune()
+    run.train_on(1)
     metrics = ("loss", "val/loss", "val/kl", f"val/{metric}")
     one = {metric: run.log(metric) for metric in metrics}
     (run.folder / "logs" / "log.txt").unlink()
     run.config["batch_size"] //= 2
-    run.tune(nproc=2)
+    run.train_on(2)
     for metric, values in one.items():
         assert len(values) >= 3 and run.log(metric) == pytest.approx(values, abs=1e-5)
     assert list(one["val/loss"]) == list(one["val/kl"]) == [0, 6, 12]

@@ -1,6 +1,8 @@
 """Groups in memory, and one line that says what they are."""
 
+from array import array
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 
 from torch.utils.data import Dataset
 
@@ -35,6 +37,16 @@ class GroupDataset(Dataset[Group]):
     def derived(self, groups: Sequence[Group], note: str | None) -> "GroupDataset":
         """A dataset of groups made from these, with one more note."""
         return GroupDataset(groups, self.name, [*self.notes, note] if note else self.notes, self.budget)
+
+    def digest(self) -> str:
+        """A digest of all tokens, scores and labels, in their order."""
+        total = blake2b(digest_size=8)
+        for group in self.groups:
+            for tokens in (group.prompt, *group.responses):
+                total.update(len(tokens).to_bytes(4, "little"))
+                total.update(array("i", tokens))
+            total.update(f"{group.scores} {group.labels}".encode())
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self.groups)

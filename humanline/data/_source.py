@@ -25,6 +25,7 @@ class OfflineSource:
         world_size (int): number of ranks.
         seed (int): seed of the order.
         shuffle (bool): False keeps the dataset's order in every epoch.
+        max_steps_per_epoch (int | None): steps after which an epoch ends early, and leaves out the rest of its groups.
 
     Raises:
         ConfigError: if the dataset does not fill one step.
@@ -39,6 +40,7 @@ class OfflineSource:
         world_size: int,
         seed: int,
         shuffle: bool,
+        max_steps_per_epoch: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.accumulation = accumulation
@@ -52,6 +54,7 @@ class OfflineSource:
                 f"{self.groups_per_step} groups, the dataset has {len(dataset)}; lower batch_size or "
                 "gradient_accumulation_steps"
             )
+        self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch or self.steps_per_epoch)
 
     def batch(self, step: int) -> list[list[Group]]:
         """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; rank ``r`` has the ``r``-th

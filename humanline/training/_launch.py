@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torchtune import training
 
 
@@ -38,6 +39,15 @@ def launch(processes: int, script: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [*torchrun, script, *arguments])
 
 
+def restarted() -> bool:
+    """Whether torchrun has started these processes anew, after one of them was lost (``--max-restarts``)."""
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """The default process group: torchrun's ranks, or this process alone.
@@ -46,7 +56,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     """
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if training.is_distributed():
-        dist.init_process_group(backend)
+        store, rank, world_size = next(rendezvous("env://"))
+        # tune's torchrun keeps its store over a restart, and with it the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"start_{_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -18,11 +18,26 @@ class MetricSums:
             totals, counts = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (totals + total, counts + count)
 
+    def merge(self, other: "MetricSums") -> None:
+        """Adds what another has added up."""
+        self.add(other._sums)
+
     def means(self) -> dict[str, float]:
         """Means over everything added on all ranks since the last call; a metric without any count is left out."""
+        totals = self.state_dict()
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sum and count of each metric over all ranks; a collective."""
+        if not self._sums:
+            return {}
         pairs = [torch.as_tensor(x, device=self._device).double() for pair in self._sums.values() for x in pair]
         table = torch.stack(pairs).view(-1, 2)
         dist.all_reduce(table)
-        names = list(self._sums)
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        return dict(zip(self._sums, table.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Goes on from the sums of all ranks, of which each takes its part."""
+        ranks = dist.get_world_size()
+        self._sums = {name: (total / ranks, count / ranks) for name, (total, count) in state.items()}

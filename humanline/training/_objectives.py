@@ -34,6 +34,8 @@ class Objective(ABC):
     """
 
     loss_type: ClassVar[type[PerceptualLoss]]
+    signal: ClassVar[str] = "rewards/margins"
+    """The metric that training raises."""
     whole_groups: ClassVar[bool] = False
     """Whether the loss needs a group's responses in one pass."""
     smallest_microbatch: ClassVar[int] = 1
@@ -249,6 +251,7 @@ class GRPO(Objective):
     """Scored groups: a response's advantage is its score beside those of its group."""
 
     loss_type = HumanlineGRPOLoss
+    signal = "advantages/gain"
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         scored = as_scored(dataset)
@@ -282,6 +285,7 @@ class GRPO(Objective):
             metrics: Metrics = {
                 "rewards/mean": (sum(map(sum, scores)), len(advantages)),
                 "advantages/abs": (advantages.abs().sum(), len(advantages)),
+                "advantages/gain": ((advantages * (policy - reference).sum(1)).sum(), len(advantages)),
                 "log_probs/accuracies": _accuracy(policy, scores),
                 **self._reference_metrics(policy, reference, mask),
             }

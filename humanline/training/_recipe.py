@@ -1,9 +1,10 @@
 """The machinery that every training recipe shares: set-up, the loop, evaluation, checkpoints, weights out."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,35 +20,39 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
-from humanline.data import Group, GroupDataset, OfflineSource, Rows, lay_out, pack, parts
-from humanline.errors import ConfigError, DataError
+from humanline.data import Group, GroupDataset, OfflineSource, Rows, pack, parts
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.models import (
     LogProbDecoder,
     adapter_modules,
     check_adapter,
     check_architecture,
-    fixed_log_probs,
     has_quantized_base,
     initial_adapter,
     log_probs,
-    merge_adapter,
     trainable_parameters,
 )
 from humanline.reference import Plan
-from humanline.training._adapter_files import read_adapter, write_adapter
-from humanline.training._checkpoint import TrainingCheckpoint
+from humanline.training._adapter_files import read_adapter
+from humanline.training._agreement import on_any_rank
+from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
+from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
-from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
+from humanline.training._export import write_weights
+from humanline.training._held_out import HeldOut, kl_baseline
+from humanline.training._launch import hide_known_warnings, process_group, restarted, start_on_every_device
 from humanline.training._metrics import MetricSums
-from humanline.training._model import build_model, full_state_dict
+from humanline.training._model import build_model
+from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
+from humanline.training._output_folder import sole_use
+from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES, Settings, component
 from humanline.training._stochastic_adamw import StochasticAdamW
+from humanline.training._stop_request import StopRequest
 from humanline.training._weights import fingerprint, read_weights
 
 log = utils.get_logger("INFO")
-
-CPU = torch.device("cpu")
 
 
 class HumanlineRecipe(FTRecipeInterface):
@@ -69,7 +74,6 @@ class HumanlineRecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         self.settings = Settings.from_config(cfg)
         self.device = self.settings.torch_device
-        self.budget = self.settings.row_budget(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         training.set_seed(seed=self.settings.seed)
 
@@ -78,6 +82,7 @@ class HumanlineRecipe(FTRecipeInterface):
     def setup(self, cfg: DictConfig) -> None:
         """Builds everything in the order in which it can fail cheaply: loss and data first, weights last."""
         settings = self.settings
+        self.resume_from = self._resume_from()
         self.objective = self.objective_type(component(cfg, "loss"))
         self.reference = component(cfg, "reference")
         tokenizer = component(cfg, "tokenizer")
@@ -90,43 +95,44 @@ class HumanlineRecipe(FTRecipeInterface):
             world_size=self.world_size,
             seed=settings.seed,
             shuffle=settings.shuffle,
+            max_steps_per_epoch=settings.max_steps_per_epoch,
         )
         self.objective.check_microbatch(settings.batch_size * self.world_size, "batch_size")
         if self.rank == 0 and (warning := self.objective.imbalance_warning(self.source.dataset)):
             log.warning(warning)
         held_out = component(cfg, "dataset_val", tokenizer)
-        self.dataset_val = None if held_out is None else self._examples("dataset_val", held_out, shape)
-        if self.dataset_val is not None:
-            self.objective.check_microbatch(len(self.dataset_val), "dataset_val")
-        self.steps_per_epoch = min(self.source.steps_per_epoch, settings.max_steps_per_epoch or sys.maxsize)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        if held_out is not None:
+            held_out = self._examples("dataset_val", held_out, shape)
+            self.objective.check_microbatch(len(held_out), "dataset_val")
+        self.total_steps = settings.epochs * self.source.steps_per_epoch
+        budget = settings.row_budget(self.device)
+        self.passes = Passes(self.source, self.objective, budget, settings.batch_size, self.device)
 
         self.policy = self._setup_models(cfg)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
-        self._take_initial_log_probs()
+        self.held_out = None if held_out is None else HeldOut(held_out, self.objective, self.passes, self.policy)
 
+        self.sums = MetricSums(self.device)
+        self.non_finite = NonFinite()
+        self.collapse = CollapseWatch(settings.collapse_window) if settings.collapse_window else None
         self.checkpoint = TrainingCheckpoint(
             settings.output_dir,
-            {
-                "groups a step": self.source.groups_per_step,
-                "groups a microbatch": settings.batch_size * self.world_size,
-                "shuffle": settings.shuffle,
-                "dataset": len(self.source.dataset),
-                "max_steps_per_epoch": self.steps_per_epoch,
-                "seed": settings.seed,
-                "reference": type(self.reference).__name__,
-                "sync_every": self.reference.sync_every,
-                "model": OmegaConf.to_container(cfg.model, resolve=True),
-            },
+            self._position(cfg),
             self.policy,
             self.optimizer,
             self.lr_scheduler,
             self.reference,
+            keep_last=settings.keep_last_n_checkpoints,
+            best_mode=settings.best_checkpoint_mode,
+            asynchronous=settings.enable_async_checkpointing,
         )
-        self.step = self.checkpoint.load(settings.resume_from_checkpoint) if settings.resume_from_checkpoint else 0
+        self.step = 0
+        if self.resume_from:
+            self.step, progress = self.checkpoint.load(self.resume_from)
+            self._load_progress(progress)
         profiler = component(cfg, "profiler")
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
         self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
@@ -139,13 +145,43 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
             )
 
+    def _resume_from(self) -> bool | str:
+        """What to resume from: what the config says, or after a restart by torchrun what the run itself has left."""
+        asked = self.settings.resume_from_checkpoint
+        if not has_checkpoints(self.settings.output_dir):
+            return asked
+        if restarted():
+            return "latest"
+        if not asked:
+            raise ConfigError(
+                f"output_dir: {self.settings.output_dir} has checkpoints of an earlier run; go on with it by "
+                "resume_from_checkpoint: latest, or start anew in another folder"
+            )
+        return asked
+
+    def _position(self, cfg: DictConfig) -> dict[str, Any]:
+        """What a step number means in this run."""
+        settings = self.settings
+        return {
+            "groups a step": self.source.groups_per_step,
+            "groups a microbatch": settings.batch_size * self.world_size,
+            "shuffle": settings.shuffle,
+            "dataset": f"{len(self.source.dataset)} groups {self.source.dataset.digest()}",
+            "max_steps_per_epoch": self.source.steps_per_epoch,
+            "seed": settings.seed,
+            "reference": type(self.reference).__name__,
+            "sync_every": self.reference.sync_every,
+            "model": OmegaConf.to_container(cfg.model, resolve=True),
+        }
+
     def _examples(self, key: str, dataset: GroupDataset, shape: TransformerDecoder) -> GroupDataset:
         """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
         dataset = self.objective.examples(dataset)
         vocabulary = shape.tok_embeddings.num_embeddings
         kl_group = self.objective.longest_kl_group(dataset)
+        budget = self.settings.row_budget(self.device)
         for group in [*dataset, kl_group] if kl_group else dataset:
-            pack(self._cut([group]), self.budget)
+            pack([group] if self.objective.whole_groups else parts(group, budget), budget)
             longest = len(group.prompt) + max(map(len, group.responses)) - 1
             if longest > shape.max_seq_len:
                 raise DataError(
@@ -202,9 +238,9 @@ class HumanlineRecipe(FTRecipeInterface):
         reference_weights = weights if has_adapter else None
         plan = Plan(
             new_model=lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]),
-            passes=self._reference_passes,
+            passes=self.passes.of_step,
             total_steps=self.total_steps,
-            resumes=bool(settings.resume_from_checkpoint),
+            resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
         )
         self.reference.setup(policy, plan)
@@ -226,115 +262,75 @@ class HumanlineRecipe(FTRecipeInterface):
     def train(self) -> None:
         """The loop. The reference syncs after the gradient is clipped and before the weights move."""
         settings = self.settings
-        sums = MetricSums(self.device)
         self.profiler.start()
         if self.step == 0:
             self.evaluate()  # what the run starts from
-        with tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step") as progress:
-            seconds, tokens = 0.0, 0
+        elif self.step % self.source.steps_per_epoch == 0:
+            self.save_checkpoint()  # in case that the run died over it
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
+        with bar, StopRequest() as request:
             while self.step < self.total_steps:
                 start = time.perf_counter()
                 self.step += 1
                 torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
-                batch = self.source.batch(self._source_step(self.step))
-                for index, normalizer in enumerate(self.objective.normalizers(batch)):
-                    kl = self._kl_baseline(self._with_reference(self._kl_share(batch[index])))
-                    draw = self._draws(batch[index], index)
-                    for rows, weight, reference_logps in self._with_reference(self._cut(self._share(batch[index]))):
-                        with self.activations:
-                            policy_logps = log_probs(self.policy, rows)
-                        draws = draw(rows)
-                        loss, metrics = self.objective(policy_logps, reference_logps, rows, draws=draws, kl=kl)
-                        loss = loss * weight / normalizer  # its part of the loss of the global batch
-                        (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
-                        if weight:
-                            sums.add(metrics | {"loss": (loss.detach(), 0)})
-                            tokens += rows.num_tokens
-
+                sums = self._accumulate_gradients()
                 grad_norm = self._clip_gradients()
                 self.reference.before_optimizer_step(self.step)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                lr = get_lr(self.optimizer)
-                if self.lr_scheduler is not None:
-                    self.lr_scheduler.step()
-                self.profiler.step()
-                progress.update()
-                seconds += time.perf_counter() - start
-                sums.add({"loss": (0, 1 / self.world_size)})
+                broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
+                if not broken:
+                    self.optimizer.step()
+                    self.sums.merge(sums)
+                self._end_step(broken)
+                self.sums.add({"tokens_per_second": (0, (time.perf_counter() - start) / self.world_size)})
 
                 if self.step % settings.log_every_n_steps == 0:
-                    sums.add({"tokens_per_second": (tokens / seconds, 1 / self.world_size)})
-                    self._log(sums.means() | {"grad_norm": grad_norm, "lr": lr}, progress)
-                    seconds, tokens = 0.0, 0
-                if _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps:
-                    self.evaluate()
+                    self._log({"grad_norm": grad_norm}, bar)
+                bar.update()
+                evaluated = _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps
+                held_out = self.evaluate() if evaluated else {}
                 # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
-                if self.step % self.steps_per_epoch == 0:
-                    self.save_checkpoint(epoch=self.step // self.steps_per_epoch - 1)
+                if self.step % self.source.steps_per_epoch == 0:
+                    self.save_checkpoint()
                 if _every(settings.save_every_n_steps, self.step):
-                    self.checkpoint.save(self.step)
+                    self._save_state(held_out.get(settings.best_checkpoint_metric or ""))
+                if stop:
+                    self._stop(request)
+                    break
         self.profiler.stop()
+        self.checkpoint.wait()
+        if self.step == self.total_steps and settings.best_checkpoint_metric:
+            self._save_best()
 
-    def _source_step(self, step: int) -> int:
-        """The step of the source: an epoch that ``max_steps_per_epoch`` ends early skips the rest of its groups."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
-        return epoch * self.source.steps_per_epoch + index + 1
-
-    def _share(self, microbatch: list[Group]) -> list[Group]:
-        """This rank's groups of a global microbatch."""
-        size = self.settings.batch_size
-        return microbatch[self.rank * size : (self.rank + 1) * size]
-
-    def _cut(self, groups: list[Group]) -> list[Group]:
-        """The groups, cut into parts of a row where the objective does not need them whole."""
-        if self.objective.whole_groups:
-            return groups
-        return [part for group in groups for part in parts(group, self.budget)]
-
-    def _kl_share(self, microbatch: list[Group]) -> list[Group]:
-        """This rank's KL sequences of a global microbatch; none for an objective without them."""
-        return self._cut(self._share(self.objective.kl_groups(microbatch, self.source.dataset)))
-
-    def _passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
-        """The passes of a microbatch, with weight 1; all ranks make the same number, the missing ones with weight 0."""
-        if not groups:  # on no rank
-            return
-        planned = pack(groups, self.budget)
-        most = torch.tensor(len(planned))
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        for index in range(int(most)):
-            rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.budget)
-            yield rows.to(self.device), int(index < len(planned))
+    def _accumulate_gradients(self) -> MetricSums:
+        """Forward and backward over the step's groups; returns what to log of it."""
+        sums = MetricSums(self.device)
+        batch = self.source.batch(self.step)
+        for index, normalizer in enumerate(self.objective.normalizers(batch)):
+            kl_passes = self._with_reference(self.passes.kl_share(batch[index]))
+            kl = kl_baseline(self.objective, self.policy, kl_passes)
+            draw = self._draws(batch[index], index)
+            for rows, weight, reference_logps in self._with_reference(self.passes.share(batch[index])):
+                with self.activations:
+                    policy_logps = log_probs(self.policy, rows)
+                loss, metrics = self.objective(policy_logps, reference_logps, rows, draws=draw(rows), kl=kl)
+                loss = loss * weight / normalizer  # its part of the loss of the global batch
+                (loss * self.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                self.non_finite.watch(rows, policy_logps - reference_logps, loss)
+                if weight:
+                    sums.add(metrics | {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)})
+        sums.add({"loss": (0, 1 / self.world_size)})
+        return sums
 
     def _with_reference(self, groups: list[Group]) -> Iterator[tuple[Rows, int, Tensor]]:
-        for rows, weight in self._passes(groups):
+        for rows, weight in self.passes.over(groups):
             yield rows, weight, self.reference.log_probs(rows)
-
-    def _reference_passes(self, step: int) -> Iterator[Rows]:
-        """All passes of a step for which the loop asks the reference."""
-        for microbatch in self.source.batch(self._source_step(step)):
-            for groups in (self._kl_share(microbatch), self._cut(self._share(microbatch))):
-                yield from (rows for rows, _ in self._passes(groups))
-
-    def _kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
-        """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none."""
-        sums = [
-            weight * self.objective.kl_sum(fixed_log_probs(self.policy, rows), reference_logps, rows)
-            for rows, weight, reference_logps in passes
-        ]
-        if not sums:
-            return None
-        total = torch.stack(sums).sum(0)
-        dist.all_reduce(total)
-        return self.objective.loss.baseline(total)
 
     def _draws(self, microbatch: list[Group], index: int) -> Callable[[Rows], Tensor | None]:
         """Draws humanline sampling's uniforms for the passes of this rank's share of a global microbatch."""
         if self.objective.loss.perception != "sample":
             return lambda rows: None
         before = sum(len(group.responses) for group in microbatch[: self.rank * self.settings.batch_size])
-        sizes = (len(group.responses) for group in self._cut(self._share(microbatch)))
+        sizes = (len(group.responses) for group in self.passes.share(microbatch))
         places = list(accumulate(sizes, initial=before))
         return lambda rows: uniform_draws(rows, self.settings.seed, self.step, index, places).to(self.device)
 
@@ -343,13 +339,42 @@ class HumanlineRecipe(FTRecipeInterface):
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), float("inf") if limit is None else float(limit))
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _log(self, metrics: dict[str, float], progress: "tqdm[Any]") -> None:
-        if self.metric_logger is None:
+    # ------------------------------------------------------------------------------------------ faults and what to log
+
+    def _is_finite(self, grad_norm: float) -> bool:
+        return math.isfinite(grad_norm) and self.non_finite.loss_is_finite()
+
+    def _end_step(self, broken: bool) -> None:
+        """Counts the step, moves the schedule on, and stops a run whose steps are broken one after the other."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.profiler.step()
+        culprits = self.non_finite.culprits() if broken else []
+        self.non_finite.count(finite=not broken)
+        if not broken:
             return
-        metrics["steps_since_sync"] = self.step - self.reference.last_sync
+        if self.rank == 0:
+            log.warning(
+                f"step {self.step} is skipped: its loss or gradient is not finite; groups: {', '.join(culprits)}"
+            )
+        if self.non_finite.in_a_row == self.settings.stop_after_nonfinite_steps:
+            self._save_state()
+            raise TrainingError(
+                f"step {self.step}: the last {self.non_finite.in_a_row} losses or gradients were not finite "
+                f"(stop_after_nonfinite_steps); {self._left()}"
+            )
+
+    def _log(self, metrics: dict[str, float], bar: "tqdm[Any]") -> None:
+        metrics |= self.sums.means() | {
+            "lr": get_lr(self.optimizer),
+            "steps_since_sync": self.step - self.reference.last_sync,
+            "skipped_steps": self.non_finite.total,
+        }
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
             metrics |= training.get_memory_stats(device=self.device)
-        self.metric_logger.log_dict(metrics, step=self.step)
+        if self.metric_logger is not None:
+            self.metric_logger.log_dict(metrics, step=self.step)
         shown = {
             "loss": "loss",
             "rewards/margins": "margin",
@@ -357,79 +382,111 @@ class HumanlineRecipe(FTRecipeInterface):
             "unclamped": "unclamped",
             "tokens_per_second": "tok/s",
         }
-        progress.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
+        bar.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
+        self._watch_for_collapse(metrics)
+
+    def _watch_for_collapse(self, metrics: dict[str, float]) -> None:
+        signal = self.objective.signal
+        if self.collapse is None or signal not in metrics:
+            return
+        warning = self.collapse.add(metrics[signal], metrics["kl"])
+        if warning is None:
+            return
+        warning = f"step {self.step}: {signal}: {warning}"
+        if self.settings.stop_on_collapse:
+            self._save_state()
+            raise TrainingError(f"{warning} (stop_on_collapse); {self._left()}")
+        if self.rank == 0:
+            log.warning(warning)
+
+    def _stop(self, request: StopRequest) -> None:
+        """Ends the run as a signal asked for, with a checkpoint of this step."""
+        self._save_state()
+        self.checkpoint.wait()
+        if self.checkpoint.last_saved != self.step:
+            raise TrainingError(f"step {self.step}: stopped by a signal; {self._left()}")
+        if self.rank == 0:
+            log.info(f"stopped after step {self.step} by {request.signal or 'a signal'}; {self._left()}")
+
+    def _left(self) -> str:
+        """What there is to go on from."""
+        self.checkpoint.wait()
+        step = self.checkpoint.newest_step()
+        return (
+            "no checkpoint was written" if step is None else f"resume_from_checkpoint: latest goes on from step {step}"
+        )
 
     # ----------------------------------------------------------------------------------------- evaluation and saving
 
-    def _take_initial_log_probs(self) -> None:
-        """Lays out the held-out groups, with their log-probs under the policy that the run starts from.
-
-        Held-out metrics are taken against that policy: a synced reference moves along and would show no progress.
-        """
-        groups: list[Group] = []
-        kl_groups: list[Group] = []
-        if self.dataset_val is not None:
-            groups = list(self.dataset_val)
-            kl_groups = self.objective.kl_groups(groups, self.dataset_val)
-        self.val_passes, self.val_kl_passes = (
-            [
-                (rows.to(CPU), weight, fixed_log_probs(self.policy, rows).cpu())
-                for rows, weight in self._val_passes(passed)
-            ]
-            for passed in (self._cut(groups), self._cut(kl_groups))
-        )
-
-    def _val_passes(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
-        """The passes of held-out groups, which are shared out over the ranks; some ranks may have none."""
-        if groups:
-            share = groups[self.rank :: self.world_size]
-            for rows, weight in self._passes(share or groups[:1]):
-                yield rows, weight if share else 0
-
-    @torch.no_grad()
-    def evaluate(self) -> None:
+    def evaluate(self) -> dict[str, float]:
         """Logs the objective's metrics on ``dataset_val`` under ``val/``, with the initial policy as the reference."""
-        if self.dataset_val is None:
-            return
-        sums = MetricSums(self.device)
-        kl = self._kl_baseline(
-            (rows.to(self.device), weight, logps.to(self.device)) for rows, weight, logps in self.val_kl_passes
-        )
-        for rows, weight, initial_logps in self.val_passes:
-            rows = rows.to(self.device)
-            loss, metrics = self.objective(
-                fixed_log_probs(self.policy, rows), initial_logps.to(self.device), rows, draws=None, kl=kl
-            )
-            metrics |= {"loss": (loss, self.objective.num_terms(rows.groups))}
-            sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
-        means = {f"val/{name}": value for name, value in sums.means().items()}
+        if self.held_out is None:
+            return {}
+        means = {f"val/{name}": value for name, value in self.held_out.metrics().items()}
+        wanted = self.settings.best_checkpoint_metric
+        if wanted and wanted not in means:
+            raise ConfigError(f"best_checkpoint_metric: {wanted} is not measured; choose one of {', '.join(means)}")
         if self.metric_logger is not None:
             self.metric_logger.log_dict(means, step=self.step)
+        return means
 
-    def save_checkpoint(self, epoch: int) -> None:
-        """Writes the weights as an HF folder ``output_dir/epoch_N``, in the dtypes that they came in.
+    def save_checkpoint(self) -> None:
+        """Writes the weights of the epoch that this step ends into ``output_dir/epoch_N``.
 
-        A model with an adapter writes it into ``output_dir/epoch_N/adapter``, and the folder of merged weights only if
-        ``save_adapter_weights_only`` is False.
+        A model with an adapter writes it into ``output_dir/epoch_N/adapter``, and the merged weights only if
+        ``save_adapter_weights_only`` is False. What cannot be written stops the run only at its end.
         """
-        folder = Path(self.settings.output_dir) / f"epoch_{epoch}"
-        layers = adapter_modules(self.policy)
-        if layers:
-            dtypes = dict.fromkeys(trainable_parameters(self.policy), torch.float32)
-            adapter = full_state_dict(self.policy, rank=self.rank, dtypes=dtypes)
+        epoch = self.step // self.source.steps_per_epoch - 1
+        error = self._write_weights(f"epoch_{epoch}")
+        if error is None:
+            return
+        message = f"step {self.step}: the weights of epoch {epoch} could not be written: {error}"
+        if self.step < self.total_steps:
             if self.rank == 0:
-                write_adapter(folder / "adapter", adapter, self.policy, self.checkpointer)
-        if not layers or not self.settings.save_adapter_weights_only:
-            weights = full_state_dict(self.policy, rank=self.rank, dtypes=self.weight_dtypes)
-            if self.rank == 0:
-                if layers:
-                    merge_adapter(weights, adapter, layers)
-                self.checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=epoch)
-        dist.barrier()
+                log.error(f"{message}; training goes on")
+            return
+        self._save_state()
+        raise TrainingError(f"{message}; {self._left()}")
+
+    def _write_weights(self, name: str) -> str | None:
+        return write_weights(
+            Path(self.settings.output_dir) / name,
+            self.policy,
+            self.checkpointer,
+            dtypes=self.weight_dtypes,
+            merged=not self.settings.save_adapter_weights_only,
+        )
+
+    def _save_best(self) -> None:
+        """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""
+        step = self.checkpoint.best_step()
+        if step is None:
+            return
+        self.checkpoint.load_policy(step)
+        error = self._write_weights("best")
+        if error is not None:
+            raise TrainingError(f"the weights of the best step, {step}, could not be written: {error}; {self._left()}")
+        if self.rank == 0:
+            log.info(f"best: the weights of step {step}, by {self.settings.best_checkpoint_metric}")
+
+    def _save_state(self, score: float | None = None) -> None:
+        progress = {"metrics": self.sums.state_dict(), "non_finite": self.non_finite.state_dict()}
+        if self.collapse is not None:
+            progress["collapse"] = self.collapse.state_dict()
+        self.checkpoint.save(self.step, progress, score)
+
+    def _load_progress(self, progress: dict[str, Any]) -> None:
+        self.sums.load_state_dict(progress["metrics"])
+        self.non_finite.load_state_dict(progress["non_finite"])
+        if self.collapse is not None:
+            self.collapse.load_state_dict(progress.get("collapse", []))
 
     def cleanup(self) -> None:
-        if self.metric_logger is not None:
-            self.metric_logger.close()
+        """Ends what a run holds open, however it ended."""
+        if hasattr(self, "checkpoint"):
+            self.checkpoint.wait()
+        if (logger := getattr(self, "metric_logger", None)) is not None:
+            logger.close()
 
 
 def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> None:
@@ -447,12 +504,14 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
             start_on_every_device(settings.device, script)
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
-        with process_group(settings.torch_device):
+        with process_group(settings.torch_device), sole_use(settings.output_dir):
             recipe = recipe_type(cfg)
-            recipe.setup(cfg)
-            recipe.train()
-            recipe.cleanup()
-    except (ConfigError, DataError) as error:
+            try:
+                recipe.setup(cfg)
+                recipe.train()
+            finally:
+                recipe.cleanup()
+    except (ConfigError, DataError, TrainingError) as error:
         sys.exit(f"{os.path.basename(script)}: {error}")
 
 

@@ -37,7 +37,17 @@ SWITCHES = (
     "enable_activation_offloading",
     "log_peak_memory_stats",
     "save_adapter_weights_only",
+    "enable_async_checkpointing",
+    "stop_on_collapse",
     "optimizer_in_bwd",
+)
+POSITIVE = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "log_every_n_steps",
+    "keep_last_n_checkpoints",
+    "stop_after_nonfinite_steps",
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "dataset", "loss", "reference", "optimizer", "metric_logger")
 
@@ -77,8 +87,18 @@ class Settings:
         run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
         save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of
             an epoch.
+        enable_async_checkpointing (bool): write checkpoints in the background, from a copy in host memory.
+        keep_last_n_checkpoints (int): how many of the newest checkpoints to keep. Two or more leave one to go back to
+            if the newest is damaged.
+        best_checkpoint_metric (str | None): a metric of ``dataset_val``, such as ``val/rewards/accuracies``: the
+            checkpoint that has the best of it is kept too, and its weights go into ``output_dir/best`` at the end.
+        best_checkpoint_mode (str): ``max`` or ``min``, which of its values is the best.
         resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a
             path from that one.
+        stop_after_nonfinite_steps (int): after how many steps in a row with a loss or gradient that is not finite the
+            run stops. Each such step is skipped.
+        collapse_window (int | None): how many log entries the watch for a collapse looks at; None does not watch.
+        stop_on_collapse (bool): stop there, instead of warning.
 
     Raises:
         ConfigError: if a key is missing, unknown, or has a value that cannot work.
@@ -107,7 +127,14 @@ class Settings:
     log_peak_memory_stats: bool = False
     run_val_every_n_steps: int | None = None
     save_every_n_steps: int | None = None
+    enable_async_checkpointing: bool = False
+    keep_last_n_checkpoints: int = 2
+    best_checkpoint_metric: str | None = None
+    best_checkpoint_mode: str = "max"
     resume_from_checkpoint: bool | str = False
+    stop_after_nonfinite_steps: int = 10
+    collapse_window: int | None = 50
+    stop_on_collapse: bool = False
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
@@ -129,10 +156,10 @@ class Settings:
         for key, kind in (("output_dir", str), ("device", str), ("seed", int), *((key, bool) for key in SWITCHES)):
             value = getattr(self, key)
             self._check(key, type(value) is kind, f"it is a {type(value).__name__}; give a {kind.__name__}")
-        for key in ("batch_size", "gradient_accumulation_steps", "epochs", "log_every_n_steps"):
+        for key in POSITIVE:
             self._check(key, _positive_int(getattr(self, key)), "give a whole number of at least 1")
         self._check("seed", self.seed >= 0, "give a whole number of at least 0")
-        for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps"):
+        for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps", "collapse_window"):
             value = getattr(self, key)
             self._check(key, value is None or _positive_int(value), "give a whole number of at least 1, or null")
         for key in ("dtype", "master_dtype"):
@@ -150,6 +177,13 @@ class Settings:
             "the reference syncs after backward and before the optimizer's step, which it would merge into backward; "
             "leave it out, and save memory by gradient accumulation or an 8-bit optimizer instead",
         )
+        window = self.collapse_window
+        self._check(
+            "collapse_window", window is None or window >= 8, "its two halves need 4 entries each; give 8 or more"
+        )
+        modes = self.best_checkpoint_mode in ("max", "min")
+        self._check("best_checkpoint_mode", modes, "choose max or min")
+        self._check_best_checkpoint_metric()
         limit = self.clip_grad_norm
         above = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0
         self._check("clip_grad_norm", limit is None or above, "give a norm above 0, or null to only measure it")
@@ -165,6 +199,17 @@ class Settings:
             "offloads what checkpointing keeps; set enable_activation_checkpointing: True as well",
         )
         self.row_budget(self.torch_device)
+
+    def _check_best_checkpoint_metric(self) -> None:
+        if self.best_checkpoint_metric is None:
+            return
+        evaluated, saved = self.run_val_every_n_steps, self.save_every_n_steps
+        self._check(
+            "best_checkpoint_metric",
+            evaluated is not None and saved is not None and saved % evaluated == 0,
+            "a checkpoint is judged by the evaluation at its own step; set run_val_every_n_steps, and "
+            "save_every_n_steps to a multiple of it",
+        )
 
     def row_budget(self, device: torch.device) -> RowBudget:
         """What a pass may hold; of one shape throughout where kernels are compiled for their shapes."""

@@ -1,0 +1,83 @@
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from humanline.data import Group, GroupDataset, Rows
+from humanline.models import fixed_log_probs
+from humanline.training._metrics import MetricSums
+from humanline.training._objectives import Objective
+from humanline.training._passes import Passes
+
+CPU = torch.device("cpu")
+
+
+class HeldOut:
+    """The objective's metrics on held-out groups, against the policy that the run starts from.
+
+    A synced reference moves along with the policy and would show no progress; so the initial log-probs are taken once,
+    and kept on the host.
+
+    Args:
+        dataset (GroupDataset): the groups.
+        objective (Objective): what to measure.
+        passes (Passes): lays them out.
+        policy (nn.Module): the initial policy.
+    """
+
+    def __init__(self, dataset: GroupDataset, objective: Objective, passes: Passes, policy: nn.Module) -> None:
+        self.objective = objective
+        self.policy = policy
+        self.device = passes.device
+        groups = list(dataset)
+        self.passes, self.kl_passes = (
+            [
+                (rows.to(CPU), weight, fixed_log_probs(policy, rows).cpu())
+                for rows, weight in _shared_out(passes.cut(part), passes)
+            ]
+            for part in (groups, objective.kl_groups(groups, dataset))
+        )
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """The means over all groups under the policy as it is now; a collective."""
+        sums = MetricSums(self.device)
+        kl = kl_baseline(self.objective, self.policy, self._here(self.kl_passes))
+        for rows, weight, initial_logps in self._here(self.passes):
+            logps = fixed_log_probs(self.policy, rows)
+            loss, metrics = self.objective(logps, initial_logps, rows, draws=None, kl=kl)
+            metrics |= {"loss": (loss, self.objective.num_terms(rows.groups))}
+            sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
+        return sums.means()
+
+    def _here(self, passes: list[tuple[Rows, int, Tensor]]) -> Iterator[tuple[Rows, int, Tensor]]:
+        return ((rows.to(self.device), weight, logps.to(self.device)) for rows, weight, logps in passes)
+
+
+def kl_baseline(objective: Objective, policy: nn.Module, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
+    """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none.
+
+    Args:
+        objective (Objective): the objective.
+        policy (nn.Module): the policy.
+        passes (Iterable[tuple[Rows, int, Tensor]]): this rank's KL sequences, with weight and reference log-probs.
+    """
+    sums = [
+        weight * objective.kl_sum(fixed_log_probs(policy, rows), reference_logps, rows)
+        for rows, weight, reference_logps in passes
+    ]
+    if not sums:
+        return None
+    total = torch.stack(sums).sum(0)
+    dist.all_reduce(total)
+    baseline: Tensor = objective.loss.baseline(total)
+    return baseline
+
+
+def _shared_out(groups: list[Group], passes: Passes) -> Iterator[tuple[Rows, int]]:
+    """The passes of groups that are dealt to the ranks; a rank without any repeats another's with weight 0."""
+    if groups:
+        share = groups[passes.rank :: passes.world_size]
+        for rows, weight in passes.over(share or groups[:1]):
+            yield rows, weight if share else 0

@@ -1,0 +1,60 @@
+import torch
+from torch import Tensor
+
+from humanline.data import Rows
+from humanline.training._agreement import gathered
+
+
+class NonFinite:
+    """Steps whose loss or gradient is not finite: how many, and which groups made them so.
+
+    Attributes:
+        total (int): such steps in the whole run.
+        in_a_row (int): how many of them the last steps were.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+        self._passes: list[tuple[Rows, Tensor, Tensor]] = []
+
+    def watch(self, rows: Rows, log_ratio: Tensor, loss: Tensor) -> None:
+        """Notes a pass of this step: the log-ratio of its response tokens ``[N]``, and its loss (scalar)."""
+        self._passes.append((rows, log_ratio.detach(), loss.detach()))
+
+    def loss_is_finite(self) -> bool:
+        """Whether this rank's losses of this step are finite."""
+        return bool(torch.stack([loss for _, _, loss in self._passes]).isfinite().all())
+
+    def count(self, finite: bool) -> None:
+        """Ends the step."""
+        self.total += not finite
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self._passes.clear()
+
+    def culprits(self) -> list[str]:
+        """The ids of the groups at fault on all ranks; a collective.
+
+        These are the groups with a log-prob that is not finite; if there are none, those of the passes whose loss is
+        not finite, and else all of the step's.
+        """
+        mine: tuple[list[str], list[str], list[str]] = ([], [], [])
+        for rows, log_ratio, loss in self._passes:
+            bad = iter(rows.per_response((~log_ratio.isfinite()).float()).any(1).tolist())
+            for group in rows.groups:
+                broken = [next(bad) for _ in group.responses]
+                if any(broken):
+                    mine[0].append(group.id)
+                if not loss.isfinite():
+                    mine[1].append(group.id)
+                mine[2].append(group.id)
+        ranks = gathered(mine)
+        return next(
+            (ids for kind in zip(*ranks, strict=True) if (ids := sorted({i for each in kind for i in each}))), []
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
