@@ -50,9 +50,9 @@ TEMPLATES = Path(__file__).parent / "data" / "templates"
 LLAMA3_WHEEL = "llama-models==0.3.0"
 LLAMA3_WHEEL_SHA256 = "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
 
-# What the memory of a full training is said to be: weights, gradients and two moments, and the reference's copy.
+# What the memory of a full training is said to be: weights, gradients and two moments.
 MEMORY = re.compile(
-    r"([\d.]+e\d+) parameters x \((\d+) bytes [^+]+ \+ (\d+) bytes of reference\) = (\d+) GB, (\d+) GB a GPU on eight"
+    r"([\d.]+e\d+) parameters x (\d+) bytes [^=]+ = (\d+) GB, (\d+) GB a GPU on eight. The reference is a window"
 )
 # And that of training an adapter, beside the frozen base.
 ADAPTER_MEMORY = re.compile(
@@ -116,7 +116,7 @@ def overrides(path: Path) -> list[str]:
 
 
 def stated_memory(path: Path, statement: re.Pattern = MEMORY) -> tuple[str | None, ...] | None:
-    """What the header says: parameters, bytes of policy and reference for each, GB in all and on one of eight GPUs.
+    """What the header says: parameters, bytes for each, GB in all and on one of eight GPUs.
 
     With an adapter: the base's parameters, those in NF4 with their bits, GB; the adapter's, and GB in all.
     """
@@ -445,10 +445,11 @@ def test_the_memory_that_the_header_states_is_that_of_the_model(path, tmp_path):
     cfg = here(path, tmp_path)
     setting = Settings.from_config(cfg)
     parameters = sum(parameter.numel() for parameter in build_model(cfg).parameters())
-    policy, reference = 4 * DTYPES[setting.master_dtype].itemsize, DTYPES[setting.dtype].itemsize
-    total = parameters * (policy + reference) / 1e9
-    computed = (rounded(parameters), policy, reference, f"{total:.0f}", f"{total / 8:.0f}")
+    policy = 4 * DTYPES[setting.master_dtype].itemsize
+    total = parameters * policy / 1e9
+    computed = (rounded(parameters), policy, f"{total:.0f}", f"{total / 8:.0f}")
     assert stated_memory(path) == tuple(map(str, computed))
+    assert cfg.reference._component_ == "humanline.reference.WindowedReference"
 
 
 # ---- LoRA and QLoRA
