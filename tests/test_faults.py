@@ -86,7 +86,7 @@ def stopped(run, step, number=signal.SIGTERM, **arguments):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     trajectory, name, nproc, reference, in_background
 ):
-    """Each of the five kills comes at a random moment after a new step. Saves are at every step, so they are hit."""
+    """Four kills come at random moments after a new step, and one in a save. There is one at every step."""
     whole = saving(trajectory(name), every=1, enable_async_checkpointing=in_background)
     whole.config["reference"]["_component_"] = f"humanline.reference.{reference}"
     whole.config["batch_size"] //= nproc
@@ -95,12 +95,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
     moment = random.Random(name)
     resume: list[str] = []
-    for _ in range(5):
+    for in_a_save in (False, False, True, False, False):
         before = logged_steps(killed)
         newest = max(saved_steps(killed), default=0)
         with killed.start(*resume, nproc=nproc) as ranks:
             wait_until(lambda before=before: len(logged_steps(killed)) > len(before), ranks)
-            ranks.processes[0].join(moment.uniform(0, 0.25))
+            if in_a_save:
+                wait_until(lambda: list(folder(killed).glob("*.partial/*")), ranks)
+            else:
+                ranks.processes[0].join(moment.uniform(0, 0.25))
             moment.choice(ranks.processes).kill()
         new = logged_steps(killed)[len(before) :]
         assert new[0] == newest + 1  # nothing but the steps since the last checkpoint was lost
