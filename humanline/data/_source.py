@@ -43,6 +43,7 @@ class OfflineSource:
         max_steps_per_epoch: int | None = None,
     ) -> None:
         self.dataset = dataset
+        self.budget = dataset.budget
         self.accumulation = accumulation
         self.seed = seed
         self.shuffle = shuffle
@@ -55,6 +56,10 @@ class OfflineSource:
                 "gradient_accumulation_steps"
             )
         self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch or self.steps_per_epoch)
+
+    def digest(self) -> str:
+        """What the groups are."""
+        return f"{len(self.dataset)} groups {self.dataset.digest()}"
 
     def batch(self, step: int) -> list[list[Group]]:
         """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; rank ``r`` has the ``r``-th

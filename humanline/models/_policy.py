@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
@@ -42,6 +43,7 @@ class LogProbDecoder(nn.Module):
         self.norm = decoder.norm
         self.output = decoder.output
         self.soft_cap = soft_cap
+        self.max_seq_len = decoder.max_seq_len
 
     def forward(
         self, tokens: Tensor, *, mask: _MaskType, positions: Tensor, sources: Tensor, targets: Tensor
@@ -64,6 +66,11 @@ class LogProbDecoder(nn.Module):
         # Only the rows that predict a response token are normalised and projected.
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, sources))
         return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the last layer ``[B, S, D]`` to logits, float32 ``[B, S, V]``."""
+        logits = F.linear(self.norm(hidden), self._output_weight()).float()
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def _output_weight(self) -> Tensor:
         return self.output.tied_module.weight if isinstance(self.output, TiedLinear) else self.output.weight

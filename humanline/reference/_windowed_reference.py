@@ -1,4 +1,3 @@
-import logging
 import os
 import uuid
 from array import array
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchtune import utils
 from tqdm import tqdm
 
 from humanline.data import Group, Rows
@@ -20,7 +20,7 @@ from humanline.models import fixed_log_probs
 from humanline.reference._model_reference import check_sync_every
 from humanline.reference._plan import Plan
 
-log = logging.getLogger(__name__)
+log = utils.get_logger("INFO")
 
 
 class WindowedReference:

@@ -1,7 +1,19 @@
 """Engines that sample completions, and the prompts they complete."""
 
 from humanline.rollout._engine import Completion, TorchtuneEngine
+from humanline.rollout._in_process import InProcessEngine
+from humanline.rollout._online_source import Engine, OnlineSource, Reward
 from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._sampling import SamplingParams
 
-__all__ = ["Completion", "Prompt", "SamplingParams", "TorchtuneEngine", "read_prompts"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "InProcessEngine",
+    "OnlineSource",
+    "Prompt",
+    "Reward",
+    "SamplingParams",
+    "TorchtuneEngine",
+    "read_prompts",
+]

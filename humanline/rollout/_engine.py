@@ -4,7 +4,8 @@
 2. Step: every row's last token goes through the model, at the row's own position, and the next token is drawn.
 3. Retire: finished rows leave, and rows from the end take their slots, so that a step costs what its live rows cost.
 
-Token t of sample j of prompt i is drawn with the t-th number of a generator of its own, seeded by (seed, i, j). So
+Token t of sample j of prompt i is drawn with the t-th number of a generator of its own, seeded by (seed, i, j) or what
+the caller gives in the place of i. So
 neither the batch size nor a row's neighbours change a completion, up to the rounding of the logits.
 
 Left out: more than one device, and paging (a slot is as long as the longest sequence can get).
@@ -21,6 +22,7 @@ from torch import Tensor
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from humanline.errors import ConfigError
+from humanline.models import LogProbDecoder
 from humanline.rollout._kv_cache import KVCache, Prefill, Step, attached
 from humanline.rollout._sampling import SamplingParams, draw
 
@@ -32,10 +34,15 @@ _PREFILL_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model wrote after a prompt. After ``"stop"`` its last token is the stop token, as training wants it."""
+    """What the model wrote after a prompt. After ``"stop"`` its last token is the stop token, as training wants it.
+
+    ``logps`` are the log-probs of the tokens under the model itself (temperature 1), nats; None where an engine has
+    none. Completions of the same tokens are equal, as their log-probs are up to rounding.
+    """
 
     tokens: list[int]
     finish_reason: Literal["stop", "length"]
+    logps: list[float] | None = field(default=None, compare=False)
 
 
 class TorchtuneEngine:
@@ -44,7 +51,8 @@ class TorchtuneEngine:
     The decoder stays the caller's: it is touched only while completions are being drawn.
 
     Args:
-        model (TransformerDecoder): a decoder with torchtune's ``MultiHeadAttention`` (Llama 3, Qwen2.5, SmolLM2).
+        model (TransformerDecoder | LogProbDecoder): a decoder with torchtune's ``MultiHeadAttention`` (Llama 3,
+            Qwen2.5, SmolLM2).
         stop_tokens (Sequence[int]): ids that end a completion.
         batch_size (int): the most completions drawn at a time.
 
@@ -52,7 +60,9 @@ class TorchtuneEngine:
         ConfigError: if ``batch_size`` is not positive, or the model's attention is of another kind.
     """
 
-    def __init__(self, model: TransformerDecoder, *, stop_tokens: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self, model: TransformerDecoder | LogProbDecoder, *, stop_tokens: Sequence[int], batch_size: int
+    ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size!r} is not a whole number of at least 1")
         for layer in model.layers:
@@ -69,20 +79,26 @@ class TorchtuneEngine:
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """The completions of each prompt, in the order of the prompts. See :meth:`stream`."""
         completions: list[dict[int, Completion]] = [{} for _ in prompts]
-        for prompt, sample, completion in self.stream(prompts, params):
+        for prompt, sample, completion in self.stream(prompts, params, seeds):
             completions[prompt][sample] = completion
         return [[samples[j] for j in range(params.samples_per_prompt)] for samples in completions]
 
-    @torch.inference_mode()
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[tuple[int, int, Completion]]:
+    @torch.no_grad()
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, int, Completion]]:
         """Yields ``(prompt index, sample index, completion)`` as completions finish.
 
         Args:
             prompts (Sequence[Sequence[int]]): the token ids of each prompt, at least one.
             params (SamplingParams): how completions are drawn.
+            seeds (Sequence[int] | None): what a prompt's draws depend on besides ``params.seed``; None takes the
+                prompt's place.
 
         Raises:
             ConfigError: if a prompt is empty, or the model's ``max_seq_len`` leaves no room for ``max_new_tokens``.
@@ -93,7 +109,7 @@ class TorchtuneEngine:
         # A prompt's samples enter together; where they outnumber the slots, in several parties.
         party = min(params.samples_per_prompt, self._batch_size)
         waiting = deque(
-            _Party(i, prompts[i], range(start, min(start + party, params.samples_per_prompt)))
+            _Party(i, prompts[i], range(start, min(start + party, params.samples_per_prompt)), seeds[i] if seeds else i)
             for i in order
             for start in range(0, params.samples_per_prompt, party)
         )
@@ -107,7 +123,7 @@ class TorchtuneEngine:
                 self._step(rows, params, cache)
                 for row in rows:
                     if row.finish_reason is not None:
-                        yield row.prompt, row.sample, Completion(row.tokens, row.finish_reason)
+                        yield row.prompt, row.sample, Completion(row.tokens, row.finish_reason, row.logps)
                 rows = _retire(rows, cache)
 
     def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
@@ -138,7 +154,11 @@ class TorchtuneEngine:
             copies = [prompt for prompt, party in enumerate(parties) for _ in party.samples]
             cache.current = Prefill(copies, len(rows), self._device)
             self._hidden(tokens.to(self._device), torch.arange(length, device=self._device)[None])
-            rows += [_Row(party.prompt, j, party.tokens, params.seed) for party in parties for j in party.samples]
+            rows += [
+                _Row(party.prompt, j, party.tokens, f"{params.seed} {party.seed} {j}")
+                for party in parties
+                for j in party.samples
+            ]
 
     def _step(self, rows: "list[_Row]", params: SamplingParams, cache: KVCache) -> None:
         """Draws every row's next token."""
@@ -147,8 +167,10 @@ class TorchtuneEngine:
         logits = self._model.unembed(self._hidden(tokens, step.positions[:, None])).squeeze(1)
         uniforms = torch.tensor([1 - row.rng.random() for row in rows], dtype=torch.float32, device=self._device)
         drawn = draw(logits, uniforms, temperature=params.temperature, top_p=params.top_p)
-        for row, token in zip(rows, drawn.tolist(), strict=True):
+        logps = logits.gather(-1, drawn[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        for row, token, logp in zip(rows, drawn.tolist(), logps.tolist(), strict=True):
             row.tokens.append(token)
+            row.logps.append(logp)
             if token in self._stop_tokens:
                 row.finish_reason = "stop"
             elif len(row.tokens) == params.max_new_tokens:
@@ -169,6 +191,7 @@ class _Party:
     prompt: int
     tokens: Sequence[int]
     samples: range
+    seed: int
 
 
 @dataclass(slots=True)
@@ -178,13 +201,14 @@ class _Row:
     prompt: int
     sample: int
     prompt_tokens: Sequence[int]
-    seed: int
+    seed: str
     tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(f"{self.seed} {self.prompt} {self.sample}")
+        self.rng = random.Random(self.seed)
 
     @property
     def last(self) -> int:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
+from humanline.models import LogProbDecoder
+
 __all__ = ["KVCache", "Prefill", "Step", "attached"]
 
 
@@ -120,7 +122,7 @@ class _LayerCache(nn.Module):
 
 
 @contextmanager
-def attached(model: TransformerDecoder, slots: int, capacity: int) -> Iterator[KVCache]:
+def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: int) -> Iterator[KVCache]:
     """A cache that the model's attention uses, in evaluation mode, until the context ends; then all is as before."""
     attentions = [layer.attn for layer in model.layers]
     before = [(attn.kv_cache, attn.cache_enabled, attn._attention_call) for attn in attentions]

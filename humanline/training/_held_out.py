@@ -36,7 +36,7 @@ class HeldOut:
                 (rows.to(CPU), weight, fixed_log_probs(policy, rows).cpu())
                 for rows, weight in _shared_out(passes.cut(part), passes)
             ]
-            for part in (groups, objective.kl_groups(groups, dataset))
+            for part in (groups, objective.kl_groups(groups, dataset.budget))
         )
 
     @torch.no_grad()

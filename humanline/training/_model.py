@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
@@ -121,8 +121,8 @@ def _with_cast_parameters(root: nn.Module, forward: Callable[..., Any], dtype: t
 
 
 @contextmanager
-def _cast_parameters(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    skipped = set(root.layers.modules()) if isinstance(root, LogProbDecoder) else set()
+def _cast_parameters(root: nn.Module, dtype: torch.dtype, of_layers: bool = False) -> Iterator[None]:
+    skipped = set() if of_layers or not isinstance(root, LogProbDecoder) else set(root.layers.modules())
     replaced = []
     for module in root.modules():
         if module not in skipped:
@@ -136,6 +136,27 @@ def _cast_parameters(root: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+
+
+@contextmanager
+def whole_weights(model: LogProbDecoder, compute_dtype: torch.dtype) -> Iterator[None]:
+    """For the length of the block each rank has the whole model in the dtype in which it computes: what FSDP2 sharded
+    is gathered once, and what is kept in another dtype is cast once. The ranks may then call it as each of them likes.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if units:
+        # The root has to set itself up before its layers are called without it.
+        model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        with nullcontext() if units else _cast_parameters(model, compute_dtype, of_layers=True):
+            yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from humanline.data import Group, GroupDataset, Rows, as_labelled, as_pairs, as_scored, best_and_worst
+from humanline.data import Group, GroupDataset, Rows, TokenBudget, as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.errors import ConfigError
 from humanline.losses import (
     HumanlineDPOLoss,
@@ -83,8 +83,9 @@ class Objective(ABC):
 
     # What KTO's baseline needs, and no other objective.
 
-    def kl_groups(self, microbatch: Sequence[Group], dataset: GroupDataset) -> list[Group]:
-        """The KL sequences of a microbatch, in a group for each of its groups; none for most objectives."""
+    def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
+        """The KL sequences of a microbatch, cut to the budget, in a group for each of its groups; most objectives have
+        none."""
         return []
 
     def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
@@ -205,7 +206,7 @@ class KTO(Objective):
             }
         return losses.sum(), metrics
 
-    def kl_groups(self, microbatch: Sequence[Group], dataset: GroupDataset) -> list[Group]:
+    def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
         """The prompt of each example with the response of the next one, the last with the first's.
 
         Examples are taken column by column: the first response of every group, then the second of every group that has
@@ -217,7 +218,7 @@ class KTO(Objective):
         for (g, _), (next_g, i) in zip(examples, [*examples[1:], examples[0]], strict=True):
             responses[g].append(microbatch[next_g].responses[i])
         return [
-            dataset.budget.fit(Group(group.prompt, tuple(ys), id=group.id))
+            budget.fit(Group(group.prompt, tuple(ys), id=group.id))
             for group, ys in zip(microbatch, responses, strict=True)
         ]
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from humanline.data import Group, OfflineSource, RowBudget, Rows, lay_out, pack, parts
+from humanline.rollout import OnlineSource
 from humanline.training._objectives import Objective
 
 
@@ -13,7 +14,7 @@ class Passes:
     """A rank's share of the groups, in passes that the row budget allows.
 
     Args:
-        source (OfflineSource): the groups.
+        source (OfflineSource | OnlineSource): the groups.
         objective (Objective): says which groups need to stay whole, and what KL sequences there are.
         budget (RowBudget): what a pass may hold.
         batch_size (int): groups a microbatch and rank.
@@ -21,7 +22,12 @@ class Passes:
     """
 
     def __init__(
-        self, source: OfflineSource, objective: Objective, budget: RowBudget, batch_size: int, device: torch.device
+        self,
+        source: OfflineSource | OnlineSource,
+        objective: Objective,
+        budget: RowBudget,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         self.source = source
         self.objective = objective
@@ -36,7 +42,7 @@ class Passes:
 
     def kl_share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's KL sequences of a global microbatch; none for an objective without them."""
-        return self.share(self.objective.kl_groups(microbatch, self.source.dataset))
+        return self.share(self.objective.kl_groups(microbatch, self.source.budget))
 
     def cut(self, groups: list[Group]) -> list[Group]:
         """The groups, cut into parts of a row where the objective does not need them whole."""

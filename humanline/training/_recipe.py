@@ -33,6 +33,7 @@ from humanline.models import (
     trainable_parameters,
 )
 from humanline.reference import Plan
+from humanline.rollout import OnlineSource
 from humanline.training._adapter_files import read_adapter
 from humanline.training._agreement import on_any_rank
 from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
@@ -42,7 +43,7 @@ from humanline.training._export import write_weights
 from humanline.training._held_out import HeldOut, kl_baseline
 from humanline.training._launch import hide_known_warnings, process_group, restarted, start_on_every_device
 from humanline.training._metrics import MetricSums
-from humanline.training._model import build_model
+from humanline.training._model import build_model, whole_weights
 from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
@@ -88,18 +89,8 @@ class HumanlineRecipe(FTRecipeInterface):
         tokenizer = component(cfg, "tokenizer")
         with torch.device("meta"):
             shape = component(cfg, "model")
-        self.source = OfflineSource(
-            self._examples("dataset", component(cfg, "dataset", tokenizer), shape),
-            batch_size=settings.batch_size,
-            accumulation=settings.gradient_accumulation_steps,
-            world_size=self.world_size,
-            seed=settings.seed,
-            shuffle=settings.shuffle,
-            max_steps_per_epoch=settings.max_steps_per_epoch,
-        )
+        self.source = self._setup_source(cfg, tokenizer, shape)
         self.objective.check_microbatch(settings.batch_size * self.world_size, "batch_size")
-        if self.rank == 0 and (warning := self.objective.imbalance_warning(self.source.dataset)):
-            log.warning(warning)
         held_out = component(cfg, "dataset_val", tokenizer)
         if held_out is not None:
             held_out = self._examples("dataset_val", held_out, shape)
@@ -109,6 +100,11 @@ class HumanlineRecipe(FTRecipeInterface):
         self.passes = Passes(self.source, self.objective, budget, settings.batch_size, self.device)
 
         self.policy = self._setup_models(cfg)
+        if isinstance(self.source, OnlineSource):
+            engine = component(cfg, "engine")
+            engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
+            rounds = (settings.output_dir, bool(self.resume_from))
+            self.source.use(engine, component(cfg, "reward"), self.objective.examples, *rounds)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
@@ -141,7 +137,7 @@ class HumanlineRecipe(FTRecipeInterface):
             if self.device.type != self.settings.device.split(":")[0]:
                 log.warning(f"device: {self.settings.device} is not here; training on the {self.device.type} instead")
             log.info(
-                f"{len(self.source.dataset):,} groups, {self.source.groups_per_step} a step on {self.world_size} "
+                f"{self.source.groups_per_step} groups a step on {self.world_size} "
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
             )
 
@@ -166,7 +162,7 @@ class HumanlineRecipe(FTRecipeInterface):
             "groups a step": self.source.groups_per_step,
             "groups a microbatch": settings.batch_size * self.world_size,
             "shuffle": settings.shuffle,
-            "dataset": f"{len(self.source.dataset)} groups {self.source.dataset.digest()}",
+            "groups": self.source.digest(),
             "max_steps_per_epoch": self.source.steps_per_epoch,
             "seed": settings.seed,
             "reference": type(self.reference).__name__,
@@ -174,7 +170,35 @@ class HumanlineRecipe(FTRecipeInterface):
             "model": OmegaConf.to_container(cfg.model, resolve=True),
         }
 
+    def _setup_source(self, cfg: DictConfig, tokenizer: Any, shape: TransformerDecoder) -> OfflineSource | OnlineSource:
+        """Where the groups come from: a dataset, or the policy itself."""
+        settings = self.settings
+        steps: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "accumulation": settings.gradient_accumulation_steps,
+            "world_size": self.world_size,
+            "seed": settings.seed,
+            "shuffle": settings.shuffle,
+            "max_steps_per_epoch": settings.max_steps_per_epoch,
+        }
+        if cfg.get("source") is not None:
+            source: OnlineSource = component(cfg, "source")
+            source.setup(tokenizer, **steps)
+            self._check_fit("source.max_new_tokens", GroupDataset([source.longest()]), shape)
+            return source
+        dataset = self._examples("dataset", component(cfg, "dataset", tokenizer), shape)
+        if self.rank == 0 and (warning := self.objective.imbalance_warning(dataset)):
+            log.warning(warning)
+        return OfflineSource(dataset, **steps)
+
     def _examples(self, key: str, dataset: GroupDataset, shape: TransformerDecoder) -> GroupDataset:
+        """The objective's groups of a dataset."""
+        dataset = self._check_fit(f"{key}.max_tokens", dataset, shape)
+        if self.rank == 0:
+            log.info(f"{key}: {dataset.report()}")
+        return dataset
+
+    def _check_fit(self, limit: str, dataset: GroupDataset, shape: TransformerDecoder) -> GroupDataset:
         """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
         dataset = self.objective.examples(dataset)
         vocabulary = shape.tok_embeddings.num_embeddings
@@ -186,7 +210,7 @@ class HumanlineRecipe(FTRecipeInterface):
             if longest > shape.max_seq_len:
                 raise DataError(
                     f"{group.id}: prompt and response take {longest} positions, the model has {shape.max_seq_len} "
-                    f"(max_seq_len); lower {key}.max_tokens"
+                    f"(max_seq_len); lower {limit}"
                 )
             largest = max(map(max, (group.prompt, *group.responses)))
             if largest >= vocabulary:
@@ -194,8 +218,6 @@ class HumanlineRecipe(FTRecipeInterface):
                     f"{group.id}: token id {largest} is outside the model's vocabulary of {vocabulary}; encode with "
                     "the model's own tokenizer"
                 )
-        if self.rank == 0:
-            log.info(f"{key}: {dataset.report()}")
         return dataset
 
     def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
@@ -238,7 +260,7 @@ class HumanlineRecipe(FTRecipeInterface):
         reference_weights = weights if has_adapter else None
         plan = Plan(
             new_model=lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]),
-            passes=self.passes.of_step,
+            passes=None if isinstance(self.source, OnlineSource) else self.passes.of_step,
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
@@ -270,10 +292,11 @@ class HumanlineRecipe(FTRecipeInterface):
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
         with bar, StopRequest() as request:
             while self.step < self.total_steps:
-                start = time.perf_counter()
                 self.step += 1
+                batch = self.source.batch(self.step)
+                start = time.perf_counter()
                 torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
-                sums = self._accumulate_gradients()
+                sums = self._accumulate_gradients(batch)
                 grad_norm = self._clip_gradients()
                 self.reference.before_optimizer_step(self.step)
                 broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
@@ -301,10 +324,9 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.step == self.total_steps and settings.best_checkpoint_metric:
             self._save_best()
 
-    def _accumulate_gradients(self) -> MetricSums:
-        """Forward and backward over the step's groups; returns what to log of it."""
+    def _accumulate_gradients(self, batch: list[list[Group]]) -> MetricSums:
+        """Forward and backward over the step's microbatches; returns what to log of them."""
         sums = MetricSums(self.device)
-        batch = self.source.batch(self.step)
         for index, normalizer in enumerate(self.objective.normalizers(batch)):
             kl_passes = self._with_reference(self.passes.kl_share(batch[index]))
             kl = kl_baseline(self.objective, self.policy, kl_passes)

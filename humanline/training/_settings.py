@@ -22,6 +22,9 @@ COMPONENTS = (
     "checkpointer",
     "tokenizer",
     "dataset",
+    "source",
+    "engine",
+    "reward",
     "dataset_val",
     "loss",
     "reference",
@@ -49,7 +52,8 @@ POSITIVE = (
     "keep_last_n_checkpoints",
     "stop_after_nonfinite_steps",
 )
-REQUIRED_COMPONENTS = ("model", "checkpointer", "dataset", "loss", "reference", "optimizer", "metric_logger")
+REQUIRED_COMPONENTS = ("model", "checkpointer", "loss", "reference", "optimizer", "metric_logger")
+OFFLINE, ONLINE = ("dataset",), ("source", "engine", "reward", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,10 @@ class Settings:
         for name, field in known.items():
             if name not in values and field.default is MISSING:
                 raise ConfigError(f"{name}: is missing")
-        for key in REQUIRED_COMPONENTS:
+        online = cfg.get("source") is not None
+        if online and cfg.get("dataset") is not None:
+            raise ConfigError("source: groups come from it or from dataset; leave one of them out")
+        for key in (*REQUIRED_COMPONENTS, *(ONLINE if online else OFFLINE)):
             if cfg.get(key) is None:
                 raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
         return cls(**values)

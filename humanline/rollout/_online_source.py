@@ -1,0 +1,292 @@
+"""The source whose groups the policy itself samples: online at one round a step, sparse at one in many."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torchtune import utils
+
+from humanline.data import Group, GroupDataset, TokenBudget, best_and_worst
+from humanline.errors import ConfigError, DataError
+from humanline.rollout._engine import Completion
+from humanline.rollout._prompts import Prompt, read_prompts
+from humanline.rollout._sampling import SamplingParams
+
+log = utils.get_logger("INFO")
+
+Derive = Callable[[GroupDataset], GroupDataset]
+
+MOST_ATTEMPTS = 8
+
+
+class Engine(Protocol):
+    """What draws completions: token ids in, token ids out."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]: ...
+
+
+class Reward(Protocol):
+    """What scores the responses to prompts, higher is better."""
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]: ...
+
+
+class OnlineSource:
+    """Groups that the policy samples in rounds: a round serves ``every`` optimizer steps.
+
+    At the first step of a round the policy as it is then answers the round's prompts, and a reward scores the answers.
+    ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
+
+    Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
+    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again.
+
+    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
+    run reads it, and samples only what is not there yet.
+
+    Args:
+        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt).
+        max_new_tokens (int): a response ends here if no stop token came before.
+        generations (int): responses a prompt.
+        every (int): optimizer steps a round.
+        groups_per_round (int | None): prompts of a round; None takes as many as its steps take groups.
+        temperature (float): divides the logits.
+        top_p (float): draw from the smallest set of most probable tokens that holds this mass.
+        equal_scores (str): ``drop`` or ``resample`` prompts whose responses are all scored equal.
+        max_prompt_tokens (int | None): longer prompts are left out; None takes all.
+
+    Raises:
+        ConfigError: if a value cannot work.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        *,
+        max_new_tokens: int,
+        generations: int = 8,
+        every: int = 1,
+        groups_per_round: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        equal_scores: str = "drop",
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        for key, value in (("every", every), ("groups_per_round", groups_per_round or 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"source.{key}: {value!r} is not a whole number of at least 1")
+        if generations < 2:
+            raise ConfigError(f"source.generations: {generations!r} makes no group to compare in; give 2 or more")
+        if equal_scores not in ("drop", "resample"):
+            raise ConfigError(f"source.equal_scores: {equal_scores!r} is not known; choose drop or resample")
+        self.all_prompts = read_prompts(prompts)
+        self.every = every
+        self.groups_per_round = groups_per_round
+        self.params = SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples_per_prompt=generations
+        )
+        self.equal_scores = equal_scores
+        self.max_prompt_tokens = max_prompt_tokens
+
+    # --------------------------------------------------------------------------------------------------------- set-up
+
+    def setup(
+        self,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        max_steps_per_epoch: int | None = None,
+    ) -> None:
+        """Encodes the prompts, and says how long an epoch is.
+
+        Args:
+            tokenizer (Any): a ``ChatTokenizer``.
+            batch_size (int): groups a microbatch and rank.
+            accumulation (int): microbatches an optimizer step.
+            world_size (int): number of ranks.
+            seed (int): seed of the prompts' order and of all draws.
+            shuffle (bool): False keeps the file's order.
+            max_steps_per_epoch (int | None): steps after which an epoch ends early.
+
+        Raises:
+            ConfigError: if the prompts do not fill a round.
+        """
+        self.tokenizer = tokenizer
+        self.accumulation = accumulation
+        self.seed = seed
+        self.shuffle = shuffle
+        self.groups_per_step = batch_size * accumulation * world_size
+        self.round_size = self.groups_per_round or self.every * self.groups_per_step
+        self.prompts, self.prompt_ids = [], []
+        for prompt in self.all_prompts:
+            ids = tokenizer.encode_prompt(prompt.messages)
+            if self.max_prompt_tokens is None or len(ids) <= self.max_prompt_tokens:
+                self.prompts.append(prompt)
+                self.prompt_ids.append(ids)
+        if len(self.prompts) < self.round_size:
+            raise ConfigError(
+                f"source.groups_per_round: a round takes {self.round_size} prompts, and {len(self.prompts)} of "
+                f"{len(self.all_prompts)} are within max_prompt_tokens; lower it, or give more prompts"
+            )
+        self.rounds_per_epoch = len(self.prompts) // self.round_size
+        steps = self.rounds_per_epoch * self.every
+        self.steps_per_epoch = min(steps, max_steps_per_epoch or steps)
+        self.budget = TokenBudget(
+            max_tokens=max(map(len, self.prompt_ids)) + self.params.max_new_tokens, max_prompt_tokens=None
+        )
+        self._round: int | None = None
+        self._groups: list[Group] = []
+
+    def longest(self) -> Group:
+        """A group as long as any that can be sampled."""
+        prompt = max(self.prompt_ids, key=len)
+        count = self.params.samples_per_prompt
+        responses = tuple([i] * self.params.max_new_tokens for i in range(count))
+        scores = tuple(map(float, range(count)))
+        return Group(prompt, responses, scores, id="the longest prompt with responses of max_new_tokens")
+
+    def digest(self) -> str:
+        """What the groups are a function of, besides the policy."""
+        ids = hashlib.blake2b(json.dumps([list(ids) for ids in self.prompt_ids]).encode(), digest_size=8).hexdigest()
+        return f"{len(self.prompts)} prompts {ids}, {self.round_size} every {self.every} steps, {self.params}"
+
+    def use(self, engine: Engine, reward: Reward, derive: Derive, output_dir: str, keep: bool) -> None:
+        """Names what rounds are made with.
+
+        Args:
+            engine (Engine): draws completions; every rank asks its own.
+            reward (Reward): scores them.
+            derive (Derive): makes of scored groups what the objective learns from.
+            output_dir (str): the run's folder.
+            keep (bool): whether the rounds that are there are this run's; else they are deleted.
+        """
+        self.engine, self.reward, self.derive = engine, reward, derive
+        self.folder = Path(output_dir) / "rounds"
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in [] if keep else self.folder.glob("round_*"):
+                file.unlink()
+        dist.barrier()
+
+    # --------------------------------------------------------------------------------------------------------- rounds
+
+    def batch(self, step: int) -> list[list[Group]]:
+        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups. At a round's first step, all
+        ranks sample it together."""
+        round, index = divmod(step - 1, self.every)
+        if round != self._round:
+            self._groups = self._in_order(round, self._read_or_sample(round))
+            self._round = round
+        start = index * self.groups_per_step
+        groups = self._groups[start : start + self.groups_per_step]
+        size = self.groups_per_step // self.accumulation
+        return [groups[i : i + size] for i in range(0, len(groups), size)]
+
+    def starts_round(self, step: int) -> bool:
+        """Whether a step is the first of a round."""
+        return (step - 1) % self.every == 0
+
+    def _in_order(self, round: int, groups: Sequence[Group]) -> list[Group]:
+        """The groups of the round's steps: each once, and again from the start where they are too few."""
+        order = self._order(len(groups), self.seed + round)
+        needed = self.every * self.groups_per_step
+        return [groups[order[i % len(order)]] for i in range(needed)]
+
+    def _order(self, count: int, seed: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(count))
+        order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        return order
+
+    def _read_or_sample(self, round: int) -> Sequence[Group]:
+        file = self.folder / f"round_{round}.jsonl"
+        there = [file.is_file()]
+        dist.broadcast_object_list(there)
+        groups = _read(file) if there[0] else self._sample(round, file)
+        return self.derive(GroupDataset(groups, str(file))).groups
+
+    def _sample(self, round: int, file: Path) -> list[Group]:
+        """Samples a round, each rank a part of its prompts; rank 0 writes it down."""
+        epoch, index = divmod(round, self.rounds_per_epoch)
+        order = self._order(len(self.prompts), self.seed + epoch)
+        open_, groups = order[index * self.round_size : (index + 1) * self.round_size], {}
+        sampled = 0
+        for attempt in range(MOST_ATTEMPTS):
+            sampled += len(open_)
+            for prompt, group in self._answer(open_, round, attempt).items():
+                groups[prompt] = group
+            open_ = [prompt for prompt in open_ if best_and_worst(groups[prompt].scores or ()) is None]
+            if not open_ or (self.equal_scores == "drop" and len(open_) < len(groups)):
+                break
+        usable = [group for prompt, group in groups.items() if prompt not in open_]
+        if dist.get_rank() == 0:
+            mean = (
+                sum(sum(group.scores or ()) for group in groups.values()) / self.params.samples_per_prompt / len(groups)
+            )
+            log.info(
+                f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward {mean:.3f}, "
+                f"{len(open_)} prompts with equal scores left out"
+            )
+        if not usable:
+            raise DataError(
+                f"{file.name}: the responses of every prompt are scored equal; nothing can be learnt from them"
+            )
+        if dist.get_rank() == 0:
+            _write(file, usable)
+        dist.barrier()
+        return usable
+
+    def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
+        """Scored groups of some prompts, by prompt, the same on all ranks."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        mine = chosen[rank::world_size]
+        seeds = [_seed(self.seed, round, prompt, attempt) for prompt in mine]
+        completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
+        texts = [[self.tokenizer.decode(sample.tokens) for sample in samples] for samples in completions]
+        scores = self.reward([self.prompts[i] for i in mine], texts)
+        groups = {
+            i: Group(
+                self.prompt_ids[i],
+                tuple(sample.tokens for sample in samples),
+                tuple(map(float, each)),
+                id=f"{self.prompts[i].where} in round {round}",
+            )
+            for i, samples, each in zip(mine, completions, scores, strict=True)
+        }
+        everyone: list[Any] = [None] * world_size
+        dist.all_gather_object(everyone, groups)
+        together = {i: group for part in everyone for i, group in part.items()}
+        return {i: together[i] for i in chosen}
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")
+
+
+def _write(file: Path, groups: Sequence[Group]) -> None:
+    partial = file.with_suffix(".partial")
+    with open(partial, "w") as lines:
+        for group in groups:
+            line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
+            lines.write(json.dumps(line | {"id": group.id}) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+    partial.rename(file)
+
+
+def _read(file: Path) -> list[Group]:
+    groups = []
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        groups.append(Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]))
+    return groups

@@ -1,0 +1,200 @@
+"""Online, sparse and offline are one: where the groups come from is a config value."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TrajectoryRun
+from torchtune.models.llama3 import llama3
+
+from humanline.data import Group, RowBudget, lay_out, pack
+from humanline.models import LogProbDecoder, fixed_log_probs
+from humanline.rollout import SamplingParams, TorchtuneEngine
+
+
+def online(run: TrajectoryRun, **source) -> TrajectoryRun:
+    """The golden run with its dataset replaced by 24 prompts that the policy answers."""
+    prompts = run.folder / "prompts.jsonl"
+    words = ["".join(chr(66 + (7 * i + 11 * j) % 180) for j in range(3 + i % 5)) for i in range(24)]
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    del run.config["dataset"]
+    run.config |= {
+        "tokenizer": {"_component_": "toys.Letters"},
+        "source": {
+            "_component_": "humanline.rollout.OnlineSource",
+            "prompts": str(prompts),
+            "max_new_tokens": 6,
+            "generations": 4,
+            "every": 1,
+            **source,
+        },
+        "engine": {"_component_": "humanline.rollout.InProcessEngine", "batch_size": 8},
+        "reward": {"_component_": "toys.MeanToken"},
+        "batch_size": 2,
+        "seed": 3,
+    }
+    return run
+
+
+def rounds(run):
+    files = (run.folder / "out" / "rounds").glob("round_*.jsonl")
+    return sorted(files, key=lambda file: int(file.stem.removeprefix("round_")))
+
+
+def lines(run):
+    return [json.loads(line) for file in rounds(run) for line in file.read_text().splitlines()]
+
+
+def offline(run):
+    """The same run on the groups that it sampled."""
+    other = run.again("offline")
+    other.data = other.folder / "groups.jsonl"
+    other.data.write_text("".join(json.dumps(line) + "\n" for line in lines(run)))
+    for key in ("source", "engine", "reward"):
+        del other.config[key]
+    other.config["dataset"] = {"_component_": "humanline.data.encoded_groups", "source": str(other.data)}
+    return other
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("name", ["dpo_8_k4", "kto_8_k4", "grpo_8_k4"])
+def test_online_at_every_step_is_offline_on_the_groups_that_it_sampled(trajectory, name, nproc):
+    run = online(trajectory(name))
+    run.config["batch_size"] = 4 // nproc
+    run.train_on(nproc)
+    assert len(rounds(run)) == len(run.log()) == 6
+    other = offline(run)
+    other.train_on(nproc)
+    assert other.log() == pytest.approx(run.log(), abs=1e-5)
+    assert len(set(run.log("grad_norm").values())) == 6
+
+
+def test_sampling_does_not_depend_on_the_number_of_ranks(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    run.config["batch_size"] = 4
+    run.train_on(1)
+    two = run.again("two")
+    two.config["batch_size"] = 2
+    two.train_on(2)
+    assert lines(two) == lines(run)
+    assert two.log() == pytest.approx(run.log(), abs=1e-5)
+
+
+def test_the_policy_of_the_moment_samples(trajectory):
+    """With a rate that moves nothing, later rounds are those of the initial policy; with another they are not."""
+    run = online(trajectory("grpo_8_k4"))
+    sampled = []
+    for rate in (0.0, 0.0, 0.02):
+        assert run.train(f"optimizer.lr={rate}") is None
+        sampled.append([line["responses"] for line in lines(run)])
+    assert sampled[0] == sampled[1]
+    assert sampled[2][:2] == sampled[0][:2] and sampled[2][-2:] != sampled[0][-2:]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("recipe", ["distributed", "single_device"])
+def test_whatever_trains_also_samples(trajectory, recipe, lora):
+    run = online(trajectory("grpo_8_k4"), every=3)
+    run.recipe = run.recipe.with_name(f"humanline_grpo_{recipe}.py")
+    if lora:
+        run.config["model"] |= {
+            "_component_": "torchtune.models.llama3.lora_llama3",
+            "lora_attn_modules": ["q_proj", "v_proj"],
+            "lora_rank": 4,
+            "lora_alpha": 8.0,
+            "lora_dropout": 0.1,
+        }
+        run.config["reference"]["_component_"] = "humanline.reference.AdapterReference"
+        run.config["optimizer"]["lr"] = 0.02
+    assert run.train("dtype=bf16", "enable_activation_checkpointing=True") is None
+    assert len(rounds(run)) == 4 and len(run.log()) == 12
+    assert {len(file.read_text().splitlines()) for file in rounds(run)} == {6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_s_log_probs_are_those_of_training(dtype):
+    torch.manual_seed(0)
+    model = LogProbDecoder(llama3(256, 2, 4, 2, 64, 128)).to(dtype)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    engine = TorchtuneEngine(model, stop_tokens=[0], batch_size=4)
+    completions = engine.generate(prompts, SamplingParams(max_new_tokens=20, samples_per_prompt=3), seeds=[5, 6, 7])
+    groups = [Group(p, tuple(s.tokens for s in samples)) for p, samples in zip(prompts, completions, strict=True)]
+    budget = RowBudget(tokens_per_row=256)
+    (rows,) = (lay_out(groups, planned, budget) for planned in pack(groups, budget))
+    trained = fixed_log_probs(model, rows)
+    sampled = torch.tensor([logp for samples in completions for sample in samples for logp in sample.logps])
+    torch.testing.assert_close(sampled, trained, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+# ---- Rounds
+
+
+def test_a_resumed_run_replays_its_round(trajectory):
+    run = online(trajectory("grpo_8_k4"), every=4)
+    run.config["save_every_n_steps"] = 6
+    assert run.train() is None
+    whole = run.log()
+    written = [file.stat().st_mtime_ns for file in rounds(run)]
+    shutil.rmtree(run.folder / "out" / "checkpoints" / "step_12")
+    (run.folder / "logs" / "log.txt").unlink()
+    assert run.train("resume_from_checkpoint=latest") is None
+    assert run.log() == {step: whole[step] for step in range(7, 13)}
+    assert [file.stat().st_mtime_ns for file in rounds(run)] == written
+
+    for file in rounds(run)[2:]:  # what was not sampled before the run was lost is sampled now, and is the same
+        file.unlink()
+    assert run.train(f"resume_from_checkpoint={run.folder / 'out' / 'checkpoints' / 'step_6'}") is None
+    assert run.log() == {step: whole[step] for step in range(7, 13)}
+
+
+def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    assert run.train() is None
+    first = lines(run)
+    assert run.train("seed=4") is None
+    assert lines(run) != first
+
+
+def test_prompts_whose_responses_are_scored_equal_are_dropped_or_sampled_again(trajectory, caplog):
+    run = online(trajectory("grpo_8_k4"), every=3)
+    run.config["reward"]["_component_"] = "toys.Vowels"
+    assert run.train() is None
+    dropped = [len(file.read_text().splitlines()) for file in rounds(run)]
+    assert max(dropped) < 6 and len(run.log()) == 12  # the steps go through what is left again
+    assert f"{6 - dropped[0]} prompts with equal scores left out" in caplog.text
+    resampled = run.again("resampled")
+    assert resampled.train("source.equal_scores=resample") is None
+    assert sum(len(file.read_text().splitlines()) for file in rounds(resampled)) > sum(dropped)
+    assert all(len(set(line["scores"])) > 1 for line in [*lines(run), *lines(resampled)])
+
+
+# ---- Mistakes
+
+MISTAKES = {
+    "a window": ({"reference._component_": "humanline.reference.WindowedReference"}, "samples their groups later"),
+    "both": (
+        {"dataset": {"_component_": "humanline.data.encoded_groups"}},
+        "source: groups come from it or from dataset",
+    ),
+    "no engine": ({"engine": None}, "engine: is missing"),
+    "no reward": ({"reward": None}, "reward: is missing"),
+    "one response": ({"source.generations": 1}, "source.generations: 1 makes no group"),
+    "no rounds": ({"source.every": 0}, "source.every: 0 is not a whole number"),
+    "too few prompts": ({"source.groups_per_round": 25}, "a round takes 25 prompts, and 24 of 24 are within"),
+    "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_the_run_before_anything_is_sampled(trajectory, mistake):
+    changes, message = MISTAKES[mistake]
+    run = online(trajectory("grpo_8_k4"))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = run.config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    assert message in run.train()
+    assert not rounds(run)

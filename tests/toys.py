@@ -1,0 +1,30 @@
+"""A tokenizer, and rewards, for the golden models, whose 256 tokens mean nothing."""
+
+from humanline.rollout import Prompt
+
+
+class Letters:
+    """Token ids as characters from "A" (65) on; 255 ends a response."""
+
+    vocab_size = 256
+    stop_tokens = (255,)
+
+    def encode_prompt(self, messages):
+        return [ord(letter) - 65 for letter in messages[-1]["content"]]
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(chr(65 + token) for token in tokens)
+
+
+class MeanToken:
+    """How large the tokens of a response are on average; no two responses of a few tokens have the same."""
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        return [[sum(ord(c) * (i + 1) for i, c in enumerate(text)) / 1000 for text in texts] for texts in responses]
+
+
+class Vowels:
+    """1 for a response with a token from 65 to 100 in its first place, else 0; many groups are scored equal."""
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        return [[float(130 <= ord(text[0]) < 165) for text in texts] for texts in responses]
