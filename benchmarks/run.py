@@ -73,15 +73,16 @@ def humanline(steps: int, reference: Any) -> Iterator[float]:
 
     device = torch.device("cpu")
     budget = RowBudget(tokens_per_row=1024, rows_per_pass=2)
-    groups = [Group(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs(PAIRS * steps)]
+    groups = [Group(prompt, (chosen, rejected)) for prompt, chosen, rejected in pairs(PAIRS * (steps + 1))]
     with process_group(device):
         mesh = init_device_mesh("cpu", (1,))
-        weights = smollm2_135m().state_dict()
 
-        def model(dtype: torch.dtype, checkpointing: bool) -> torch.nn.Module:
+        def model(
+            dtype: torch.dtype, state_dict: dict[str, torch.Tensor] | None = None, checkpointing: bool = False
+        ) -> torch.nn.Module:
             return build_model(
                 smollm2_135m,
-                weights,
+                state_dict,
                 mesh=mesh,
                 device=device,
                 param_dtype=dtype,
@@ -93,11 +94,11 @@ def humanline(steps: int, reference: Any) -> Iterator[float]:
             microbatch = groups[(step - 1) * PAIRS : step * PAIRS]
             return (lay_out(microbatch, planned, budget) for planned in pack(microbatch, budget))
 
-        policy = model(torch.float32, True)
+        policy = model(torch.float32, smollm2_135m().state_dict(), checkpointing=True)
         plan = Plan(
-            new_model=lambda: model(torch.bfloat16, False),
+            new_model=lambda: model(torch.bfloat16),
             passes=passes,
-            total_steps=steps,
+            total_steps=steps + 1,  # so that the last step takes a window too
             resumes=False,
             fingerprint=lambda: "",
         )

@@ -62,10 +62,11 @@ def wait_until(condition, ranks, seconds=60):
         assert all(process.is_alive() for process in ranks.processes), ranks.output()
 
 
-def stopped(run, step, number=signal.SIGTERM, **arguments):
-    """Starts the run, and sends one of its ranks a signal once ``step`` is logged; returns its output."""
-    with run.start(**arguments) as ranks:
-        wait_until(lambda: step in logged_steps(run), ranks)
+def stopped(run, step, number=signal.SIGTERM, resume=(), **arguments):
+    """Starts the run, and sends one of its ranks a signal once ``step`` is logged anew; returns its output."""
+    before = len(logged_steps(run))
+    with run.start(*resume, **arguments) as ranks:
+        wait_until(lambda: step in logged_steps(run)[before:], ranks)
         os.kill(ranks.processes[-1].pid, number)
         assert ranks.wait() == [0] * len(ranks.processes), ranks.output()
         return ranks.output()
@@ -314,9 +315,20 @@ def test_steps_that_stay_not_finite_stop_the_run_with_a_state_to_go_on_from(traj
     line = run.train()
     assert "step 8: the last 3 losses or gradients were not finite (stop_after_nonfinite_steps)" in line
     assert line.endswith("resume_from_checkpoint: latest goes on from step 8")
-    assert run.train("resume_from_checkpoint=latest", "stop_after_nonfinite_steps=5").startswith(
-        "humanline_dpo_distributed.py: step 10: the last 5 losses"
-    )
+    # The same config stops again, at the next such step; only a larger limit goes further.
+    assert "step 9: the last 4 losses" in run.train("resume_from_checkpoint=latest")
+    assert "step 11: the last 6 losses" in run.train("resume_from_checkpoint=latest", "stop_after_nonfinite_steps=6")
+
+
+def test_a_first_step_that_is_not_finite_changes_nothing_by_being_saved(trajectory):
+    run = poisoned(trajectory(RUN), [0])
+    saved = run.again("saved")
+    assert run.train() is None
+    assert saved.train("save_every_n_steps=1") is None
+    assert 1 not in run.log() and saved.log() == run.log()
+    (saved.folder / "logs" / "log.txt").unlink()
+    assert saved.train(f"resume_from_checkpoint={folder(saved) / 'step_11'}") is None
+    assert saved.log() == {12: run.log()[12]}
 
 
 # ---- Two runs
@@ -385,6 +397,88 @@ def test_a_best_metric_that_cannot_be_had_is_refused(trajectory):
     assert "best_checkpoint_metric: val/nope is not measured; choose one of val/" in line
 
 
+def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(trajectory, caplog):
+    run = saving(trajectory(RUN), every=8, run_val_every_n_steps=8, keep_last_n_checkpoints=3)
+    run.config["dataset_val"] = {"_component_": "humanline.data.encoded_groups", "source": str(run.data)}
+    run.config |= {"best_checkpoint_metric": "val/loss", "best_checkpoint_mode": "min"}
+    run.config["optimizer"]["lr"] = 0.05  # too high, so that the best does not come last
+    assert run.train() is None
+    losses = {step: loss for step, loss in run.log("val/loss").items() if step}
+    first, second, _ = sorted(losses, key=losses.__getitem__)
+    flip_a_byte(folder(run) / f"step_{first}" / "__0_0.distcp")
+    assert run.train("resume_from_checkpoint=latest") is None
+    assert f"best: the weights of step {second}, by val/loss" in caplog.text
+    # Scores of another metric are not compared with these.
+    assert run.train("resume_from_checkpoint=latest", "best_checkpoint_metric=val/rewards/margins") is None
+    assert "by val/rewards/margins" not in caplog.text
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(trajectory):
+    run = saving(trajectory(RUN), every=10, keep_last_n_checkpoints=3)
+    whole = run.again("whole")
+    whole.train_on(1)
+    run.train_on(1)
+    stopped(run, 13, resume=[f"resume_from_checkpoint={folder(run) / 'step_10'}"])
+    assert {path.name for path in folder(run).iterdir()} == {
+        "step_10",
+        f"step_{saved_steps(run)[-1]}",
+        "step_20.abandoned",
+    }
+    run.train_on(1, "resume_from_checkpoint=latest")
+    assert_same_end(run, whole)
+
+
+def test_another_run_s_checkpoint_goes_into_a_folder_of_its_own(trajectory):
+    run = saving(trajectory(RUN), every=10)
+    assert run.train() is None
+    other = run.again("other")
+    step = folder(run) / "step_10"
+    assert other.train(f"resume_from_checkpoint={step}") is None
+    assert other.log() == {step: loss for step, loss in run.log().items() if step > 10}
+    assert f"{step} is of another folder, and output_dir has checkpoints" in other.train(
+        f"resume_from_checkpoint={step}"
+    )
+
+
+def test_a_resumed_run_may_change_the_optimizer_s_settings(trajectory):
+    run = saving(trajectory(RUN), every=10)
+    run.config["lr_scheduler"] = {
+        "_component_": "humanline.training.get_constant_schedule_with_warmup",
+        "warmup_ratio": 0.75,
+    }
+    assert run.train() is None
+    rates = run.log("lr")
+    resume = f"resume_from_checkpoint={folder(run) / 'step_10'}"
+    assert run.train(resume, f"optimizer.lr={run.config['optimizer']['lr'] / 4}") is None
+    assert [run.log("lr")[step] for step in (11, 17, 24)] == pytest.approx([rates[step] / 4 for step in (11, 17, 24)])
+
+
+def test_what_a_user_puts_beside_the_checkpoints_stays(trajectory):
+    run = saving(trajectory(RUN), every=6)
+    mine = folder(run) / "before the experiment"
+    mine.mkdir(parents=True)
+    assert run.train() is None
+    assert mine.is_dir() and saved_steps(run) == [18, 24]
+
+
+def test_a_state_that_cannot_be_copied_is_written_directly(trajectory, caplog):
+    from test_adapters import one_device, quantize, with_lora
+
+    run = saving(quantize(with_lora(one_device(trajectory("dpo_7_k1")), lora_rank=16)), every=10)
+    run.config["optimizer"] = {"_component_": "torchao.optim.AdamW8bit", "lr": 0.02}
+    assert run.train("enable_async_checkpointing=True") is None
+    assert saved_steps(run) == [10, 20]
+    whole = run.log()
+    (run.folder / "logs" / "log.txt").unlink()
+    assert run.train("resume_from_checkpoint=latest") is None
+    assert run.log() == {step: whole[step] for step in (21, 22, 23, 24)}
+
+
+def test_weights_that_would_go_elsewhere_are_refused_at_the_start(trajectory):
+    line = trajectory(RUN).train("checkpointer.output_dir=elsewhere")
+    assert "checkpointer.output_dir: elsewhere is not output_dir" in line
+
+
 # ---- Collapse
 
 
@@ -418,5 +512,6 @@ def test_a_run_that_collapses_is_warned_of_or_stopped(trajectory, caplog):
     run.config["optimizer"]["lr"] = 0.005
     assert run.train() is None
     assert "rewards/margins: over the last 12 logged steps the signal fell from" in caplog.text
-    line = run.train("stop_on_collapse=True", f"output_dir={run.folder / 'other'}")
+    other = run.folder / "other"
+    line = run.train("stop_on_collapse=True", f"output_dir={other}", f"checkpointer.output_dir={other}")
     assert "(stop_on_collapse); resume_from_checkpoint: latest goes on from step 12" in line

@@ -110,6 +110,17 @@ def test_an_adapter_s_windowed_reference_has_the_losses_of_its_own(trajectory):
     assert losses(windowed(run)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_longer_run_than_its_window_is_refused(trajectory):
+    run = windowed(trajectory("dpo_8_k4"))
+    run.config["save_every_n_steps"] = 6
+    run.config["reference"]["sync_every"] = 5
+    losses(run)
+    line = run.train("resume_from_checkpoint=latest", "epochs=2")
+    assert "its window of reference log-probs ends with step 12, the last of that run" in line
+    step = run.folder / "out" / "checkpoints" / "step_6"
+    assert len(losses(run, f"resume_from_checkpoint={step}", "epochs=2")) == 18
+
+
 # ---- Frozen: kept on disk
 
 

@@ -1,9 +1,11 @@
 import os
+import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from humanline.reference._model_reference import check_sync_every
 from humanline.reference._plan import Plan
 
 log = utils.get_logger("INFO")
+
+SECONDS_BETWEEN_WRITES = 300.0
 
 
 class WindowedReference:
@@ -54,6 +58,7 @@ class WindowedReference:
         self.last_sync = 0
         self.window: dict[str, Tensor] = {}
         self.fingerprint = ""
+        self.until = 0
 
     def setup(self, policy: nn.Module, plan: Plan) -> None:
         """Takes the first window.
@@ -93,12 +98,12 @@ class WindowedReference:
         Every rank gives its own part of the window.
         """
         window = {} if self.sync_every is None else dict(self.window)
-        return {"window": window, "last_sync": self.last_sync, "fingerprint": self.fingerprint}
+        return {"window": window, "until": self.until, "last_sync": self.last_sync, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ConfigError: if a frozen reference was of other weights.
+            ConfigError: if a frozen reference was of other weights, or the window ends before this run does.
         """
         if state["fingerprint"] != self.fingerprint:
             raise ConfigError(
@@ -106,28 +111,38 @@ class WindowedReference:
                 "point them to what that run started from"
             )
         if self.sync_every is not None:
-            self.window = dict(state.get("window", {}))
+            if state["until"] < min(state["last_sync"] + self.sync_every, self.total_steps):
+                raise ConfigError(
+                    f"resume_from_checkpoint: its window of reference log-probs ends with step {state['until']}, "
+                    "the last of that run; a longer one (more epochs) starts anew, or takes ModelReference"
+                )
+            self.window, self.until = dict(state.get("window", {})), state["until"]
         self.last_sync = state["last_sync"]
 
-    def _take(self, steps: Iterable[int]) -> None:
-        """Adds to the window what the steps will ask for and it does not have."""
+    def _take(self, steps: Iterable[int], known: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Adds to the window what the steps will ask for: what is known, and what the policy says now."""
         for step in steps:
             if step > self.total_steps:
                 return
             for rows in self.passes(step):
                 keys = list(_keys(rows.groups))
+                self.window |= {key: known[key] for key in keys if key in known}
                 if _on_any_rank(not self.window.keys() >= set(keys)):
                     log_probs = fixed_log_probs(self.policy, rows).cpu()
                     each = log_probs.split(rows.mask.sum(1).tolist())
                     self.window |= {key: mine.clone() for key, mine in zip(keys, each, strict=True)}
+            self.until = step
 
     def _take_all(self, cache: Path) -> None:
-        self.window |= _read(cache)
-        known = set(self.window)
+        """The window of the whole run, from the cache and for it; what is taken is written down every few minutes."""
+        known = _read(cache)
+        written, start = set(known), time.monotonic()
         steps = range(1, self.total_steps + 1)
-        self._take(tqdm(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False))
-        if new := {key: log_probs for key, log_probs in self.window.items() if key not in known}:
-            _write(cache, new)
+        for step in tqdm(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False):
+            self._take([step], known)
+            if step == self.total_steps or time.monotonic() - start > SECONDS_BETWEEN_WRITES:
+                _write(cache, {key: log_probs for key, log_probs in self.window.items() if key not in written})
+                written, start = written | self.window.keys(), time.monotonic()
 
 
 def _keys(groups: Sequence[Group]) -> Iterator[str]:
@@ -160,6 +175,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _write(folder: Path, log_probs: dict[str, Tensor]) -> None:
     """Adds log-probs to a folder. Runs and ranks do not get into each other's way: each write is a file of its own."""
+    if not log_probs:
+        return
     file = folder / uuid.uuid4().hex
     try:
         folder.mkdir(parents=True, exist_ok=True)

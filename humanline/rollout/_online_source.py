@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torchtune import utils
 
 from humanline.data import Group, GroupDataset, TokenBudget, best_and_worst
+from humanline.data._record import Message
 from humanline.errors import ConfigError, DataError
 from humanline.rollout._engine import Completion
 from humanline.rollout._prompts import Prompt, read_prompts
@@ -51,7 +52,7 @@ class OnlineSource:
     run reads it, and samples only what is not there yet.
 
     Args:
-        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt).
+        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset.
         max_new_tokens (int): a response ends here if no stop token came before.
         generations (int): responses a prompt.
         every (int): optimizer steps a round.
@@ -60,6 +61,10 @@ class OnlineSource:
         top_p (float): draw from the smallest set of most probable tokens that holds this mass.
         equal_scores (str): ``drop`` or ``resample`` prompts whose responses are all scored equal.
         max_prompt_tokens (int | None): longer prompts are left out; None takes all.
+        system_prompt (str | None): stands before each prompt.
+        split (str): the split of the prompts, with an optional slice such as "train[:95%]".
+        column_map (Mapping[str, str] | None): the source's name for each field that it calls otherwise, such as
+            ``{prompt: problem, answer: solution}``.
 
     Raises:
         ConfigError: if a value cannot work.
@@ -77,6 +82,9 @@ class OnlineSource:
         top_p: float = 1.0,
         equal_scores: str = "drop",
         max_prompt_tokens: int | None = None,
+        system_prompt: str | None = None,
+        split: str = "train",
+        column_map: Mapping[str, str] | None = None,
     ) -> None:
         for key, value in (("every", every), ("groups_per_round", groups_per_round or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -85,7 +93,8 @@ class OnlineSource:
             raise ConfigError(f"source.generations: {generations!r} makes no group to compare in; give 2 or more")
         if equal_scores not in ("drop", "resample"):
             raise ConfigError(f"source.equal_scores: {equal_scores!r} is not known; choose drop or resample")
-        self.all_prompts = read_prompts(prompts)
+        self.all_prompts = read_prompts(prompts, split, column_map)
+        self.system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.every = every
         self.groups_per_round = groups_per_round
         self.params = SamplingParams(
@@ -129,7 +138,7 @@ class OnlineSource:
         self.round_size = self.groups_per_round or self.every * self.groups_per_step
         self.prompts, self.prompt_ids = [], []
         for prompt in self.all_prompts:
-            ids = tokenizer.encode_prompt(prompt.messages)
+            ids = tokenizer.encode_prompt([*self.system, *prompt.messages])
             if self.max_prompt_tokens is None or len(ids) <= self.max_prompt_tokens:
                 self.prompts.append(prompt)
                 self.prompt_ids.append(ids)

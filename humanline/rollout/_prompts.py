@@ -27,26 +27,31 @@ class Prompt:
     fields: Mapping[str, Any]
 
 
-def read_prompts(path: str) -> list[Prompt]:
+def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] | None = None) -> list[Prompt]:
     """Reads a prompt file.
 
     Args:
         path (str): a .jsonl, .json (an array) or .parquet file of objects whose ``prompt`` (or ``instruction``, as in
-            AlpacaEval) is the user's text, or messages; or a .txt file with one prompt a line.
+            AlpacaEval) is the user's text, or messages; a .txt file with one prompt a line; or a hub dataset
+            ``owner/name``.
+        split (str): the split, with an optional slice such as "train[:95%]"; files hold one split, "train".
+        column_map (Mapping[str, str] | None): the source's name for each field that it calls otherwise, such as
+            ``{prompt: problem}``.
 
     Returns:
-        list[Prompt]: the prompts, in the order of the file.
+        list[Prompt]: the prompts, in the order of the source.
 
     Raises:
         ConfigError: if the file does not exist, is of another kind, or holds no prompt.
         DataError: if a line cannot be used, naming it.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
+    on_hub = not file.exists() and not file.suffix and len(file.parts) == 2
+    if not file.is_file() and not on_hub:
         raise ConfigError(f"prompts: there is no file '{path}' (looked for from {Path.cwd()}); correct the path")
-    if file.suffix in _TABLES:
-        _, records = read_records(str(file), "train", None, {})
-        prompts = [_from_record(record) for record in records]
+    if file.suffix in _TABLES or on_hub:
+        _, records = read_records(path if on_hub else str(file), split, None, column_map or {})
+        prompts = [_from_record(record, column_map or {}) for record in records]
     elif file.suffix == ".txt":
         prompts = list(_from_lines(file))
     else:
@@ -56,8 +61,9 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def _from_record(record: Record) -> Prompt:
+def _from_record(record: Record, column_map: Mapping[str, str]) -> Prompt:
     fields = dict(record.row)
+    fields |= {name: fields[column] for name, column in column_map.items() if column in fields}
     if fields.get("prompt") is None and fields.get("instruction") is not None:
         record = Record(record.where, record.row, {"prompt": "instruction"})
         fields["prompt"] = fields["instruction"]

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -52,7 +53,8 @@ class TrainingCheckpoint:
         lr_scheduler (LRScheduler | None): its schedule.
         reference (Reference): the reference strategy.
         keep_last (int): how many of the newest to keep.
-        best_mode (str): ``max`` or ``min``, which score is the best; the checkpoint that has it is kept too.
+        best_metric (str | None): what a score is of; the checkpoint with the best one is kept too.
+        best_mode (str): ``max`` or ``min``, which score is the best.
         asynchronous (bool): write in the background, from a copy on the host.
     """
 
@@ -66,6 +68,7 @@ class TrainingCheckpoint:
         reference: Reference,
         *,
         keep_last: int,
+        best_metric: str | None,
         best_mode: str,
         asynchronous: bool,
     ) -> None:
@@ -76,6 +79,7 @@ class TrainingCheckpoint:
         self.lr_scheduler = lr_scheduler
         self.reference = reference
         self.keep_last = keep_last
+        self.best_metric = best_metric
         self.best_mode = best_mode
         self.asynchronous = asynchronous
         # A group of its own, so that what the background sends does not mix with what training sends.
@@ -98,18 +102,33 @@ class TrainingCheckpoint:
         if self.last_saved == step:
             return
         partial = self.folder / f"step_{step}.partial"
-        run = {"step": step, "score": score, "position": self.position, "progress": progress}
+        score = score if score is not None and math.isfinite(score) else None
+        scored = {"metric": self.best_metric, "value": score}
+        run = {"step": step, "score": scored, "position": self.position, "progress": progress}
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier(self.group)
-        if self.asynchronous:
-            saving: Any = dcp.async_save(self._state(), checkpoint_id=partial, process_group=self.group)
-            written = getattr(saving, "upload_completion", saving)
-            self.pending = self.background.submit(self._complete, partial, run, written.result)
+        state = self._state()
+        if self.asynchronous and (copied := self._copied(state)) is not None:
+            self.pending = self.background.submit(self._write, partial, run, copied)
         else:
-            state = self._state()
-            save = lambda: dcp.save(state, checkpoint_id=partial, process_group=self.group)  # noqa: E731
-            self._complete(partial, run, save)
+            self._write(partial, run, state)
+
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A copy in host memory; None, from then on, where the state has what torch cannot copy."""
+        copied = error = None
+        try:
+            copied = BlockingAsyncStager().stage(state)
+        except Exception as failure:
+            error = _reason(failure)
+        if (error := first_error(error, self.group)) is not None:
+            self.asynchronous = False
+            if dist.get_rank() == 0:
+                log.warning(
+                    f"enable_async_checkpointing: this run's state cannot be copied ({error}); it is written directly"
+                )
+            return None
+        return copied
 
     def wait(self) -> None:
         """Waits for what is being written in the background; ``last_saved`` then tells the last step that was."""
@@ -117,12 +136,12 @@ class TrainingCheckpoint:
             self.pending.result()
             self.pending = None
 
-    def _complete(self, partial: Path, run: dict[str, Any], write: Callable[[], Any]) -> None:
-        """Writes the tensors and what belongs to them, and gives the folder its name. On failure no rank goes on."""
+    def _write(self, partial: Path, run: dict[str, Any], state: dict[str, Any]) -> None:
+        """Writes the tensors and what belongs to them, and gives the folder its name, on all ranks or on none."""
         sums: dict[str, str] = {}
         error = None
         try:
-            write()
+            dcp.save(state, checkpoint_id=partial, process_group=self.group)
             own = [*partial.glob(f"__{dist.get_rank()}_*"), *([partial / ".metadata"] if dist.get_rank() == 0 else [])]
             sums = {path.name: _sha256(path) for path in own}
         except (Exception, CheckpointException) as failure:
@@ -143,46 +162,45 @@ class TrainingCheckpoint:
             self.last_saved = run["step"]
         elif dist.get_rank() == 0:
             newest = f"step_{steps[-1]} stays the last one" if (steps := self._steps()) else "there is none yet"
-            free = shutil.disk_usage(self.folder).free / 1e9
+            free = shutil.disk_usage(self.folder.parent).free / 1e9
             log.error(
                 f"the checkpoint of step {run['step']} could not be written: {error} ({free:.3g} GB are free in "
-                f"{self.folder}); {newest}, training goes on"
+                f"{self.folder.parent}); {newest}, training goes on"
             )
 
     def _name(self, partial: Path, run: dict[str, Any], sums: dict[str, str]) -> None:
-        _write(partial / RUN_FILE, json.dumps(run, indent=2) + "\n")
+        _write_text(partial / RUN_FILE, json.dumps(run, indent=2) + "\n")
         sums[RUN_FILE] = _sha256(partial / RUN_FILE)
-        _write(partial / CHECKSUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-        final = partial.with_suffix("")
-        if final.exists():  # of a run that was resumed before it
-            final.rename(final.with_suffix(".old"))
-        partial.rename(final)
+        _write_text(partial / CHECKSUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+        _sync_to_disk(partial)
+        partial.rename(partial.with_suffix(""))
         _sync_to_disk(self.folder)
-        self._prune(run["step"])
+        self._prune()
 
-    def _prune(self, newest: int) -> None:
-        """Keeps the newest and the best. Later steps are of a run that was abandoned for an earlier checkpoint."""
-        steps = [step for step in self._steps() if step <= newest]
-        keep = {*steps[-self.keep_last :], self.best_step()}
-        for folder in self.folder.iterdir():
-            if folder.name not in {f"step_{step}" for step in keep}:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _prune(self) -> None:
+        """Keeps the newest and the best, and nothing that is half written."""
+        steps = self._steps()
+        keep = {*steps[-self.keep_last :], *self._best_first()[:1]}
+        for step in set(steps) - keep:
+            shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
+        for partial in self.folder.glob("step_*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def newest_step(self) -> int | None:
         """The step of the newest checkpoint that is there."""
         return max(self._steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The step of the best score among the checkpoints that are there."""
+    def _best_first(self) -> list[int]:
+        """The steps that have a score of this run's metric, the best first."""
         scores = {}
         for step in self._steps():
             try:
                 score = json.loads((self.folder / f"step_{step}" / RUN_FILE).read_text())["score"]
             except (OSError, ValueError):  # damaged
                 continue
-            if score is not None:
-                scores[step] = score if self.best_mode == "max" else -score
-        return max(scores, key=scores.__getitem__, default=None)
+            if score["metric"] == self.best_metric and score["value"] is not None:
+                scores[step] = score["value"] if self.best_mode == "max" else -score["value"]
+        return sorted(scores, key=scores.__getitem__, reverse=True)
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -196,6 +214,12 @@ class TrainingCheckpoint:
             ConfigError: if there is none, or it is damaged, or of a run with other data or another batch.
         """
         path = self._newest() if which is True or which == "latest" else Path(str(which))
+        ours = path.resolve().parent == self.folder.resolve()
+        if not ours and self._steps():
+            raise ConfigError(
+                f"resume_from_checkpoint: {path} is of another folder, and output_dir has checkpoints of its own; give "
+                "the run that goes on from it an output_dir without any"
+            )
         if (damage := self._damage(path)) is not None:
             raise ConfigError(f"resume_from_checkpoint: {path}{damage}; name another one, or latest")
         run = json.loads((path / RUN_FILE).read_text())
@@ -205,6 +229,7 @@ class TrainingCheckpoint:
                     f"resume_from_checkpoint: {path} was written with {key} {run['position'].get(key)}, this run has "
                     f"{here}; that is another run, so set it back or start anew"
                 )
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         state = self._state()
         state["reference"] |= {"window": _window(path)}
         try:
@@ -222,13 +247,45 @@ class TrainingCheckpoint:
         if self.lr_scheduler is not None:
             functions = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
             self.lr_scheduler.load_state_dict(state["lr_scheduler"] | functions)
+        self._keep_settings(settings)
+        if ours:
+            self._abandon_after(run["step"])
+            self.last_saved = run["step"]
         return run["step"], run["progress"]
 
-    def load_policy(self, step: int) -> None:
-        """Gives the policy the weights of the checkpoint of ``step``."""
-        policy = self._state()["policy"]
-        dcp.load({"policy": policy}, checkpoint_id=self.folder / f"step_{step}")
-        set_model_state_dict(self.policy, policy, options=ONLY_TRAINED)
+    def load_best(self) -> int | None:
+        """Gives the policy the weights of the best checkpoint that is whole, and returns its step; None if there is
+        none."""
+        for step in self._best_first():
+            path = self.folder / f"step_{step}"
+            if (damage := self._damage(path)) is None:
+                policy = self._state()["policy"]
+                dcp.load({"policy": policy}, checkpoint_id=path)
+                set_model_state_dict(self.policy, policy, options=ONLY_TRAINED)
+                return step
+            if dist.get_rank() == 0:
+                log.warning(f"{path}{damage}; the best one after it is taken")
+        return None
+
+    def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
+        """Gives the optimizer the config's rate, betas and so on again: a resumed run may change them."""
+        for group, here in zip(self.optimizer.param_groups, settings, strict=True):
+            scheduled, rate = group.get("initial_lr"), group["lr"]
+            group.update(here)
+            if self.lr_scheduler is not None and scheduled:
+                group["lr"] = rate if scheduled == here["initial_lr"] else rate / scheduled * here["initial_lr"]
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+
+    def _abandon_after(self, step: int) -> None:
+        """Later checkpoints are not of the run that goes on from ``step``: another name keeps them from it."""
+        if dist.get_rank() == 0:
+            for later in reversed([other for other in self._steps() if other > step]):
+                path = self.folder / f"step_{later}"
+                log.warning(f"{path} is not of the run that goes on from step {step}; it is now {path.name}.abandoned")
+                shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
+                path.rename(path.with_suffix(".abandoned"))
+        dist.barrier(self.group)
 
     def _newest(self) -> Path:
         """The newest checkpoint that is whole."""
@@ -248,12 +305,19 @@ class TrainingCheckpoint:
         return first_error(_damage(path, dist.get_rank(), dist.get_world_size()), self.group)
 
     def _state(self) -> dict[str, Any]:
+        fresh = not self.optimizer.state
         policy, optimizer = get_state_dict(self.policy, self.optimizer, options=ONLY_TRAINED)
-        state = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
+        if fresh:  # torch has taken a step with zero gradients, to have a state; it must not count
+            states: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
+            for state in states.values():
+                if "step" in state:
+                    state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+            self.optimizer.state.clear()
+        whole: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
         if self.lr_scheduler is not None:
             # Its function of the step belongs to the config, not to the checkpoint.
-            state["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-        return state
+            whole["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        return whole
 
     def _steps(self) -> list[int]:
         names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
@@ -287,7 +351,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     with open(path, "w") as file:
         file.write(text)
         file.flush()

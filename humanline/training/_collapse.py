@@ -10,7 +10,8 @@ class CollapseWatch:
     maths).
 
     Over the last ``window`` values it compares the older half with the newer one. It warns when the signal's mean has
-    fallen and that of the KL has grown, each by more than three standard errors of the difference.
+    fallen and that of the KL has grown, each by more than three standard errors of the difference. The errors are those
+    of independent values: where neighbouring ones go together, false alarms come more often.
 
     Args:
         window (int): how many values, at least 8.
@@ -21,7 +22,8 @@ class CollapseWatch:
 
     def add(self, signal: float, kl: float) -> str | None:
         """Notes the values of a step; returns what to warn of, and begins a new window when there is something."""
-        self._values.append((signal, kl))
+        if math.isfinite(signal) and math.isfinite(kl):
+            self._values.append((signal, kl))
         if len(self._values) < (self._values.maxlen or 0):
             return None
         signals, kls = zip(*self._values, strict=True)
@@ -33,8 +35,8 @@ class CollapseWatch:
         return (
             f"over the last {steps} logged steps the signal fell from {fmean(signals[:half]):.4g} to "
             f"{fmean(signals[half:]):.4g} while the KL to the reference grew from {fmean(kls[:half]):.3g} to "
-            f"{fmean(kls[half:]):.3g}: the policy may be collapsing; raise reference.sync_every, or lower optimizer.lr "
-            "or clip_grad_norm"
+            f"{fmean(kls[half:]):.3g}: the policy may be collapsing; go on from an earlier checkpoint with a lower "
+            "optimizer.lr or clip_grad_norm, or start anew with a larger reference.sync_every"
         )
 
     def state_dict(self) -> list[tuple[float, float]]:

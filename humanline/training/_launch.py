@@ -35,6 +35,8 @@ def start_on_every_device(device: str, script: str) -> None:
 def launch(processes: int, script: str, arguments: list[str]) -> None:
     """Replaces this process by torchrun with ``processes`` processes of ``script`` on this machine."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    # After a signal torchrun kills what is not done in 30 s: too soon for a step and the checkpoint of a large model.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     print(f"Starting {processes} processes on this machine...", flush=True)
     os.execv(sys.executable, [*torchrun, script, *arguments])
 

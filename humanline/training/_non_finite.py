@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from humanline.data import Rows
+from humanline.data import Group, Rows
 from humanline.training._agreement import gathered
 
 
@@ -16,11 +16,12 @@ class NonFinite:
     def __init__(self) -> None:
         self.total = 0
         self.in_a_row = 0
-        self._passes: list[tuple[Rows, Tensor, Tensor]] = []
+        self._passes: list[tuple[tuple[Group, ...], Tensor, Tensor]] = []
 
     def watch(self, rows: Rows, log_ratio: Tensor, loss: Tensor) -> None:
         """Notes a pass of this step: the log-ratio of its response tokens ``[N]``, and its loss (scalar)."""
-        self._passes.append((rows, log_ratio.detach(), loss.detach()))
+        broken = rows.per_response((~log_ratio.detach().isfinite()).float()).any(1)
+        self._passes.append((rows.groups, broken, loss.detach()))
 
     def loss_is_finite(self) -> bool:
         """Whether this rank's losses of this step are finite."""
@@ -39,11 +40,10 @@ class NonFinite:
         not finite, and else all of the step's.
         """
         mine: tuple[list[str], list[str], list[str]] = ([], [], [])
-        for rows, log_ratio, loss in self._passes:
-            bad = iter(rows.per_response((~log_ratio.isfinite()).float()).any(1).tolist())
-            for group in rows.groups:
-                broken = [next(bad) for _ in group.responses]
-                if any(broken):
+        for groups, broken, loss in self._passes:
+            responses = iter(broken.tolist())
+            for group in groups:
+                if any([next(responses) for _ in group.responses]):  # noqa: C419, each takes its own
                     mine[0].append(group.id)
                 if not loss.isfinite():
                     mine[1].append(group.id)

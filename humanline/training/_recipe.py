@@ -122,6 +122,7 @@ class HumanlineRecipe(FTRecipeInterface):
             self.lr_scheduler,
             self.reference,
             keep_last=settings.keep_last_n_checkpoints,
+            best_metric=settings.best_checkpoint_metric,
             best_mode=settings.best_checkpoint_mode,
             asynchronous=settings.enable_async_checkpointing,
         )
@@ -146,7 +147,7 @@ class HumanlineRecipe(FTRecipeInterface):
         asked = self.settings.resume_from_checkpoint
         if not has_checkpoints(self.settings.output_dir):
             return asked
-        if restarted():
+        if on_any_rank(restarted())[0]:
             return "latest"
         if not asked:
             raise ConfigError(
@@ -223,6 +224,11 @@ class HumanlineRecipe(FTRecipeInterface):
     def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
         settings = self.settings
         self.checkpointer, weights = read_weights(cfg)
+        if Path(cfg.checkpointer.output_dir).resolve() != Path(settings.output_dir).resolve():
+            raise ConfigError(
+                f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
+                "set it to ${output_dir}"
+            )
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
@@ -380,7 +386,7 @@ class HumanlineRecipe(FTRecipeInterface):
             log.warning(
                 f"step {self.step} is skipped: its loss or gradient is not finite; groups: {', '.join(culprits)}"
             )
-        if self.non_finite.in_a_row == self.settings.stop_after_nonfinite_steps:
+        if self.non_finite.in_a_row >= self.settings.stop_after_nonfinite_steps:
             self._save_state()
             raise TrainingError(
                 f"step {self.step}: the last {self.non_finite.in_a_row} losses or gradients were not finite "
@@ -481,10 +487,9 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _save_best(self) -> None:
         """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""
-        step = self.checkpoint.best_step()
+        step = self.checkpoint.load_best()
         if step is None:
             return
-        self.checkpoint.load_policy(step)
         error = self._write_weights("best")
         if error is not None:
             raise TrainingError(f"the weights of the best step, {step}, could not be written: {error}; {self._left()}")

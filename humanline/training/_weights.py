@@ -1,4 +1,5 @@
 import hashlib
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> st
     """
     digest = [""]
     if dist.get_rank() == 0:
-        total = hashlib.blake2b(f"{OmegaConf.to_container(model)} {dtype}".encode(), digest_size=16)
+        total = hashlib.blake2b(
+            f"{OmegaConf.to_container(model, resolve=True)} {dtype} {version('torchtune')}".encode(), digest_size=16
+        )
         for name in sorted(weights):
             total.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
             total.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().data)
