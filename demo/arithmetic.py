@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 TRAIN_GROUPS = HERE / "train_groups.jsonl"
 HELD_OUT_GROUPS = HERE / "held_out_groups.jsonl"
 HELD_OUT_PROMPTS = HERE / "held_out_prompts.jsonl"
+TRAIN_PROMPTS = HERE / "train_prompts.jsonl"
 
 LARGEST = 30
 NUM_HELD_OUT = 240

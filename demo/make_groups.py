@@ -12,7 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from arithmetic import HELD_OUT_GROUPS, HELD_OUT_PROMPTS, TRAIN_GROUPS, is_right, problems, read_jsonl, write_jsonl
+from arithmetic import (
+    HELD_OUT_GROUPS,
+    HELD_OUT_PROMPTS,
+    TRAIN_GROUPS,
+    TRAIN_PROMPTS,
+    is_right,
+    problems,
+    read_jsonl,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "outputs" / "demo_groups"
@@ -65,6 +74,7 @@ def groups(row: dict) -> list[dict]:
 def main() -> None:
     train, held_out = problems()
     write_jsonl(HELD_OUT_PROMPTS, held_out)
+    write_jsonl(TRAIN_PROMPTS, train)
     write_jsonl(TRAIN_GROUPS, [group for row in sample(train, "train") for group in groups(row)])
     write_jsonl(HELD_OUT_GROUPS, [group for row in sample(held_out, "held_out") for group in groups(row)[:1]])
     for path in (TRAIN_GROUPS, HELD_OUT_GROUPS):

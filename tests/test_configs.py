@@ -240,6 +240,7 @@ def is_local(source: str) -> bool:
 
 
 TRAINING = [path for path in CONFIGS if any(issubclass(it, HumanlineRecipe) for it in recipe_classes(path))]
+HUMANLINE = [path for path in TRAINING if OmegaConf.load(path).loss.get("perception") != "none"]
 COMPONENT_KEYS = [(path, key) for path in CONFIGS for key in components(path)]
 DATASETS = [(path, key) for path, key in COMPONENT_KEYS if components(path)[key] in LINES]
 TRAINING_DATASETS = [(path, key) for path, key in DATASETS if path in TRAINING]
@@ -287,6 +288,9 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
     if key.startswith("dataset"):
         arguments = [component(cfg, "tokenizer")]
         cfg[key] = on_lines(cfg[key], tmp_path)
+    if key == "source":
+        cfg[key] |= {"prompts": write_jsonl(tmp_path / "prompts.jsonl", {"prompt": PROMPT, "answer": "4"})}
+        cfg[key] |= {"column_map": None, "split": "train"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -585,7 +589,7 @@ def method_table() -> list[tuple[str, str, str]]:
     ]
 
 
-@every(TRAINING)
+@every(HUMANLINE)
 @pytest.mark.parametrize("words", ABLATIONS, ids=lambda words: words.replace(" ", "-") or "humanline")
 def test_an_ablation_is_the_config_with_overrides(path, words):
     perception, bounded, synced = ABLATIONS[words]
@@ -605,7 +609,7 @@ def test_a_contradiction_is_an_error_that_names_the_key(path, words):
         loss_and_reference(path, words)
 
 
-@every(TRAINING)
+@every(HUMANLINE)
 def test_the_overrides_in_the_method_s_table_do_what_it_says(path):
     table = method_table()
     assert {words for _, _, words in table} >= ABLATIONS.keys()

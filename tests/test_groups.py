@@ -550,7 +550,6 @@ BAD_EXAMPLES = [
     (scored_groups, SCORED | {"all_rm_scores": ["1", 2]}, "'all_rm_scores[0]' is '1' (str); it must be a number"),
     (scored_groups, SCORED | {"all_rm_scores": [1, True]}, "'all_rm_scores[1]' is True (bool); it must be a number"),
     (scored_groups, SCORED | {"all_rm_scores": 3}, "'all_rm_scores' is 3 (int); it must be a list of numbers"),
-    (scored_groups, SCORED | {"all_generated_responses": ["a", ""]}, "'all_generated_responses[1]' is empty"),
     (scored_groups, SCORED | {"all_generated_responses": ["a", 2]}, "'all_generated_responses[1]' is 2 (int); it must"),
     (scored_groups, SCORED | {"all_generated_responses": []}, "'all_generated_responses' is empty"),
     (encoded_groups, ENCODED | {"prompt": []}, "'prompt' is empty"),

@@ -83,12 +83,11 @@ class Record:
         return self._prompt_messages(field, before), text
 
     def texts(self, field: str) -> list[str]:
-        """A list of at least one response, as strings."""
+        """A list of at least one response, as strings; one is empty where a model ended its turn at once."""
         value = self._filled_list(field, self.require(field, list, "a list of strings"))
         for i, text in enumerate(value):
             if not isinstance(text, str):
                 raise self._type_error(f"{field}[{i}]", text, "a string")
-            self._filled(f"{field}[{i}]", text)
         return value
 
     def scores(self, field: str, count: int) -> tuple[float, ...]:

@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 class Reward(Protocol):
-    """What scores the responses to prompts, higher is better."""
+    """What scores the responses to prompts, higher is better. With no responses it only checks the prompts."""
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]: ...
 
@@ -180,6 +180,7 @@ class OnlineSource:
             keep (bool): whether the rounds that are there are this run's; else they are deleted.
         """
         self.engine, self.reward, self.derive = engine, reward, derive
+        reward(self.prompts, [[] for _ in self.prompts])  # refuses a prompt that it cannot judge
         self.folder = Path(output_dir) / "rounds"
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,92 @@
+"""GSM8K: answers that are one number, compared exactly."""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from humanline.errors import DataError
+from humanline.rewards._prompts import known_answer
+from humanline.rollout import Prompt
+
+__all__ = ["GSM8KReward"]
+
+_MARK = "####"
+_BOXED = re.compile(r"\\boxed\s*\{")
+# A minus that something stands before is no sign: 16-3 ends with 3.
+_NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+class GSM8KReward:
+    """1 where a response's number is the answer's, else 0. Currency signs, thousands' commas and final zeros and dots
+    do not count; a percent sign and other units are not looked at.
+
+    The answer is the number after ``####`` in the prompt's ``answer_field``, or the field's only number. A response's
+    number is, by the first of these marks that it has:
+
+    1. ``####``: the first number after the last of them;
+    2. ``\\boxed{}``: the only number in the last of them, so that a fraction there is no number;
+    3. neither: the last number.
+
+    Args:
+        answer_field (str): the field of the prompt file that holds the answer.
+    """
+
+    def __init__(self, answer_field: str = "answer") -> None:
+        self._answer_field = answer_field
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+        """
+        Raises:
+            DataError: if a prompt's answer is no number, naming its line.
+        """
+        answers = [self._answer(prompt) for prompt in prompts]
+        return [
+            [float(_response_number(text) == answer) for text in texts]
+            for answer, texts in zip(answers, responses, strict=True)
+        ]
+
+    def _answer(self, prompt: Prompt) -> Decimal:
+        text = known_answer(prompt, self._answer_field)
+        number = _after_mark(text) if _MARK in text else _only_number(text)
+        if number is None:
+            raise DataError(
+                f"{prompt.where}: field '{self._answer_field}' holds no number after {_MARK}, and is no number; "
+                "correct it, or use humanline.rewards.MathReward"
+            )
+        return number
+
+
+def _response_number(text: str) -> Decimal | None:
+    if _MARK in text:
+        return _after_mark(text)
+    boxed = list(_BOXED.finditer(text))
+    if boxed:
+        return _only_number(_braced(text[boxed[-1].end() :]))
+    numbers = _numbers(text)
+    return numbers[-1] if numbers else None
+
+
+def _after_mark(text: str) -> Decimal | None:
+    numbers = _numbers(text.rpartition(_MARK)[2])
+    return numbers[0] if numbers else None
+
+
+def _only_number(text: str) -> Decimal | None:
+    numbers = _numbers(text)
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _numbers(text: str) -> list[Decimal]:
+    plain = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("\N{MINUS SIGN}", "-")
+    signed = (("-" if sign else "") + digits.replace(",", "") for sign, digits in _NUMBER.findall(plain))
+    return [Decimal(number) for number in signed]
+
+
+def _braced(text: str) -> str:
+    """What stands before the brace that closes the one before ``text``; all of it where none does."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[: brace.start()]
+    return text

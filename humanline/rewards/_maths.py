@@ -1,0 +1,124 @@
+"""Maths answers, checked with math-verify in processes of their own."""
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from humanline.errors import ConfigError
+from humanline.rewards._prompts import known_answer, regroup
+from humanline.rewards._settings import check_count, check_number
+from humanline.rollout import Prompt
+
+__all__ = ["MathReward"]
+
+log = logging.getLogger(__name__)
+
+_WORKER = Path(__file__).with_name("_maths_worker.py")
+
+
+class MathReward:
+    """1 where math-verify finds a response's final answer equal to the prompt's, else 0.
+
+    The final answer is the last ``\\boxed{}`` behind the thought (``</think>``, where there is one), or else the last
+    formula or number there. math-verify takes boxes close to each other for one answer of several parts. Fractions
+    equal decimals, units do not count, and a percentage equals both its number and its hundredth.
+
+    Expressions that a model writes can take any time and memory to evaluate. So each check runs in a worker process
+    with a limit on both; a response whose check meets it scores 0, and they are counted in the log.
+
+    Args:
+        answer_field (str): the field of the prompt file that holds the answer, LaTeX or plain, without working.
+        timeout (float): seconds a check may take.
+        workers (int): worker processes.
+
+    Raises:
+        ConfigError: if a value cannot work, or math-verify is not installed.
+    """
+
+    def __init__(self, answer_field: str = "answer", timeout: float = 5.0, workers: int = 2) -> None:
+        check_number("timeout", timeout)
+        check_count("workers", workers)
+        if importlib.util.find_spec("math_verify") is None:
+            raise ConfigError(
+                "reward: math-verify, which checks the answers, is missing; pip install 'humanline[math]'"
+            )
+        self._answer_field = answer_field
+        self._timeout = timeout
+        self._workers = workers
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(_Worker(timeout))
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+        """
+        Raises:
+            DataError: if a prompt has no answer, naming its line.
+        """
+        answers = [known_answer(prompt, self._answer_field) for prompt in prompts]
+        checks = [(answer, text) for answer, texts in zip(answers, responses, strict=True) for text in texts]
+        with ThreadPoolExecutor(self._workers) as threads:
+            verdicts = list(threads.map(self._check, checks))
+        unfinished = verdicts.count(None)
+        if unfinished:
+            log.warning(
+                f"MathReward: {unfinished:,} of {len(verdicts):,} responses could not be checked within "
+                f"{self._timeout} s and score 0"
+            )
+        return regroup(map(float, map(bool, verdicts)), responses)
+
+    def _check(self, check: tuple[str, str]) -> bool | None:
+        worker = self._idle.get()
+        try:
+            return worker.check(*check)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A process that checks one answer at a time. It starts with its first check, and ends with this object."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._process: subprocess.Popen[str] | None = None
+
+    def check(self, answer: str, response: str) -> bool | None:
+        """Whether the response has the answer; None if the process did not live to tell."""
+        if self._process is None:
+            self._process = self._start()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps([answer, response]), file=self._process.stdin, flush=True)
+            verdict = self._process.stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        if verdict:
+            return json.loads(verdict)
+        self._end()
+        self._process = None
+        return None
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, str(_WORKER), str(self._timeout)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self._end = weakref.finalize(self, _end, process)
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            self._end()
+            raise ConfigError(
+                "reward: math-verify, which checks the answers, cannot be imported; see what "
+                f"`{sys.executable} -c 'import math_verify'` says"
+            )
+        return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,93 @@
+"""Checks answers with math-verify: lines of ``[answer, response]`` in, ``true`` or ``false`` out.
+
+A program of its own, started by `_maths.py`. A check that takes too long is ended by the kernel's alarm, together with
+this process: math-verify's own timeouts raise an exception in a signal handler, which waits until Python has its turn,
+and sympy can spend hours in one power. The alarm needs no turn, and no parent that is still there.
+"""
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+from functools import lru_cache
+
+import sympy.physics.units  # noqa: F401 - imported by simplify otherwise, and made by evaluating its own text
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Float, Integer, Number
+from sympy.parsing import sympy_parser
+
+MEMORY = 4 << 30  # bytes of address space
+
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# A formula in dollars follows pandoc's rule, or every second price would end one.
+FORMULA_OR_NUMBER = re.compile(
+    r"(?:\$\$.+?\$\$|\$(?!\s)[^$\n]+?(?<!\s)\$(?!\d)|\$\s[^$\n]+\s\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])\s?(?:\\?%)?"
+    r"|(?P<bare>-?\d*\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+    rf"|(?:(?<![\w)])-(?:\\?[$€£])?|\\?[$€£]-?)?(?:{NUMBER})(?:\s?[/^]\s?(?:{NUMBER}))?(?:\s?\\?%)?)",
+    re.DOTALL,
+)
+
+NUMBER_CODE = re.compile(r"Integer \((\d+) \)|Float \('([\d.]+)' \)")
+
+
+def read_number(code: str, *_: object) -> Number:
+    """Stands in for sympy's evaluation of Python, to which math-verify gives each number of a formula, as text."""
+    match = NUMBER_CODE.fullmatch(code.strip())
+    if match is None:
+        raise ValueError("not a number")
+    return Float(match[2]) if match[1] is None else Integer(match[1])
+
+
+sympy_parser.eval_expr = read_number
+
+
+def main(timeout: float) -> None:
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no verdict
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY or MEMORY < most:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to the parent as well, whose end is the end here
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    logging.disable(logging.CRITICAL)
+    print("ready", file=verdicts, flush=True)
+    for line in sys.stdin:
+        answer, response = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        correct = verify(answer_expressions(answer), expressions(final_answer(response)), timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(correct), file=verdicts, flush=True)
+
+
+def final_answer(response: str) -> str:
+    """The part of a response that math-verify is to look at, as LaTeX."""
+    conclusion = response.rpartition("</think>")[2]
+    if r"\boxed" in conclusion:
+        return conclusion
+    found = list(FORMULA_OR_NUMBER.finditer(conclusion))
+    if not found:
+        return ""
+    last = found[-1]
+    return last[0] if last["bare"] is None else boxed(last["bare"])
+
+
+@lru_cache(maxsize=1)  # the responses to a prompt come one after the other
+def answer_expressions(answer: str) -> list:
+    return expressions(answer if r"\boxed" in answer else boxed(answer.strip().removeprefix("$").removesuffix("$")))
+
+
+def expressions(text: str) -> list:
+    # LaTeX only, which has a grammar: plain expressions would go to sympy to be evaluated as Python.
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    return parse(text, [latex], extraction_mode="first_match", parsing_timeout=None)
+
+
+def boxed(latex: str) -> str:
+    return rf"\boxed{{{latex}}}"
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

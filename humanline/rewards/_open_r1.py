@@ -1,0 +1,53 @@
+"""The rewards of open-r1's maths recipe, added up."""
+
+from collections.abc import Sequence
+
+from humanline.rewards._format import format_score, tag_count_score
+from humanline.rewards._maths import MathReward
+from humanline.rewards._settings import check_number
+from humanline.rollout import Prompt
+
+__all__ = ["OpenR1Reward"]
+
+
+class OpenR1Reward:
+    """A weighted sum of :class:`MathReward`, :class:`FormatReward` and :class:`TagCountReward`.
+
+    Args:
+        accuracy (float): weight of the right answer.
+        format (float): weight of the whole form, ``<think>...</think> <answer>...</answer>``.
+        tag_count (float): weight of its tags, a quarter each.
+        answer_field (str): see :class:`MathReward`, as for the rest.
+        timeout (float): seconds a check of an answer may take.
+        workers (int): worker processes that check answers.
+
+    Raises:
+        ConfigError: if a value cannot work, or math-verify is not installed.
+    """
+
+    def __init__(
+        self,
+        accuracy: float = 8.0,
+        format: float = 1.0,
+        tag_count: float = 1.0,
+        answer_field: str = "answer",
+        timeout: float = 5.0,
+        workers: int = 2,
+    ) -> None:
+        for key, weight in (("accuracy", accuracy), ("format", format), ("tag_count", tag_count)):
+            check_number(key, weight, positive=False)
+        self._accuracy, self._format, self._tag_count = accuracy, format, tag_count
+        self._is_right = MathReward(answer_field, timeout, workers)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+        """
+        Raises:
+            DataError: if a prompt has no answer, naming its line.
+        """
+        return [
+            [
+                self._accuracy * right + self._format * format_score(text) + self._tag_count * tag_count_score(text)
+                for right, text in zip(rights, texts, strict=True)
+            ]
+            for rights, texts in zip(self._is_right(prompts, responses), responses, strict=True)
+        ]

@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from humanline.data._record import Record
+from humanline.errors import ConfigError
+from humanline.rollout import Prompt, read_prompts
+
+__all__ = ["read_samples"]
+
+_TABLES = (".jsonl", ".json", ".parquet")
+
+
+def read_samples(path: str) -> tuple[list[Prompt], list[list[str]]]:
+    """Reads prompts with the responses that were sampled to them, as ``recipes/humanline_sample.py`` writes them.
+
+    Args:
+        path (str): a .jsonl, .json or .parquet file of objects with ``prompt`` and ``all_generated_responses``.
+
+    Returns:
+        The prompts in the order of the file, and the responses to each.
+
+    Raises:
+        ConfigError: if there is no such file, or it is of another kind.
+        DataError: if a line cannot be used, naming it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"samples: there is no file '{path}' (looked for from {Path.cwd()}); correct the path")
+    if file.suffix not in _TABLES:
+        raise ConfigError(f"samples: '{path}' is of no known kind; convert it to one of {', '.join(_TABLES)}")
+    prompts = read_prompts(path)
+    return prompts, [Record(p.where, p.fields, {}).texts("all_generated_responses") for p in prompts]

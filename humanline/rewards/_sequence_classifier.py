@@ -1,0 +1,171 @@
+"""A reward model: a transformers model that gives a whole chat a number."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torchtune import utils
+
+from humanline.errors import ConfigError, DataError
+from humanline.rewards._prompts import pairs, regroup
+from humanline.rewards._settings import check_count
+from humanline.rollout import Prompt
+
+__all__ = ["SequenceClassifierReward"]
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class SequenceClassifierReward:
+    """The score that a sequence classifier in Hugging Face's format gives to prompt and response, as a chat.
+
+    The chat is laid out by the model's own chat template. Of a longer one than ``max_tokens`` the first token and the
+    end stay.
+
+    Args:
+        path (str): a folder with an ``AutoModelForSequenceClassification`` and its tokenizer.
+        head (int | None): the output that is the score. None takes the only one, or what a model of its own code calls
+            its ``score`` (as ArmoRM does); a number takes that one of its ``rewards``, or else of its logits.
+        batch_size (int): the most chats in a pass. A model whose config has no padding token takes one at a time.
+        device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
+        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
+        max_tokens (int | None): the most tokens of a chat; None takes as many as the model has positions.
+        trust_remote_code (bool): True runs the Python code in the folder, which some models need. Read it first.
+
+    Raises:
+        ConfigError: if a value cannot work, the folder holds no such model, or transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        head: int | None = None,
+        batch_size: int = 8,
+        device: str = "cuda",
+        dtype: str = "bf16",
+        max_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_count("batch_size", batch_size)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
+        if head is not None and (isinstance(head, bool) or not isinstance(head, int) or head < 0):
+            raise ConfigError(f"reward.head: {head!r} is not the number of an output; give 0 or more, or null")
+        if dtype not in _DTYPES:
+            raise ConfigError(f"reward.dtype: {dtype!r} is not supported; choose {' or '.join(_DTYPES)}")
+        if trust_remote_code not in (True, False):
+            raise ConfigError(f"reward.trust_remote_code: {trust_remote_code!r} is neither true nor false")
+        self._path = Path(path).expanduser()
+        self._head = head
+        self._load(device, dtype, trust_remote_code)
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        if max_tokens is not None and positions is not None and max_tokens > positions:
+            raise ConfigError(
+                f"reward.max_tokens: {max_tokens} is more than the model's {positions} positions; lower it"
+            )
+        self._max_tokens = max_tokens or positions
+        self._pad_id = self._model.config.pad_token_id
+        self._batch_size = 1 if self._pad_id is None else batch_size
+        # One chat shows whether template and head work: here, and not behind hours of sampling.
+        try:
+            self._scores([self._encode([{"role": "user", "content": "Hello?"}], "Hello.")])
+        except DataError as error:
+            raise ConfigError(f"reward.path: {self._path}: {error}") from error
+
+    def _load(self, device: str, dtype: str, trust_remote_code: bool) -> None:
+        try:
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        except ImportError as error:
+            raise ConfigError(
+                "reward: transformers, which runs reward models, is missing; pip install 'humanline[reward]'"
+            ) from error
+        if not self._path.is_dir():
+            raise ConfigError(
+                f"reward.path: there is no folder '{self._path}' (looked for from {Path.cwd()}); download the model "
+                "first, and give its folder"
+            )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        try:
+            self._device = utils.get_device(device)
+            self._tokenizer = AutoTokenizer.from_pretrained(self._path, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(self._path, dtype=_DTYPES[dtype], **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ConfigError(
+                f"reward.path: {self._path} cannot be loaded as a sequence classifier on {device} "
+                f"({' '.join(str(error).split())})"
+            ) from error
+        self._model = model.to(self._device).eval()
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
+        """
+        Raises:
+            DataError: if the model's chat template refuses a prompt, naming its line.
+        """
+        chats = []
+        for prompt, text in pairs(prompts, responses):
+            try:
+                chats.append(self._encode(prompt.messages, text))
+            except DataError as error:
+                raise DataError(f"{prompt.where}: {error}") from error
+        chats, cut = self._within_limit(chats)
+        if cut:
+            log.warning(f"SequenceClassifierReward: {cut:,} of {len(chats):,} chats cut to {self._max_tokens} tokens")
+        # Chats of like length share a pass, the longest first: a lack of memory shows at once.
+        order = sorted(range(len(chats)), key=lambda i: -len(chats[i]))
+        scores = [0.0] * len(chats)
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            for i, score in zip(batch, self._scores([chats[i] for i in batch]), strict=True):
+                scores[i] = score
+        return regroup(scores, responses)
+
+    def _encode(self, messages: list[dict[str, str]], response: str) -> list[int]:
+        """The token ids of a chat."""
+        chat = [*messages, {"role": "assistant", "content": response}]
+        try:
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+        except (TemplateError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"the reward model's chat template cannot be used ({reason})") from error
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _within_limit(self, chats: list[list[int]]) -> tuple[list[list[int]], int]:
+        """The chats, and how many had to be cut."""
+        limit = self._max_tokens
+        if limit is None:
+            return chats, 0
+        cut = sum(len(chat) > limit for chat in chats)
+        return [chat if len(chat) <= limit else [chat[0], *chat[len(chat) - limit + 1 :]] for chat in chats], cut
+
+    def _scores(self, chats: list[list[int]]) -> list[float]:
+        """One pass, padded on the right."""
+        length = max(map(len, chats))
+        ids = torch.full((len(chats), length), self._pad_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, chat in enumerate(chats):
+            ids[row, : len(chat)] = torch.tensor(chat)
+            mask[row, : len(chat)] = 1
+        with torch.inference_mode():
+            output = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+        return self._column(output).float().tolist()
+
+    def _column(self, output: Any) -> torch.Tensor:
+        """The scores ``[B]`` in a model's output."""
+        if self._head is None and getattr(output, "score", None) is not None:
+            return output.score.reshape(-1)
+        rewards = getattr(output, "rewards", None)
+        outputs = output.logits if rewards is None else rewards
+        if self._head is None and outputs.size(-1) > 1:
+            raise ConfigError(
+                f"reward.head: {self._path} has {outputs.size(-1)} outputs; say which of them is the score"
+            )
+        if self._head is not None and self._head >= outputs.size(-1):
+            raise ConfigError(
+                f"reward.head: {self._head} is no output of {self._path}, whose last is {outputs.size(-1) - 1}"
+            )
+        return outputs[:, self._head or 0]

@@ -1,0 +1,24 @@
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(output: str | Path, value: Any) -> None:
+    """Writes a value as JSON, for people to read as well. A file of this name is whole or not there."""
+    _write(output, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
+
+
+def write_jsonl(output: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON Lines. A file of this name is whole or not there."""
+    _write(output, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(output: str | Path, lines: Iterable[str]) -> None:
+    path = Path(output).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(partial, path)

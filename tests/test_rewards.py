@@ -1,0 +1,607 @@
+"""Rewards: answers that are right and wrong, forms, a real classifier against calling it by hand, a real server."""
+
+import itertools
+import json
+import logging
+import sys
+import threading
+from contextlib import contextmanager
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from humanline.errors import ConfigError, DataError
+from humanline.rewards import (
+    FormatReward,
+    GSM8KReward,
+    JudgeReward,
+    MathReward,
+    OpenR1Reward,
+    SequenceClassifierReward,
+    TagCountReward,
+)
+from humanline.rollout import Prompt
+
+
+def prompt(answer=None, text="What is it?", **fields):
+    return Prompt("prompts.jsonl line 3", [{"role": "user", "content": text}], {"answer": answer, **fields})
+
+
+def score(reward, answer, response):
+    [[value]] = reward([prompt(answer)], [[response]])
+    return value
+
+
+# ---- GSM8K
+
+RIGHT_NUMBERS = [
+    ("2 + 2 = <<2+2=4>>4\n#### 4", "So it is 4."),
+    ("18", "She makes $18.00 every day."),
+    ("#### 1,234", "1234"),
+    ("1234.50", r"It costs \boxed{\$1{,}234.5}, or 3 times 411.50"),
+    ("-5", "The balance is -$5"),
+    ("-5", "The balance is $-5."),
+    ("-5", "x = \N{MINUS SIGN}5"),
+    ("3", "16-13=3"),
+    ("13", "He leaves 16-13"),
+    (".5", "0.50"),
+    (7, "7"),
+    (2.5, "2.5"),
+    ("70000", "#### 70,000 dollars after 2 years"),
+    ("5", "#### 4\nNo, wait.\n#### 5"),
+    ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
+]
+WRONG_NUMBERS = [
+    ("4", "So it is 5."),
+    ("4", "44"),
+    ("4", "four"),
+    ("4", ""),
+    ("5", "-5"),
+    ("1234", "1,234.01"),
+    ("18", r"\boxed{\frac{1}{18}}"),
+    ("18", r"\boxed{none} of the 18"),
+    ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678902"),
+]
+
+
+@pytest.mark.parametrize(("answer", "response"), RIGHT_NUMBERS)
+def test_gsm8k_the_right_number_scores_one(answer, response):
+    assert score(GSM8KReward(), answer, response) == 1
+
+
+@pytest.mark.parametrize(("answer", "response"), WRONG_NUMBERS)
+def test_gsm8k_anything_else_scores_zero(answer, response):
+    assert score(GSM8KReward(), answer, response) == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [(r"1 #### 2 \boxed{3} 4", 2), (r"1 \boxed{3} 4", 3), (r"\boxed{1} \boxed{3} 4", 3), ("1 and 4 apples", 4)],
+)
+def test_gsm8k_the_mark_comes_before_the_box_and_the_box_before_the_last_number(response, number):
+    scores = [score(GSM8KReward(), answer, response) for answer in range(1, 5)]
+    assert scores == [answer == number for answer in range(1, 5)]
+
+
+@given(
+    st.decimals(allow_nan=False, allow_infinity=False, places=2), st.sampled_from(["{}", "${}", "is {}.", "#### {}"])
+)
+def test_gsm8k_a_number_is_read_as_it_was_written_with_commas(number, form):
+    written = f"{number:,.2f}"
+    assert score(GSM8KReward(), str(f"{number:f}"), form.format(written)) == 1
+    assert score(GSM8KReward(), f"{number + Decimal('0.01'):f}", form.format(written)) == 0
+
+
+@given(st.text(alphabet="0123456789.,-$#{}\\boxed \N{MINUS SIGN}"))
+def test_gsm8k_any_text_has_a_score(text):
+    assert score(GSM8KReward(), "1", text) in (0, 1)
+
+
+@pytest.mark.parametrize("reward", [GSM8KReward, MathReward, OpenR1Reward])
+@pytest.mark.parametrize("answer", [None, "", " ", True, ["4"]])
+def test_a_prompt_without_an_answer_is_named_even_with_no_response(reward, answer):
+    with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' is .*answer_field"):
+        reward()([prompt(answer)], [[]])
+
+
+def test_gsm8k_an_answer_without_a_number_is_named():
+    with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' holds no number"):
+        GSM8KReward()([prompt("x + y")], [[]])
+
+
+def test_the_answer_may_stand_in_another_field():
+    assert GSM8KReward(answer_field="solution")([prompt(solution="4")], [["4", "5"]]) == [[1, 0]]
+
+
+# ---- Maths, through math-verify
+
+RIGHT = [
+    (r"\frac{1}{2}", "The answer is 0.5."),
+    (r"\frac{1}{2}", r"so it is \boxed{\dfrac12}"),
+    ("0.5", r"so it is $\frac{1}{2}$."),
+    ("0.5", r"so it is \frac{1}{2}."),
+    ("1/2", "I get 1/2"),
+    (r"\frac{3}{2}", r"I get 1\frac{1}{2}."),
+    (r"$\frac{3}{2}$", "1.5"),
+    ("1234", "It costs $1,234.00."),
+    ("$1,234.00", "1234"),
+    ("10", "First I pay $5, and then $10"),
+    ("50%", "50 %"),
+    ("50%", r"It is $50\%$"),
+    (r"50\%", r"\boxed{0.5}"),
+    ("-3", "x = -3."),
+    ("-3", "\\( x = \N{MINUS SIGN}3 \\)"),
+    ("-5", "The balance is -$5"),
+    ("3", "16-3"),
+    (r"5 \text{ cm}", "It is 5 cm long"),
+    ("5", r"\boxed{5\text{ cm}}"),
+    ("90", r"$90^\circ$"),
+    (r"3\sqrt{2}", r"$\sqrt{18}$"),
+    ("x^2+2x+1", "It is $(x+1)^2$"),
+    ("(1, 2)", r"\boxed{(1,2)}"),
+    ("x=5", r"\boxed{5}"),
+    (r"\text{Monday}", r"\boxed{Monday}"),
+    ("1000", r"\[ 10^3 \]"),
+    (5, "5"),
+    (2.5, "5/2"),
+    ("5", r"\boxed{5} is it. The proof goes by 3 cases, 1 and 2 and 3."),
+    ("5", "<think>\\boxed{7}</think> <answer>5</answer>"),
+]
+WRONG = [
+    (r"\frac{1}{2}", "0.51"),
+    ("1/2", "2"),
+    ("3", "-3"),
+    ("1234", "$1,235.00"),
+    ("(1, 2)", r"\boxed{(2,1)}"),
+    ("x^2+2x+1", "$(x+2)^2$"),
+    (r"\text{Monday}", r"\boxed{Friday}"),
+    ("5", ""),
+    ("5", "I do not know."),
+    ("5", r"\boxed{}"),
+    ("5", r"\boxed{"),
+    ("5", r"5 it is. \boxed{6}"),
+    ("5", "<think>It is 5.</think>"),
+    ("5", r"\boxed{4}. Or \boxed{5}."),
+    ("5", "$$ \\frac{ $ } \\( {{{"),
+]
+
+
+@pytest.fixture(scope="module")
+def maths():
+    return MathReward(timeout=20)  # far more than any of these takes, on a busy machine too
+
+
+def test_maths_the_right_answer_scores_one(maths):
+    scores = maths([prompt(answer) for answer, _ in RIGHT], [[response] for _, response in RIGHT])
+    assert [case for case, [value] in zip(RIGHT, scores, strict=True) if value != 1] == []
+
+
+def test_maths_anything_else_scores_zero(maths):
+    scores = maths([prompt(answer) for answer, _ in WRONG], [[response] for _, response in WRONG])
+    assert [case for case, [value] in zip(WRONG, scores, strict=True) if value != 0] == []
+
+
+def test_maths_scores_stand_with_their_responses(maths):
+    prompts = [prompt("1"), prompt("2"), prompt("3")]
+    assert maths(prompts, [["1", "2", "1"], [], ["4", "3"]]) == [[1, 0, 1], [], [0, 1]]
+
+
+@settings(max_examples=50)
+@given(st.fractions(-99, 99, max_denominator=99))
+def test_maths_a_fraction_equals_itself_in_any_writing_and_no_other(maths, number):
+    n, d = number.numerator, number.denominator
+    same = [f"{n}/{d}", rf"$\frac{{{n}}}{{{d}}}$", rf"\boxed{{\frac{{{2 * n}}}{{{2 * d}}}}}"]
+    other = [f"{n + 1}/{d}", rf"$\frac{{{n + 1}}}{{{d}}}$"]
+    assert maths([prompt(rf"\frac{{{n}}}{{{d}}}")], [same + other]) == [[1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("response", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^9)!}"])
+def test_maths_an_endless_answer_is_given_up_and_the_others_are_scored(response, caplog):
+    reward = MathReward(timeout=2, workers=1)
+    with caplog.at_level(logging.WARNING):
+        assert reward([prompt("7")], [["7"]]) == [[1]]  # so that the worker that hangs is no new one
+        assert reward([prompt("7")], [[response]]) == [[0]]
+        assert "1 of 1 responses could not be checked within 2 s" in caplog.text
+        caplog.clear()
+        assert sum(reward([prompt("7")], [["7", "8"]])[0]) == 1
+    assert not caplog.records
+
+
+def test_maths_what_a_response_says_is_not_run(maths, tmp_path):
+    mark = tmp_path / "mark"
+    attack = f"__import__('pathlib').Path('{mark}').touch()"
+    forms = [attack, f"${attack}$", rf"\boxed{{{attack}}}", f"2 + {attack} = 4", rf"\boxed{{\text{{{attack}}}}}"]
+    maths([prompt("4"), prompt(attack)], [forms, forms])
+    assert not mark.exists()
+
+
+def test_maths_no_text_reaches_python_s_evaluation():
+    """In a process of its own, where `eval` is an error from the moment that the worker is ready."""
+    script = """if True:
+        import builtins, runpy, sys
+        worker = runpy.run_path(sys.argv[1])
+        def refuse(code, *rest):
+            raise SystemExit(f"evaluated {code!r}")
+        builtins.eval = refuse
+        for text in ("1+2*3", "(1+2)/3", "$1+2.5*3$", "it is 2**3", "$x^2=4$", "$\\\\max(1, 2)$", "\\\\boxed{x+1}"):
+            answer = worker["answer_expressions"](text)
+            worker["verify"](answer, worker["expressions"](worker["final_answer"](text)), timeout_seconds=None)
+    """
+    worker = ROOT / "humanline" / "rewards" / "_maths_worker.py"
+    run([sys.executable, "-c", script, str(worker)], cwd=ROOT)
+
+
+@pytest.mark.parametrize("key", ["timeout", "workers"])
+@pytest.mark.parametrize("value", [0, -1, "five", True, None])
+def test_maths_a_setting_that_cannot_work_is_named(key, value):
+    with pytest.raises(ConfigError, match=f"^reward.{key}: {value!r} is not a"):
+        MathReward(**{key: value})
+
+
+def test_maths_without_math_verify_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'humanline\[math\]'$"):
+        MathReward()
+
+
+# ---- The form
+
+FORM = "<think>I think.</think> <answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("response", "form", "tags"),
+    [
+        (FORM, 1, 1),
+        ("<think>\nI\nthink.\n</think>\n\n<answer>\n4\n</answer>\n", 1, 1),
+        (FORM + " Done.", 0, 1),
+        ("Well. " + FORM, 0, 1),
+        ("<answer>4</answer> <think>I think.</think>", 0, 1),
+        ("<think>I think.</think> so <answer>4</answer>", 0, 1),
+        ("<think>I think.</think> <answer>4", 0, 0.75),
+        ("<think>I think.</think> <think>More.</think> <answer>4</answer>", 0, 0.5),
+        (FORM + FORM, 0, 0),
+        ("4", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_form_and_tags(response, form, tags):
+    assert score(FormatReward(), None, response) == form
+    assert score(TagCountReward(), None, response) == tags
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "\n", "a"])))
+def test_a_response_of_the_form_has_all_its_tags_once(parts):
+    response = "".join(parts)
+    assert score(FormatReward(), None, response) <= score(TagCountReward(), None, response)
+    tags = [part for part in parts if part not in ("\n", "a")]
+    counts = [tags.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    assert score(TagCountReward(), None, response) == counts.count(1) / 4
+
+
+def test_open_r1_s_reward_is_the_weighted_sum():
+    responses = [FORM, FORM.replace("4", "5"), "4", "<think>4</think>4"]
+    rewards = [
+        reward([prompt("4")], [responses])[0]
+        for reward in (MathReward(), FormatReward(), TagCountReward(), OpenR1Reward(), OpenR1Reward(3, 0.5, -2))
+    ]
+    right, form, tags, total, other = map(torch.tensor, rewards)
+    assert torch.equal(total, 8 * right + form + tags) and total.tolist() == [10, 2, 8, 8.5]
+    assert torch.equal(other, 3 * right + 0.5 * form - 2 * tags)
+
+
+def test_open_r1_s_weights_are_numbers():
+    with pytest.raises(ConfigError, match="^reward.format: 'much' is not a number"):
+        OpenR1Reward(format="much")
+
+
+# ---- A reward model
+
+TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+CUSTOM = """
+from dataclasses import dataclass
+import torch
+from transformers import LlamaForSequenceClassification
+from transformers.utils import ModelOutput
+
+@dataclass
+class Output(ModelOutput):
+    rewards: torch.Tensor = None
+    score: torch.Tensor = None
+
+class Gated(LlamaForSequenceClassification):
+    def forward(self, input_ids=None, attention_mask=None):
+        rewards = super().forward(input_ids, attention_mask=attention_mask).logits
+        return Output(rewards=rewards, score=rewards.square().sum(-1))
+"""
+
+
+def write_classifier(folder, *, labels=1, template=TEMPLATE, **changes):
+    """A tiny Llama that classifies, with a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    shape = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    settings = {"num_labels": labels, "pad_token_id": 258, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(**shape, **heads, **settings | changes, initializer_range=0.5, tie_word_embeddings=False)
+    )
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """Folders of classifiers by their number of outputs."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    return {labels: write_classifier(folder / str(labels), labels=labels) for labels in (1, 3)}
+
+
+def classifier(path, **changes):
+    return SequenceClassifierReward(path, **{"device": "cpu", "dtype": "fp32", **changes})
+
+
+def by_hand(path, chat):
+    """The outputs for one chat."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    with torch.no_grad():
+        return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0].tolist()
+
+
+CHATS = [
+    ([{"role": "user", "content": "Name?"}], ["Bob", "I am called Robert by everyone.", ""]),
+    ([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}], ["Me"]),
+    ([{"role": "user", "content": "Where?"}], []),
+]
+PROMPTS = [Prompt(f"prompts.jsonl line {i}", messages, {}) for i, (messages, _) in enumerate(CHATS, start=1)]
+RESPONSES = [texts for _, texts in CHATS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize(("labels", "head"), [(1, None), (1, 0), (3, 0), (3, 2)])
+def test_a_score_is_the_classifier_s_output_for_the_chat(classifiers, labels, head, batch_size):
+    path = classifiers[labels]
+    scores = classifier(path, head=head, batch_size=batch_size)(PROMPTS, RESPONSES)
+    assert list(map(len, scores)) == [3, 1, 0]
+    for (messages, texts), row in zip(CHATS, scores, strict=True):
+        expected = [by_hand(path, [*messages, {"role": "assistant", "content": text}])[head or 0] for text in texts]
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len({round(value, 4) for row in scores for value in row}) == 4
+
+
+def test_a_classifier_without_a_padding_token_takes_chats_one_by_one(classifiers, tmp_path):
+    path = write_classifier(tmp_path / "model", pad_token_id=None)
+    expected = classifier(path, batch_size=1)(PROMPTS, RESPONSES)
+    assert classifier(path, batch_size=8)(PROMPTS, RESPONSES) == expected
+
+
+def test_of_a_long_chat_the_first_token_and_the_end_stay(classifiers, caplog):
+    long, short = ([{"role": "user", "content": text}] for text in ("a" * 500, "b" * 400))
+    reward = classifier(classifiers[1], max_tokens=20)
+    with caplog.at_level(logging.WARNING):
+        [[one], [other]] = reward([Prompt("", long, {}), Prompt("", short, {})], [["Same end."], ["Same end."]])
+    assert one == other and "2 of 2 chats cut to 20 tokens" in caplog.text
+    reward([Prompt("", long, {})], [["x" * 20]])
+
+
+def test_chats_are_cut_to_the_model_s_positions(classifiers):
+    [[value]] = classifier(classifiers[1])([Prompt("", [{"role": "user", "content": "a" * 500}], {})], [["b"]])
+    [[same]] = classifier(classifiers[1], max_tokens=128)(
+        [Prompt("", [{"role": "user", "content": "a" * 900}], {})], [["b"]]
+    )
+    assert value == same
+
+
+def test_a_model_of_its_own_code_runs_only_where_it_is_trusted(tmp_path):
+    path = write_classifier(tmp_path / "model", labels=3)
+    (tmp_path / "model" / "gated.py").write_text(CUSTOM)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "gated.Gated"}
+    expected = [by_hand(path, [*PROMPTS[0].messages, {"role": "assistant", "content": text}]) for text in RESPONSES[0]]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match="^reward.head: .* has 3 outputs"):
+        classifier(path)  # the same weights in transformers' own class
+    trusted = classifier(path, trust_remote_code=True)
+    squares = [sum(value**2 for value in row) for row in expected]
+    assert trusted(PROMPTS[:1], RESPONSES[:1])[0] == pytest.approx(squares, rel=1e-4)
+    second = classifier(path, trust_remote_code=True, head=1)
+    assert second(PROMPTS[:1], RESPONSES[:1])[0] == pytest.approx([row[1] for row in expected], rel=1e-4)
+
+
+def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    reward = classifier(write_classifier(tmp_path / "model", template=refusing))
+    with pytest.raises(DataError, match="^prompts.jsonl line 2: the reward model's chat template .*no system"):
+        reward(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": 3}, "reward.head: 3 is no output of .*, whose last is 2"),
+        ({"head": None}, "reward.head: .* has 3 outputs; say which"),
+        ({"head": -1}, "reward.head: -1 is not"),
+        ({"dtype": "fp16"}, "reward.dtype: 'fp16' is not supported; choose bf16 or fp32"),
+        ({"batch_size": 0}, "reward.batch_size: 0 is not"),
+        ({"max_tokens": 129}, "reward.max_tokens: 129 is more than the model's 128 positions"),
+        ({"device": "abacus"}, "reward.path: .* cannot be loaded"),
+        ({"trust_remote_code": "yes"}, "reward.trust_remote_code: 'yes' is neither"),
+    ],
+)
+def test_a_classifier_s_setting_that_cannot_work_is_named(classifiers, changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        classifier(classifiers[3], **{"head": 0, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_classifier_or_without_a_chat_template_is_refused(classifiers, tmp_path):
+    with pytest.raises(ConfigError, match="^reward.path: there is no folder"):
+        classifier(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="^reward.path: .*/empty cannot be loaded as a sequence classifier"):
+        classifier(str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="^reward.path: .*chat template cannot be used"):
+        classifier(write_classifier(tmp_path / "bare", template=None))
+
+
+# ---- A judge
+
+
+@contextmanager
+def judge(answer, **settings):
+    """A judge at a real server: ``answer(request, nth)`` gives the status and the content of what it replies."""
+    counter, requests = itertools.count(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            nth = next(counter)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, self.headers.get("Authorization"), body))
+            status, content = answer(body["messages"][0]["content"], nth)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield JudgeReward(f"http://127.0.0.1:{server.server_port}/v1", "judge-1", **settings), requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def says(text):
+    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def test_a_judge_s_rating_is_divided_by_the_scale_and_stands_with_its_response():
+    def by_length(question, _):
+        response = question.split("<response>\n")[1].split("\n</response>")[0]
+        return says(f"Rating: 3 would be harsh.\n\n**Rating:** {len(response)}")
+
+    with judge(by_length) as (reward, _):
+        assert reward(PROMPTS, RESPONSES) == [[0.3, 0.0, 0.0], [0.2], []]  # 31 is beyond the scale
+    with judge(by_length, scale=100) as (reward, _):
+        assert reward(PROMPTS, RESPONSES) == [[0.03, 0.31, 0.0], [0.02], []]
+
+
+def test_a_judge_is_asked_by_the_template_for_the_model_with_the_key(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    settings = {"template": "Q: {prompt} A: {response} {other}", "api_key_env": "JUDGE_KEY", "temperature": None}
+    with judge(lambda *_: says("Rating: 10"), **settings) as (reward, requests):
+        assert reward(PROMPTS[1:2], [["{prompt}"]]) == [[1]]
+    [(path, key, body)] = requests
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    question = "Q: system: Be kind.\n\nuser: Who? A: {prompt} {other}"
+    assert body == {"model": "judge-1", "messages": [{"role": "user", "content": question}]}
+
+
+def test_without_a_key_none_is_sent(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with judge(lambda *_: says("Rating: 10")) as (reward, requests):
+        reward(PROMPTS[:1], [["a"]])
+    assert requests[0][1] is None and requests[0][2]["temperature"] == 0
+
+
+@pytest.mark.parametrize("reply", ["Fine.", "Rating: 11", "Rating: -1", None])
+def test_a_reply_without_a_rating_scores_zero_and_is_counted(reply, caplog):
+    with judge(lambda question, _: says(reply if "Bob" in question else "Rating: 5")) as (reward, _):
+        with caplog.at_level(logging.WARNING):
+            assert reward(PROMPTS[:1], [["Bob", "Eve"]]) == [[0, 0.5]]
+    assert "1 of 2 responses got no rating" in caplog.text
+
+
+@pytest.mark.parametrize("failure", [(503, {"error": "loading"}), (429, {}), (200, b"<html>")])
+def test_a_server_that_does_not_answer_is_asked_again(failure, caplog):
+    with judge(lambda _, nth: failure if nth == 0 else says("Rating: 5"), retries=1) as (reward, requests):
+        assert reward(PROMPTS[:1], [["a"]]) == [[0.5]]
+    assert len(requests) == 2 and "asking again in 1 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, {"error": "The model `judge-1` does not exist"}), "reward.model: .* has no model 'judge-1'.*not exist"),
+        ((401, {"error": "bad key"}), r"reward.api_key_env: .* refuses the key in \$OPENAI_API_KEY"),
+        ((400, {"error": "no\ntemperature"}), r"reward: .* refuses the request \(400"),
+        ((200, {"hello": "there"}), "reward.base_url: .* is no chat API"),
+        ((503, {"error": "loading"}), "reward.base_url: .* does not answer .*503.* asked 1 times; start the server"),
+    ],
+)
+def test_a_server_that_refuses_ends_it_with_one_line(answer, message):
+    with judge(lambda *_: answer, retries=0, max_concurrency=2) as (reward, requests):
+        with pytest.raises(ConfigError, match=f"^{message}") as error:
+            reward(PROMPTS[:1], [["a"] * 500])
+    assert "\n" not in str(error.value) and len(requests) < 500
+
+
+def test_a_server_that_is_not_there_is_named():
+    with judge(lambda *_: says("Rating: 5"), retries=0) as (reward, _):
+        pass
+    with pytest.raises(ConfigError, match="^reward.base_url: http://127.0.0.1:.*refused.*start the server"):
+        reward(PROMPTS[:1], [["a"]])
+
+
+def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():
+    under_way, most, lock, barrier = 0, 0, threading.Lock(), threading.Barrier(3, timeout=60)
+
+    def answer(*_):
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        barrier.wait()  # three at a time, or the test fails
+        with lock:
+            under_way -= 1
+        return says("Rating: 5")
+
+    with judge(answer, max_concurrency=3) as (reward, _):
+        assert reward(PROMPTS[:1], [["a"] * 12]) == [[0.5] * 12]
+    assert most == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": "file:///etc/passwd"}, "reward.base_url: 'file:///etc/passwd' is no web address"),
+        ({"template": "{prompt}"}, "reward.template: lacks"),
+        ({"pattern": "("}, "reward.pattern: '\\(' is no regular expression"),
+        ({"pattern": "Rating"}, "reward.pattern: 'Rating' has 0 groups"),
+        ({"scale": 0}, "reward.scale: 0 is not"),
+        ({"timeout": 0}, "reward.timeout: 0 is not"),
+        ({"retries": -1}, "reward.retries: -1 is not"),
+        ({"max_concurrency": 0}, "reward.max_concurrency: 0 is not"),
+    ],
+)
+def test_a_judge_s_setting_that_cannot_work_is_named(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        JudgeReward(**{"base_url": "http://localhost:8000/v1", "model": "m"} | changes)
