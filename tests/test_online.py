@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from conftest import TrajectoryRun
+from safetensors.torch import load_file, save_file
+from test_http_engine import Server, write_tokenizer
 from torchtune.models.llama3 import llama3
 
-from humanline.data import Group, RowBudget, lay_out, pack
+from humanline.data import ChatTokenizer, Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs
 from humanline.rollout import SamplingParams, TorchtuneEngine
 
@@ -198,3 +200,49 @@ def test_a_mistake_ends_the_run_before_anything_is_sampled(trajectory, mistake):
         node[last] = value
     assert message in run.train()
     assert not rounds(run)
+
+
+# ---- A server
+
+
+def test_a_server_samples_from_each_round_s_weights(tmp_path, trajectory, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    size = ChatTokenizer(str(folder)).vocab_size
+    run = online(trajectory("grpo_8_k4"), every=6)
+    larger_vocabulary(run, size)
+    run.config["model"] |= {"vocab_size": size, "max_seq_len": 512}
+    run.config |= {
+        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(folder)},
+        "tokens_per_row": 512,
+    }
+    weights = run.folder / "weights"
+    with Server(folder) as server:
+        run.config["engine"] = {
+            "_component_": "humanline.rollout.HTTPEngine",
+            "base_url": server.url,
+            "model": "policy",
+            "weights_dir": str(weights),
+            "reload_url": server.url.removesuffix("/v1") + "/reload",
+            "max_concurrency": 4,
+        }
+        assert run.train() is None
+        announced = [line["weights"] for line in server.answered() if "weights" in line]
+    assert len(rounds(run)) == 2 and len(run.log()) == 12
+    assert announced == [str(weights / "round_0"), str(weights / "round_1")]
+    assert [path.name for path in weights.iterdir()] == ["round_1"]
+    assert (weights / "round_1" / "model-00001-of-00001.safetensors").is_file()
+
+
+def larger_vocabulary(run, size):
+    """Pads the golden model's embeddings and output layer."""
+    file = run.folder / "model" / "model.safetensors"
+    padded = load_file(file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in padded:
+            rows = torch.zeros(size, padded[name].size(1))
+            rows[: len(padded[name])] = padded[name]
+            padded[name] = rows
+    save_file(padded, file, metadata={"format": "pt"})
+    config = run.folder / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": size}))

@@ -1,6 +1,7 @@
 """Engines that sample completions, and the prompts they complete."""
 
 from humanline.rollout._engine import Completion, TorchtuneEngine
+from humanline.rollout._http_engine import HTTPEngine
 from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._online_source import Engine, OnlineSource, Reward
 from humanline.rollout._prompts import Prompt, read_prompts
@@ -9,6 +10,7 @@ from humanline.rollout._sampling import SamplingParams
 __all__ = [
     "Completion",
     "Engine",
+    "HTTPEngine",
     "InProcessEngine",
     "OnlineSource",
     "Prompt",

@@ -169,17 +169,27 @@ class OnlineSource:
         ids = hashlib.blake2b(json.dumps([list(ids) for ids in self.prompt_ids]).encode(), digest_size=8).hexdigest()
         return f"{len(self.prompts)} prompts {ids}, {self.round_size} every {self.every} steps, {self.params}"
 
-    def use(self, engine: Engine, reward: Reward, derive: Derive, output_dir: str, keep: bool) -> None:
+    def use(
+        self,
+        engine: Engine,
+        reward: Reward,
+        derive: Derive,
+        hand_over: Callable[[int], None],
+        output_dir: str,
+        keep: bool,
+    ) -> None:
         """Names what rounds are made with.
 
         Args:
             engine (Engine): draws completions; every rank asks its own.
             reward (Reward): scores them.
             derive (Derive): makes of scored groups what the objective learns from.
+            hand_over (Callable[[int], None]): gives the engine the policy of the moment, before a round of that number
+                is sampled.
             output_dir (str): the run's folder.
             keep (bool): whether the rounds that are there are this run's; else they are deleted.
         """
-        self.engine, self.reward, self.derive = engine, reward, derive
+        self.engine, self.reward, self.derive, self.hand_over = engine, reward, derive, hand_over
         reward(self.prompts, [[] for _ in self.prompts])  # refuses a prompt that it cannot judge
         self.folder = Path(output_dir) / "rounds"
         if dist.get_rank() == 0:
@@ -227,6 +237,7 @@ class OnlineSource:
 
     def _sample(self, round: int, file: Path) -> list[Group]:
         """Samples a round, each rank a part of its prompts; rank 0 writes it down."""
+        self.hand_over(round)
         epoch, index = divmod(round, self.rounds_per_epoch)
         order = self._order(len(self.prompts), self.seed + epoch)
         open_, groups = order[index * self.round_size : (index + 1) * self.round_size], {}

@@ -25,7 +25,7 @@ def write_weights(
     Args:
         folder (Path): where to; replaced if it is there.
         policy (nn.Module): the model.
-        checkpointer (Any): torchtune's checkpointer, which writes into the folder's parent.
+        checkpointer (Any): torchtune's checkpointer.
         dtypes (dict[str, torch.dtype]): the dtype of each weight.
         merged (bool): with an adapter, whether to write the merged weights too.
 
@@ -42,8 +42,11 @@ def write_weights(
         weights = full_state_dict(policy, rank=rank, dtypes=dtypes)
     error = None
     if rank == 0:
-        partial = folder.with_name(f"epoch_{folder.name}.partial")  # torchtune's checkpointer wants it to begin so
+        partial = (
+            Path(checkpointer._output_dir) / f"epoch_{folder.name}.partial"
+        )  # as torchtune's checkpointer names it
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             if layers:
                 write_adapter(partial / "adapter", adapter, policy, checkpointer)
@@ -51,7 +54,7 @@ def write_weights(
                 merge_adapter(weights, adapter, layers)
                 checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=f"{folder.name}.partial")
             shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            shutil.move(partial, folder)
         except Exception as failure:  # safetensors and torch have errors of their own for a full disk
             error = " ".join(f"{type(failure).__name__}: {failure}".split())
             shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -101,10 +102,10 @@ class HumanlineRecipe(FTRecipeInterface):
 
         self.policy = self._setup_models(cfg)
         if isinstance(self.source, OnlineSource):
-            engine = component(cfg, "engine")
-            engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
-            rounds = (settings.output_dir, bool(self.resume_from))
-            self.source.use(engine, component(cfg, "reward"), self.objective.examples, *rounds)
+            self.engine = component(cfg, "engine")
+            self.engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
+            rounds = (self._hand_over, settings.output_dir, bool(self.resume_from))
+            self.source.use(self.engine, component(cfg, "reward"), self.objective.examples, *rounds)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
@@ -477,13 +478,27 @@ class HumanlineRecipe(FTRecipeInterface):
         raise TrainingError(f"{message}; {self._left()}")
 
     def _write_weights(self, name: str) -> str | None:
-        return write_weights(
-            Path(self.settings.output_dir) / name,
-            self.policy,
-            self.checkpointer,
-            dtypes=self.weight_dtypes,
-            merged=not self.settings.save_adapter_weights_only,
-        )
+        merged = not self.settings.save_adapter_weights_only
+        return self._write_to(Path(self.settings.output_dir) / name, merged)
+
+    def _write_to(self, folder: Path, merged: bool) -> str | None:
+        return write_weights(folder, self.policy, self.checkpointer, dtypes=self.weight_dtypes, merged=merged)
+
+    def _hand_over(self, round: int) -> None:
+        """Writes the policy for an engine outside of this process, and has it loaded; the round before goes."""
+        where = getattr(self.engine, "weights_dir", None)
+        if where is None:
+            return
+        folder = Path(where) / f"round_{round}"
+        error = self._write_to(folder, merged=True)
+        if error is not None:
+            raise TrainingError(f"step {self.step}: the weights of round {round} could not be written: {error}")
+        for rank in (0, 1):  # rank 0 announces them; the others then only look
+            if (self.rank > 0) == (rank > 0):
+                self.engine.update(folder, announce=self.rank == 0)
+            dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(folder.with_name(f"round_{round - 1}"), ignore_errors=True)
 
     def _save_best(self) -> None:
         """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""

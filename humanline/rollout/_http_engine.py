@@ -1,0 +1,388 @@
+"""Sampling by a server of its own, through the completions API of OpenAI: vLLM, ``transformers serve`` and their like.
+
+1. A probe finds out, before anything is sampled, whether the server is there, has the model, and has our tokenizer.
+2. Each completion is a request of its own, with a seed of its own, so that a fault costs one completion at most.
+3. A request that fails is repeated. While no server answers, all wait for it, and go on when it is back.
+
+A server that takes and returns token ids (vLLM) says exactly what it sampled, with log-probs. One that speaks text only
+gets the prompt's text, and the text of its answer is tokenised here: that can be another split of the same text than
+the one that was sampled, so these completions have no log-probs.
+
+What vLLM needs: ``VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --served-model-name policy``, a ``weights_dir`` that both
+sides see under one path, ``model: policy`` and ``reload_url: http://HOST:8000/collective_rpc``. Development mode opens
+routes that ask for no key: let only the trainer reach the port. ``transformers serve``, started without a model, needs
+``weights_dir`` only; with ``reload_url: http://HOST:8000/reset`` it also lets go of the weights of earlier rounds.
+
+Left out: the chat route, which would put a template of its own around prompts that have one.
+"""
+
+import concurrent.futures
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from humanline.data import ChatTokenizer
+from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.rollout._engine import Completion
+from humanline.rollout._sampling import SamplingParams
+
+__all__ = ["HTTPEngine"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
+_NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
+_POLL_SECONDS = 10.0
+
+
+class HTTPEngine:
+    """Samples from a server that speaks the completions API of OpenAI.
+
+    Args:
+        base_url (str): where the API is, as its clients take it: ``http://localhost:8000/v1``.
+        model (str | None): the name by which the server knows the model; None names the folder handed over last.
+        api_key_env (str | None): the environment variable that holds the server's key; None sends none.
+        timeout (float): seconds after which a request without an answer has failed.
+        retries (int): how often a request that failed is repeated.
+        max_concurrency (int): the most requests of this process under way at a time.
+        wait (float | None): seconds to wait for a server that is gone; None waits for ever.
+        weights_dir (str | None): where each round's weights are to be written, in a folder of their own (servers
+            remember what they have loaded by its path); None leaves the server those that it has.
+        reload_url (str | None): where to announce new weights to a server that does not load them by name.
+
+    Raises:
+        ConfigError: if a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key_env: str | None = None,
+        timeout: float = 600.0,
+        retries: int = 5,
+        max_concurrency: int = 64,
+        wait: float | None = None,
+        weights_dir: str | None = None,
+        reload_url: str | None = None,
+    ) -> None:
+        for key, url in (("base_url", base_url), ("reload_url", reload_url or base_url)):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(f"engine.{key}: {url!r} is no address; give one like http://localhost:8000/v1")
+        for key, value, least in (("retries", retries, 0), ("max_concurrency", max_concurrency, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"engine.{key}: {value!r} is not a whole number of at least {least}")
+        if timeout <= 0:
+            raise ConfigError(f"engine.timeout: {timeout!r} is not above 0 seconds; give the longest request's")
+        if wait is not None and wait < 0:
+            raise ConfigError(f"engine.wait: {wait!r} is below 0 seconds; null waits for ever")
+        if model is None and weights_dir is None:
+            raise ConfigError("engine.model: is missing; name the model that the server has, or give weights_dir")
+        if weights_dir is None and reload_url is not None:
+            raise ConfigError("engine.reload_url: there are no weights to announce; give weights_dir, or leave it out")
+        if weights_dir is not None and model is not None and reload_url is None:
+            raise ConfigError(
+                f"engine.weights_dir: a server that is asked for {model!r} does not learn of new weights; give "
+                "reload_url, or leave model out if the server loads the folder that it is asked for"
+            )
+        self._headers = {"Content-Type": "application/json"}
+        if api_key_env is not None:
+            if not os.environ.get(api_key_env):
+                raise ConfigError(f"engine.api_key_env: {api_key_env} is not in the environment; export it")
+            self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self.weights_dir = None if weights_dir is None else Path(weights_dir)
+        self._url, self._reload_url, self._model = base_url.rstrip("/"), reload_url, model
+        self._timeout, self._retries, self._wait = timeout, retries, wait
+        self._max_concurrency = max_concurrency
+        self._folder: str | None = None
+        self._is_current = True  # whether the server knows of the folder
+        self._salt = ""
+        self._gate = threading.Lock()  # closed while the server is gone
+        self._outages = 0
+        self._stopped = threading.Event()  # ends all waiting
+
+    # ---- Set-up
+
+    def setup(self, tokenizer: ChatTokenizer, *_: object) -> None:
+        """Asks whether the server is there and, if the model has its name already, whether it is the right one.
+
+        Args:
+            tokenizer (ChatTokenizer): the policy's.
+            _ (object): the policy itself, which a server has a copy of.
+
+        Raises:
+            ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.
+        """
+        self._tokenizer = tokenizer
+        try:
+            self._greet(self._timeout)
+        except _Gone as gone:
+            raise ConfigError(f"engine.base_url: {self._url} does not answer ({gone}); start the server") from None
+        if self._model is not None:
+            self._probe()
+
+    def update(self, folder: Path, *, announce: bool = True) -> None:
+        """Has the server sample from new weights.
+
+        Args:
+            folder (Path): the policy in HF layout, with its tokenizer, under a path that the server sees too.
+            announce (bool): False where another rank has told ``reload_url`` of them.
+
+        Raises:
+            ConfigError: if the server cannot load them, or has another tokenizer.
+            TrainingError: if the server stays away.
+        """
+        self._folder, self._salt, self._is_current = str(folder.absolute()), uuid.uuid4().hex, not announce
+        self._stopped.clear()
+        self._probe()
+
+    def _announce(self) -> None:
+        """Tells of the folder in the words of vLLM's ``/collective_rpc``, of SGLang's ``/update_weights_from_disk``,
+        and in ``path`` for others: each reads its own."""
+        if self._reload_url is not None and self._folder is not None:
+            vllm = {"method": "reload_weights", "kwargs": {"weights_path": self._folder}}
+            try:
+                self._exchange(self._reload_url, {"path": self._folder, "model_path": self._folder, **vllm})
+            except _Refused as error:
+                if error.passes:
+                    raise
+                raise ConfigError(f"engine.reload_url: {self._reload_url} refuses {self._folder} ({error})") from None
+        self._is_current = True
+
+    def _probe(self) -> None:
+        """Completes a prompt by one token, to see how the server takes prompts, and that it reads them as we do."""
+        ids = self._tokenizer.encode_prompt([{"role": "user", "content": _PROBE}])
+        params = SamplingParams(max_new_tokens=1, temperature=0)
+        self._takes_ids = self._adds_bos = self._is_strict = False
+        while True:
+            try:
+                reply = self._persist(lambda: self._sample(self._text(ids), params, seed=0))
+                break
+            except _Refused as error:
+                if error.status != 422 or self._is_strict:
+                    raise ConfigError(self._complaint(error)) from None
+                self._is_strict = True  # there are fields that it does not know
+        choice = reply["choices"][0]
+        self._takes_ids = choice.get("token_ids") is not None
+        theirs = choice.get("prompt_token_ids")
+        count = (reply.get("usage") or {}).get("prompt_tokens") if theirs is None else len(theirs)
+        if count is None:
+            log.warning(f"{self._url} does not count tokens: whether its tokenizer is the policy's remains unknown")
+            return
+        # A tokenizer that puts BOS in front of any text is not to double that of the prompt.
+        self._adds_bos = theirs is None and count == len(ids) + 1 and ids[0] == self._tokenizer.bos_id
+        if count != len(ids) + self._adds_bos or theirs not in (None, ids):
+            raise ConfigError(
+                f"engine.base_url: {self._url} has another tokenizer (what is {len(ids)} tokens of ours is {count} of "
+                "its own, or others); serve the model that tokenizer.path belongs to"
+            )
+
+    def _complaint(self, error: "_Refused") -> str:
+        """What the user is told of a server that does not complete the probe."""
+        if error.status in (401, 403):
+            return f"engine.api_key_env: {self._url} refuses the key ({error}); export the right one"
+        try:
+            listed = json.loads(self._exchange(f"{self._url}/models"))["data"]
+            remedy = f"it has {', '.join(model['id'] for model in listed)}"
+        except (_Gone, _Refused, LookupError, TypeError, ValueError):
+            remedy = "see its log"
+        return f"engine.model: {self._url} does not complete with {self._model or self._folder!r} ({error}); {remedy}"
+
+    # ---- Sampling
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """The completions of each prompt, in the order of the prompts.
+
+        Args:
+            prompts (Sequence[Sequence[int]]): the token ids of each prompt, at least one.
+            params (SamplingParams): how completions are drawn; its seed is not used.
+            seeds (Sequence[int]): one for each prompt's samples.
+
+        Raises:
+            ConfigError: if the server refuses a request.
+            DataError: if the server takes text, and a prompt is not what its own text is tokenised into.
+            TrainingError: if the server stays away, or fails again and again.
+        """
+        self._stopped.clear()
+        inputs = [list(prompt) if self._takes_ids else self._text(prompt) for prompt in prompts]
+        with concurrent.futures.ThreadPoolExecutor(self._max_concurrency) as pool:
+            rows = [
+                [pool.submit(self._draw, each, params, _seed(seed, j)) for j in range(params.samples_per_prompt)]
+                for each, seed in zip(inputs, seeds, strict=True)
+            ]
+            try:
+                ended = concurrent.futures.wait(itertools.chain(*rows), return_when="FIRST_EXCEPTION").done
+                for future in ended:
+                    future.result()  # raises what went wrong
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [[future.result() for future in row] for row in rows]
+
+    def _text(self, prompt: Sequence[int]) -> str:
+        text = self._tokenizer.decode(prompt, skip_special_tokens=False)
+        if self._encode(text) != list(prompt):
+            raise DataError(
+                f"prompts: {text[:40]!r}... has another tokenisation than the prompt's, and {self._url} takes text; "
+                "use a server that takes token ids, such as vLLM"
+            )
+        return text.removeprefix(self._tokenizer.decode(prompt[:1], False)) if self._adds_bos else text
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+
+    def _draw(self, prompt: str | list[int], params: SamplingParams, seed: int) -> Completion:
+        try:
+            choice = self._persist(lambda: self._sample(prompt, params, seed))["choices"][0]
+        except _Refused as error:
+            if error.passes:
+                raise TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})") from None
+            raise ConfigError(f"engine.base_url: {self._url} refuses a request ({error})") from None
+        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if tokens is None:
+            tokens, logps = self._encode(choice["text"]), None
+        stops = self._tokenizer.stop_tokens
+        if choice["finish_reason"] == "stop" and not (tokens and tokens[-1] in stops):
+            tokens, logps = [*tokens, stops[0]], None
+        tokens = tokens[: params.max_new_tokens]  # tokenised anew it can be longer
+        if logps is not None and (len(logps) != len(tokens) or None in logps):
+            logps = None
+        return Completion(tokens, "stop" if tokens and tokens[-1] in stops else "length", logps)
+
+    def _sample(self, prompt: str | list[int], params: SamplingParams, seed: int) -> dict[str, Any]:
+        """One attempt at a completion; the whole reply."""
+        body: dict[str, Any] = {"model": self._model or self._folder, "prompt": prompt, "seed": seed}
+        body["max_tokens"] = params.max_new_tokens
+        # All that a model's generation_config.json could set otherwise is set to what leaves the distribution alone.
+        draws: dict[str, Any] = {"top_p": params.top_p, "repetition_penalty": 1.0}
+        stops = self._tokenizer.stop_tokens
+        if self._is_strict:  # transformers serve
+            greedy = params.temperature == 0
+            draws |= {"do_sample": False} if greedy else {"do_sample": True, "temperature": params.temperature}
+            body["generation_config"] = json.dumps(draws | {"top_k": 0, "eos_token_id": stops})
+        else:
+            body |= draws | {"temperature": params.temperature, "top_k": -1, "min_p": 0.0, "stop_token_ids": stops}
+            body |= {"add_special_tokens": False, "return_token_ids": True, "logprobs": 0}
+            if self._salt:
+                body["cache_salt"] = self._salt  # keys and values of other weights must not be found
+        try:
+            reply = json.loads(self._exchange(f"{self._url}/completions", body))
+            reason = reply["choices"][0]["finish_reason"]
+        except (LookupError, TypeError, ValueError):
+            raise _Refused(200, "its answer is no completion") from None
+        if reason not in ("stop", "length"):  # such as "abort", of a server that is shutting down
+            raise _Refused(500, f"finish_reason {reason!r}")
+        return reply
+
+    # ---- Faults
+
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        """Repeats a request until it is answered, its retries are spent, or the answer will not change."""
+        for tries in itertools.count():
+            try:
+                with self._gate:
+                    outages = self._outages
+                    if not self._is_current:
+                        self._announce()
+                return attempt()
+            except _Refused as error:
+                if tries == self._retries or not error.passes:
+                    raise
+                self._pause(tries)
+            except _Gone as gone:
+                if tries == self._retries:
+                    raise TrainingError(f"{self._url} was lost {tries + 1} times during one request ({gone})") from None
+                self._await_server(outages, gone)
+        raise AssertionError("unreachable")
+
+    def _await_server(self, outages: int, gone: "_Gone") -> None:
+        """Returns once the server is back; one caller asks, the others wait."""
+        with self._gate:
+            if self._outages != outages or self._stopped.is_set():  # another has seen to it meanwhile
+                return
+            log.warning(f"{self._url} is gone ({gone}); what is finished is kept, and the rest goes on when it is back")
+            deadline = None if self._wait is None else time.monotonic() + self._wait
+            for tries in itertools.count():
+                try:
+                    self._greet(_POLL_SECONDS)
+                    break
+                except _Gone:
+                    if deadline is not None and time.monotonic() >= deadline:
+                        raise TrainingError(f"{self._url} has been gone for {self._wait:g} s; start it again") from None
+                    self._pause(min(tries, 4))
+            self._outages += 1
+            self._is_current = False  # started anew, it has forgotten the weights
+            log.warning(f"{self._url} is back")
+
+    def _pause(self, tries: int) -> None:
+        """Exponential back-off, spread so that not all come back at once."""
+        if self._stopped.wait(min(0.5 * 2**tries, 30) * random.uniform(0.5, 1)):
+            raise TrainingError("sampling has been stopped")
+
+    def _greet(self, timeout: float) -> None:
+        """Raises :class:`_Gone` if the server does not answer; any answer will do."""
+        try:
+            self._exchange(f"{self._url}/models", timeout=timeout)
+        except _Refused as error:
+            if error.status == 408:
+                raise _Gone(str(error)) from None
+
+    def _exchange(self, url: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        seconds = timeout or self._timeout
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, data, self._headers), timeout=seconds) as reply:
+                return reply.read()
+        except urllib.error.HTTPError as error:
+            if error.code in _NO_SERVER:
+                raise _Gone(f"HTTP {error.code}") from None
+            path = urllib.parse.urlsplit(url).path
+            raise _Refused(error.code, f"HTTP {error.code} from {path}: {_message(error)}") from None
+        except TimeoutError:
+            raise _Refused(408, f"no answer in {seconds:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Gone(str(getattr(error, "reason", None) or error) or type(error).__name__) from None
+
+
+class _Gone(Exception):
+    """No server answered, or it went away while it did."""
+
+
+class _Refused(Exception):
+    """The server answered otherwise than asked."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.passes = status in (408, 429) or status >= 500  # what another attempt may change
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What a server says of an error, in one line of moderate length."""
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return " ".join((text or error.reason).split())[:300]
+
+
+def _seed(seed: int, sample: int) -> int:
+    return random.Random(f"{seed} {sample}").getrandbits(31)
