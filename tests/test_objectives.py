@@ -35,7 +35,7 @@ def labelled(*sizes):
 
 
 def kl_pairs(groups, dataset=None):
-    made = KTO(HumanlineKTOLoss()).kl_groups(groups, dataset or GroupDataset(groups))
+    made = KTO(HumanlineKTOLoss()).kl_groups(groups, (dataset or GroupDataset(groups)).budget)
     return [(group.prompt, response) for group in made for response in group.responses]
 
 
