@@ -68,6 +68,10 @@ class OfflineSource:
         order = self._order(epoch)[index * self.groups_per_step : (index + 1) * self.groups_per_step]
         return [[self.dataset[i] for i in microbatch] for microbatch in order.view(self.accumulation, -1).tolist()]
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to log of a step's groups: nothing, they are what they are."""
+        return {}
+
     def _order(self, epoch: int) -> torch.Tensor:
         count = len(self.dataset)
         if not self.shuffle:

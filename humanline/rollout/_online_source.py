@@ -3,8 +3,14 @@
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +21,7 @@ from humanline.data import Group, GroupDataset, TokenBudget, best_and_worst
 from humanline.data._record import Message
 from humanline.errors import ConfigError, DataError
 from humanline.rollout._engine import Completion
+from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._sampling import SamplingParams
 
@@ -60,6 +67,9 @@ class OnlineSource:
         temperature (float): divides the logits.
         top_p (float): draw from the smallest set of most probable tokens that holds this mass.
         equal_scores (str): ``drop`` or ``resample`` prompts whose responses are all scored equal.
+        overlap (bool): sample the next round while training goes on with this one, by an engine outside of this
+            process. A step's groups are then sampled by a policy at most ``2 * every - 1`` steps older than the one
+            that trains on them, else at most ``every - 1``.
         max_prompt_tokens (int | None): longer prompts are left out; None takes all.
         system_prompt (str | None): stands before each prompt.
         split (str): the split of the prompts, with an optional slice such as "train[:95%]".
@@ -81,6 +91,7 @@ class OnlineSource:
         temperature: float = 1.0,
         top_p: float = 1.0,
         equal_scores: str = "drop",
+        overlap: bool = False,
         max_prompt_tokens: int | None = None,
         system_prompt: str | None = None,
         split: str = "train",
@@ -101,6 +112,7 @@ class OnlineSource:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples_per_prompt=generations
         )
         self.equal_scores = equal_scores
+        self.overlap = overlap
         self.max_prompt_tokens = max_prompt_tokens
 
     # --------------------------------------------------------------------------------------------------------- set-up
@@ -155,6 +167,8 @@ class OnlineSource:
         )
         self._round: int | None = None
         self._groups: list[Group] = []
+        self._metrics: dict[str, float] = {}
+        self._ahead: Future[_Round] | None = None
 
     def longest(self) -> Group:
         """A group as long as any that can be sampled."""
@@ -177,6 +191,7 @@ class OnlineSource:
         hand_over: Callable[[int], None],
         output_dir: str,
         keep: bool,
+        total_steps: int,
     ) -> None:
         """Names what rounds are made with.
 
@@ -188,9 +203,21 @@ class OnlineSource:
                 is sampled.
             output_dir (str): the run's folder.
             keep (bool): whether the rounds that are there are this run's; else they are deleted.
+            total_steps (int): optimizer steps of the run.
+
+        Raises:
+            ConfigError: if the engine cannot sample while training goes on, and ``overlap`` asks for it.
         """
+        if self.overlap and isinstance(engine, InProcessEngine):
+            raise ConfigError(
+                "source.overlap: InProcessEngine samples with the very weights that train; use HTTPEngine, or leave "
+                "overlap out"
+            )
         self.engine, self.reward, self.derive, self.hand_over = engine, reward, derive, hand_over
         reward(self.prompts, [[] for _ in self.prompts])  # refuses a prompt that it cannot judge
+        self.total_steps = total_steps
+        # A group of their own, since with overlap the ranks meet in it while they meet in training's as well.
+        self._ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.folder = Path(output_dir) / "rounds"
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -205,16 +232,34 @@ class OnlineSource:
         ranks sample it together."""
         round, index = divmod(step - 1, self.every)
         if round != self._round:
-            self._groups = self._in_order(round, self._read_or_sample(round))
-            self._round = round
+            self._enter(round, step)
         start = index * self.groups_per_step
         groups = self._groups[start : start + self.groups_per_step]
         size = self.groups_per_step // self.accumulation
         return [groups[i : i + size] for i in range(0, len(groups), size)]
 
-    def starts_round(self, step: int) -> bool:
-        """Whether a step is the first of a round."""
-        return (step - 1) % self.every == 0
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to log of a step's groups.
+
+        ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of a round that was
+        sampled since the last call, also: the mean ``reward`` of all its responses, ``dropped`` prompts, ``tokens``,
+        the ``seconds`` of sampling and scoring, and those that training ``waited`` for it.
+        """
+        metrics, self._metrics = self._metrics, {}
+        return {"staleness": step - 1 - self._policy_step, **metrics}
+
+    def _enter(self, round: int, step: int) -> None:
+        """Makes a round that of the steps from ``step`` on, and with ``overlap`` begins the next one."""
+        start = time.perf_counter()
+        found = self._ahead.result() if self._ahead else self._read_or_sample(round, step)
+        self._ahead = None
+        usable = self.derive(GroupDataset(found.groups, str(self._file(round)))).groups
+        self._round, self._groups, self._policy_step = round, self._in_order(round, usable), found.policy_step
+        if found.metrics:
+            self._metrics = found.metrics | {"rounds/waited": time.perf_counter() - start}
+        if self.overlap and (round + 1) * self.every < self.total_steps and not self._is_there(round + 1):
+            self.hand_over(round + 1)
+            self._ahead = _in_background(lambda: self._sample(round + 1, step - 1))
 
     def _in_order(self, round: int, groups: Sequence[Group]) -> list[Group]:
         """The groups of the round's steps: each once, and again from the start where they are too few."""
@@ -228,86 +273,125 @@ class OnlineSource:
         order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         return order
 
-    def _read_or_sample(self, round: int) -> Sequence[Group]:
-        file = self.folder / f"round_{round}.jsonl"
-        there = [file.is_file()]
-        dist.broadcast_object_list(there)
-        groups = _read(file) if there[0] else self._sample(round, file)
-        return self.derive(GroupDataset(groups, str(file))).groups
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round_{round}.jsonl"
 
-    def _sample(self, round: int, file: Path) -> list[Group]:
-        """Samples a round, each rank a part of its prompts; rank 0 writes it down."""
+    def _is_there(self, round: int) -> bool:
+        there = [self._file(round).is_file()]
+        dist.broadcast_object_list(there)
+        return there[0]
+
+    def _read_or_sample(self, round: int, step: int) -> "_Round":
+        if self._is_there(round):
+            return _read(self._file(round))
         self.hand_over(round)
+        return self._sample(round, step - 1)
+
+    def _sample(self, round: int, policy_step: int) -> "_Round":
+        """Samples a round, each rank a part of its prompts; rank 0 writes it down."""
+        start = time.perf_counter()
         epoch, index = divmod(round, self.rounds_per_epoch)
-        order = self._order(len(self.prompts), self.seed + epoch)
-        open_, groups = order[index * self.round_size : (index + 1) * self.round_size], {}
-        sampled = 0
+        chosen = self._order(len(self.prompts), self.seed + epoch)[index * self.round_size :][: self.round_size]
+        usable: dict[int, Group] = {}
+        scores: list[float] = []
+        sampled = tokens = 0
         for attempt in range(MOST_ATTEMPTS):
+            open_ = [prompt for prompt in chosen if prompt not in usable]
             sampled += len(open_)
             for prompt, group in self._answer(open_, round, attempt).items():
-                groups[prompt] = group
-            open_ = [prompt for prompt in open_ if best_and_worst(groups[prompt].scores or ()) is None]
-            if not open_ or (self.equal_scores == "drop" and len(open_) < len(groups)):
+                tokens += sum(map(len, group.responses))
+                scores += group.scores or ()
+                if best_and_worst(group.scores or ()) is not None:
+                    usable[prompt] = group
+            if len(usable) == len(chosen) or (self.equal_scores == "drop" and usable):
                 break
-        usable = [group for prompt, group in groups.items() if prompt not in open_]
-        if dist.get_rank() == 0:
-            mean = (
-                sum(sum(group.scores or ()) for group in groups.values()) / self.params.samples_per_prompt / len(groups)
-            )
-            log.info(
-                f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward {mean:.3f}, "
-                f"{len(open_)} prompts with equal scores left out"
-            )
         if not usable:
             raise DataError(
-                f"{file.name}: the responses of every prompt are scored equal; nothing can be learnt from them"
+                f"round {round}: the responses of every prompt are scored equal; nothing can be learnt from them"
             )
+        found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
+        found.metrics = {
+            "rounds/reward": fmean(scores),
+            "rounds/dropped": len(chosen) - len(usable),
+            "rounds/tokens": tokens,
+            "rounds/seconds": time.perf_counter() - start,
+        }
         if dist.get_rank() == 0:
-            _write(file, usable)
-        dist.barrier()
-        return usable
+            log.info(
+                f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward {fmean(scores):.3f}, "
+                f"{len(chosen) - len(usable)} prompts with equal scores left out"
+            )
+            _write(self._file(round), found)
+        dist.barrier(self._ranks)
+        return found
 
     def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
-        """Scored groups of some prompts, by prompt, the same on all ranks."""
+        """Scored groups of some prompts, by prompt, the same on all ranks. A response without a token is left out."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         mine = chosen[rank::world_size]
         seeds = [_seed(self.seed, round, prompt, attempt) for prompt in mine]
         completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
-        texts = [[self.tokenizer.decode(sample.tokens) for sample in samples] for samples in completions]
+        responses = [[sample.tokens for sample in samples if sample.tokens] for samples in completions]
+        texts = [[self.tokenizer.decode(response) for response in each] for each in responses]
         scores = self.reward([self.prompts[i] for i in mine], texts)
         groups = {
             i: Group(
                 self.prompt_ids[i],
-                tuple(sample.tokens for sample in samples),
-                tuple(map(float, each)),
+                tuple(each),
+                tuple(map(float, values)),
                 id=f"{self.prompts[i].where} in round {round}",
             )
-            for i, samples, each in zip(mine, completions, scores, strict=True)
+            for i, each, values in zip(mine, responses, scores, strict=True)
+            if each
         }
         everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, groups)
+        dist.all_gather_object(everyone, groups, self._ranks)
         together = {i: group for part in everyone for i, group in part.items()}
-        return {i: together[i] for i in chosen}
+        return {i: together[i] for i in chosen if i in together}
+
+
+@dataclass
+class _Round:
+    """Groups that the policy sampled after ``policy_step`` optimizer steps, and what to log of them."""
+
+    groups: list[Group]
+    policy_step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def _in_background(sample: Callable[[], _Round]) -> "Future[_Round]":
+    """Begins to sample in a thread, which ends with the process; its error is raised where its result is asked for."""
+    future: Future[_Round] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:  # each thread has a current device of its own
+                torch.cuda.set_device(device)
+            future.set_result(sample())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")
 
 
-def _write(file: Path, groups: Sequence[Group]) -> None:
+def _write(file: Path, round: _Round) -> None:
     partial = file.with_suffix(".partial")
     with open(partial, "w") as lines:
-        for group in groups:
+        for group in round.groups:
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
-            lines.write(json.dumps(line | {"id": group.id}) + "\n")
+            lines.write(json.dumps(line | {"id": group.id, "policy_step": round.policy_step}) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     partial.rename(file)
 
 
-def _read(file: Path) -> list[Group]:
-    groups = []
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        groups.append(Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]))
-    return groups
+def _read(file: Path) -> _Round:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
+    return _Round(groups, rows[0]["policy_step"])

@@ -104,8 +104,15 @@ class HumanlineRecipe(FTRecipeInterface):
         if isinstance(self.source, OnlineSource):
             self.engine = component(cfg, "engine")
             self.engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
-            rounds = (self._hand_over, settings.output_dir, bool(self.resume_from))
-            self.source.use(self.engine, component(cfg, "reward"), self.objective.examples, *rounds)
+            self.source.use(
+                self.engine,
+                component(cfg, "reward"),
+                self.objective.examples,
+                self._hand_over,
+                settings.output_dir,
+                keep=bool(self.resume_from),
+                total_steps=self.total_steps,
+            )
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
         self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
@@ -395,7 +402,8 @@ class HumanlineRecipe(FTRecipeInterface):
             )
 
     def _log(self, metrics: dict[str, float], bar: "tqdm[Any]") -> None:
-        metrics |= self.sums.means() | {
+        metrics |= self.sums.means() | self.source.metrics(self.step)
+        metrics |= {
             "lr": get_lr(self.optimizer),
             "steps_since_sync": self.step - self.reference.last_sync,
             "skipped_steps": self.non_finite.total,
@@ -415,8 +423,8 @@ class HumanlineRecipe(FTRecipeInterface):
         self._watch_for_collapse(metrics)
 
     def _watch_for_collapse(self, metrics: dict[str, float]) -> None:
-        signal = self.objective.signal
-        if self.collapse is None or signal not in metrics:
+        signal = "rounds/reward" if isinstance(self.source, OnlineSource) else self.objective.signal
+        if self.collapse is None or not {signal, "kl"} <= metrics.keys():
             return
         warning = self.collapse.add(metrics[signal], metrics["kl"])
         if warning is None:

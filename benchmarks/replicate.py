@@ -1,0 +1,209 @@
+"""The paper's table in small: online, sparse and offline GRPO, with and without the method, on sums that SmolLM2 gets
+right now and then.
+
+    python benchmarks/replicate.py                  # three seeds, one run after the other; hours on a CPU
+    python benchmarks/replicate.py --seeds 1        # one seed; others may run beside it
+
+Every run takes the same number of optimizer steps from the same model, with the config of the online demo
+(configs/smollm2_135m_grpo_online.yaml) but for what stands below, and is then measured by pass@1 on the held-out sums.
+The offline runs share a dataset: one round of the initial policy over nearly all training prompts.
+
+Started again, it goes on where it was: finished runs are kept, and an unfinished one resumes from its last checkpoint.
+Results go into results.json, and into results.png where matplotlib is there.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+STEPS, GROUPS, GENERATIONS, TOKENS, SPARSE, DATASET = 128, 8, 8, 32, 64, 640
+
+PLAIN = {"loss.perception": "none"}
+DATA = {"source": None, "engine": None, "reward": None, "dataset._component_": "humanline.data.encoded_groups"}
+METHODS: dict[str, dict[str, Any]] = {
+    "online": {"source.every": 1, "reference.sync_every": 1, **PLAIN},
+    "sparse": {"source.every": SPARSE, "reference.sync_every": SPARSE, **PLAIN},
+    "sparse + humanline": {"source.every": SPARSE, "reference.sync_every": 4},
+    "offline": {"reference.sync_every": None, **PLAIN, **DATA},
+    "offline + humanline": {"reference.sync_every": 4, **DATA},
+}
+
+
+def tune(recipe: str, config: Path, *overrides: str) -> None:
+    command = [str(Path(sys.executable).with_name("tune")), "run", f"recipes/{recipe}", "--config", str(config)]
+    subprocess.run([*command, *overrides], cwd=ROOT, check=True)
+
+
+def train(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
+    """Trains one run, or what is left of it; returns what that cost."""
+    config = OmegaConf.load(ROOT / "configs" / "smollm2_135m_grpo_online.yaml")
+    shared: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "batch_size": GROUPS,
+        "epochs": 8,
+        "max_steps_per_epoch": STEPS // 8,
+        "source.generations": GENERATIONS,
+        "source.max_new_tokens": TOKENS,
+        "dataset_val": None,  # what is timed is training
+        "run_val_every_n_steps": None,
+        "save_every_n_steps": 32,
+        "resume_from_checkpoint": "latest" if any((folder / "checkpoints").glob("step_*[0-9]")) else False,
+    }
+    for key, value in (shared | changes).items():
+        OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "config.yaml")
+    start, before = time.perf_counter(), _cpu_seconds()
+    tune("humanline_grpo_single_device", folder / "config.yaml")
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - before}
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(weights: Path, output: Path, seed: int) -> dict[str, Any]:
+    """pass@1 and what belongs to it, as humanline_eval writes it."""
+    files = sorted(path.name for path in weights.glob("*.safetensors"))
+    tune(
+        "humanline_eval",
+        ROOT / "configs" / "smollm2_135m_eval.yaml",
+        f"checkpointer.checkpoint_dir={weights}",
+        f"checkpointer.checkpoint_files=[{','.join(files)}]",
+        f"max_new_tokens={TOKENS}",
+        f"output={output}",
+        f"seed={seed}",
+        "k=[1]",
+    )
+    return json.loads(output.read_text())
+
+
+def sampling(folder: Path) -> dict[str, float]:
+    """Tokens sampled for a run, and the seconds that sampling and scoring them took, from its log."""
+    costs: dict[str, tuple[float, float]] = {}  # by step, since a resumed run logs some steps again
+    for line in (folder / "logs" / "metrics.txt").read_text().splitlines():
+        step, _, metrics = line.partition(" | ")
+        logged = dict(item.split(":") for item in metrics.split())
+        if "rounds/tokens" in logged:
+            costs[step] = float(logged["rounds/tokens"]), float(logged["rounds/seconds"])
+    tokens, seconds = (sum(column) for column in zip((0.0, 0.0), *costs.values(), strict=True))
+    return {"tokens_sampled": tokens, "sampling_seconds": seconds}
+
+
+def dataset(output: Path) -> Path:
+    """The offline runs' groups: what a run of one step has sampled for it."""
+    folder = output / "dataset"
+    result = folder / "result.json"
+    if not result.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for half_done in ("checkpoints", "rounds", "logs"):
+            shutil.rmtree(folder / half_done, ignore_errors=True)
+        one_step = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS, "source.groups_per_round": DATASET}
+        train(folder, 0, one_step | {"save_every_n_steps": None})
+        result.write_text(json.dumps({"method": "dataset", **sampling(folder)}, indent=2) + "\n")
+        _remove_weights(folder)
+    return folder / "rounds" / "round_0.jsonl"
+
+
+def run(folder: Path, method: str, seed: int, data: Path) -> None:
+    """One run from beginning to end, or what of it is not done yet."""
+    result, costs = folder / "result.json", folder / "costs.json"
+    if result.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "epoch_7").is_dir():
+        changes = METHODS[method] | ({"dataset.source": str(data)} if "dataset._component_" in METHODS[method] else {})
+        spent = json.loads(costs.read_text()) if costs.is_file() else {}
+        new = train(folder, seed, changes)
+        costs.write_text(json.dumps({key: spent.get(key, 0) + value for key, value in new.items()}))
+    evaluated = measure(folder / "epoch_7", folder / "eval.json", seed)
+    found = {"method": method, "seed": seed, **json.loads(costs.read_text()), **sampling(folder), **evaluated}
+    result.write_text(json.dumps(found, indent=2) + "\n")
+    _remove_weights(folder)
+
+
+def _remove_weights(folder: Path) -> None:
+    for weights in [*folder.glob("epoch_*"), folder / "checkpoints"]:
+        shutil.rmtree(weights, ignore_errors=True)
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    """What there is, by method and seed."""
+    found = [json.loads(file.read_text()) for file in output.glob("*/result.json")]
+    return sorted(found, key=lambda result: (["dataset", *METHODS].index(result["method"]), result.get("seed", 0)))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | pass@1 of each seed, with its 95% interval | mean | s of training | of them sampling | tokens sampled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        mine = [result for result in found if result["method"] == method]
+        if mine:
+            each = "; ".join(f"{mean:.1%} [{low:.1%}, {high:.1%}]" for mean, low, high in map(pass_at_1, mine))
+            mean = statistics.mean(pass_at_1(result)[0] for result in mine)
+            costs = (
+                statistics.mean(result[key] for result in mine)
+                for key in ("seconds", "sampling_seconds", "tokens_sampled")
+            )
+            lines.append(f"| {method} | {each} | {mean:.1%} | " + " | ".join(f"{cost:,.0f}" for cost in costs) + " |")
+    return "\n".join(lines)
+
+
+def pass_at_1(result: dict[str, Any]) -> tuple[float, float, float]:
+    figure = result["figures"]["pass@1"]
+    return figure["mean"], figure["low"], figure["high"]
+
+
+def draw(found: list[dict[str, Any]], file: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figure: matplotlib is not installed (pip install humanline[plots])")
+        return
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for method in METHODS:
+        mine = [result for result in found if result["method"] == method]
+        if mine:
+            minutes = statistics.mean(result["seconds"] for result in mine) / 60
+            axes.scatter([minutes] * len(mine), [100 * pass_at_1(result)[0] for result in mine], label=method)
+    axes.set(xlabel="minutes of training", ylabel="pass@1 on held-out sums, %", title=f"{STEPS} steps, a dot each seed")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "replicate")
+    arguments = parser.parse_args()
+    fetch = [sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", str(MODEL)]
+    subprocess.run(fetch, cwd=ROOT, check=True)
+    output = arguments.output.absolute()
+    data = dataset(output)
+    for seed in arguments.seeds:
+        for method in METHODS:
+            run(output / f"{method.replace(' + ', '_')}_{seed}", method, seed, data)
+            found = results(output)
+            (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+            print(table(found), flush=True)
+    draw(results(output), output / "results.png")
+
+
+if __name__ == "__main__":
+    main()
