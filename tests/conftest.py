@@ -8,6 +8,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,21 @@ class TrajectoryRun:
         lines = (self.folder / "logs" / "log.txt").read_text().splitlines()
         found = (re.match(rf"Step (\d+) \|.* {re.escape(metric)}:(\S+)", line.replace("|", "| ", 1)) for line in lines)
         return {int(match[1]): float(match[2]) for match in found if match}
+
+
+def logged_steps(run: TrajectoryRun) -> list[int]:
+    """The steps in the order in which they were logged."""
+    log = run.folder / "logs" / "log.txt"
+    return [int(step) for step in re.findall(r"^Step (\d+) ", log.read_text(), re.M)] if log.exists() else []
+
+
+def wait_until(condition: Callable[[], bool], ranks: Ranks, seconds: float = 60) -> None:
+    """Waits until a run in other processes has come to a point."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        ranks.processes[0].join(0.002)
+        assert time.monotonic() < deadline, ranks.output()
+        assert all(process.is_alive() for process in ranks.processes), ranks.output()
 
 
 def run(command: list[str], *, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:

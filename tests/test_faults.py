@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TUNE
+from conftest import ROOT, TUNE, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -35,12 +34,6 @@ def saved_steps(run):
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def logged_steps(run):
-    """The steps in the order in which they were logged."""
-    log = run.folder / "logs" / "log.txt"
-    return [int(step) for step in re.findall(r"^Step (\d+) ", log.read_text(), re.M)] if log.exists() else []
-
-
 def final_weights(run, epoch=1):
     return load_file(run.folder / "out" / f"epoch_{epoch}" / "model-00001-of-00001.safetensors")
 
@@ -51,15 +44,6 @@ def assert_same_end(run, other, tolerance=0.0):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0)
-
-
-def wait_until(condition, ranks, seconds=60):
-    """Waits until a run in other processes has come to a point."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        ranks.processes[0].join(0.002)
-        assert time.monotonic() < deadline, ranks.output()
-        assert all(process.is_alive() for process in ranks.processes), ranks.output()
 
 
 def stopped(run, step, number=signal.SIGTERM, resume=(), **arguments):

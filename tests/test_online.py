@@ -1,11 +1,14 @@
 """Online, sparse and offline are one: where the groups come from is a config value."""
 
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TrajectoryRun
+from conftest import TrajectoryRun, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from test_http_engine import Server, write_tokenizer
 from torchtune.models.llama3 import llama3
@@ -169,11 +172,28 @@ def test_prompts_whose_responses_are_scored_equal_are_dropped_or_sampled_again(t
     assert resampled.train("source.equal_scores=resample") is None
     assert sum(len(file.read_text().splitlines()) for file in rounds(resampled)) > sum(dropped)
     assert all(len(set(line["scores"])) > 1 for line in [*lines(run), *lines(resampled)])
+    assert list(run.log("rounds/dropped").values()) == [6 - count for count in dropped]
+    assert all(0 < reward < 1 for reward in run.log("rounds/reward").values())
+
+
+def test_labels_by_a_threshold_are_kept_group_by_group(trajectory):
+    """Online KTO whose labels are those of the scores beside a threshold, groups of one kind included."""
+    run = online(trajectory("kto_8_k4"), every=3)
+    run.config["reward"]["_component_"] = "toys.Vowels"
+    assert run.train("source.desirable_above=0.5") is None
+    found = lines(run)
+    assert len(found) == 4 * 6 and any(len(set(line["scores"])) == 1 for line in found)
+    other = offline(run)
+    labelled = ({**line, "scores": None, "labels": [score > 0.5 for score in line["scores"]]} for line in found)
+    other.data.write_text("".join(json.dumps(line) + "\n" for line in labelled))
+    assert other.train() is None
+    assert other.log() == pytest.approx(run.log(), abs=1e-5)
 
 
 # ---- Mistakes
 
 MISTAKES = {
+    "overlap in one process": ({"source.overlap": True}, "source.overlap: InProcessEngine samples with the very"),
     "a window": ({"reference._component_": "humanline.reference.WindowedReference"}, "samples their groups later"),
     "both": (
         {"dataset": {"_component_": "humanline.data.encoded_groups"}},
@@ -202,36 +222,89 @@ def test_a_mistake_ends_the_run_before_anything_is_sampled(trajectory, mistake):
     assert not rounds(run)
 
 
+def test_labels_make_no_pairs(trajectory):
+    run = online(trajectory("dpo_8_k4"), desirable_above=0.5)
+    assert "source: the longest prompt and responses: 4 responses with labels make no pair; give scores" in run.train()
+
+
 # ---- A server
 
 
-def test_a_server_samples_from_each_round_s_weights(tmp_path, trajectory, monkeypatch):
+@pytest.fixture
+def vocabulary(tmp_path, monkeypatch):
+    """The folder of a tokenizer that a server and a run share."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = write_tokenizer(tmp_path / "tokenizer")
-    size = ChatTokenizer(str(folder)).vocab_size
-    run = online(trajectory("grpo_8_k4"), every=6)
+    return write_tokenizer(tmp_path / "tokenizer")
+
+
+def served(run: TrajectoryRun, vocabulary: Path, server: Server, **source) -> TrajectoryRun:
+    """The golden run with its groups sampled by a server, from weights handed over each round."""
+    size = ChatTokenizer(str(vocabulary)).vocab_size
+    run = online(run, **source)
     larger_vocabulary(run, size)
     run.config["model"] |= {"vocab_size": size, "max_seq_len": 512}
     run.config |= {
-        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(folder)},
+        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(vocabulary)},
         "tokens_per_row": 512,
-    }
-    weights = run.folder / "weights"
-    with Server(folder) as server:
-        run.config["engine"] = {
+        "engine": {
             "_component_": "humanline.rollout.HTTPEngine",
             "base_url": server.url,
             "model": "policy",
-            "weights_dir": str(weights),
+            "weights_dir": str(run.folder / "weights"),
             "reload_url": server.url.removesuffix("/v1") + "/reload",
             "max_concurrency": 4,
-        }
+        },
+    }
+    return run
+
+
+def test_a_server_samples_from_each_round_s_weights(vocabulary, trajectory):
+    with Server(vocabulary) as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=6)
         assert run.train() is None
         announced = [line["weights"] for line in server.answered() if "weights" in line]
+    weights = run.folder / "weights"
     assert len(rounds(run)) == 2 and len(run.log()) == 12
     assert announced == [str(weights / "round_0"), str(weights / "round_1")]
     assert [path.name for path in weights.iterdir()] == ["round_1"]
     assert (weights / "round_1" / "model-00001-of-00001.safetensors").is_file()
+    assert run.log("staleness") == {step: (step - 1) % 6 for step in range(1, 13)}
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_with_overlap_training_goes_on_while_the_next_round_is_sampled(vocabulary, trajectory, nproc):
+    hold = vocabulary / "hold"
+    hold.touch()
+    with Server(vocabulary, f"--hold={hold}") as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=3, overlap=True)
+        run.config["batch_size"] = 2 // nproc
+        with run.start(nproc=nproc) as ranks:
+            wait_until(lambda: 3 in logged_steps(run), ranks)  # all steps of a round, while the server holds the next
+            assert [file.name for file in rounds(run)] == ["round_0.jsonl"]
+            hold.unlink()
+            assert ranks.wait() == [0] * nproc, ranks.output()
+    assert [json.loads(file.read_text().splitlines()[0])["policy_step"] for file in rounds(run)] == [0, 0, 3, 6]
+    assert list(run.log("staleness").values()) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
+    assert set(run.log("rounds/reward")) == {1, 4, 7, 10}
+
+
+def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):
+    hold = vocabulary / "hold"
+    hold.touch()
+    with Server(vocabulary, f"--hold={hold}") as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=3, overlap=True)
+        with run.start() as ranks:
+            wait_until(lambda: 1 in logged_steps(run), ranks)
+            os.kill(ranks.processes[0].pid, signal.SIGTERM)
+            assert ranks.wait() == [0], ranks.output()
+        before = rounds(run)[0].stat().st_mtime_ns
+        stopped_at = max(logged_steps(run))
+        assert stopped_at <= 3
+        hold.unlink()
+        run.train_on(1, "resume_from_checkpoint=latest")
+    assert logged_steps(run) == list(range(1, 13))
+    assert rounds(run)[0].stat().st_mtime_ns == before
+    assert max(run.log("staleness").values()) <= 5
 
 
 def larger_vocabulary(run, size):

@@ -16,7 +16,6 @@ routes that ask for no key: let only the trainer reach the port. ``transformers 
 Left out: the chat route, which would put a template of its own around prompts that have one.
 """
 
-import concurrent.futures
 import http.client
 import itertools
 import json
@@ -30,6 +29,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -221,21 +221,21 @@ class HTTPEngine:
             TrainingError: if the server stays away, or fails again and again.
         """
         self._stopped.clear()
+        count = params.samples_per_prompt
         inputs = [list(prompt) if self._takes_ids else self._text(prompt) for prompt in prompts]
-        with concurrent.futures.ThreadPoolExecutor(self._max_concurrency) as pool:
-            rows = [
-                [pool.submit(self._draw, each, params, _seed(seed, j)) for j in range(params.samples_per_prompt)]
-                for each, seed in zip(inputs, seeds, strict=True)
-            ]
-            try:
-                ended = concurrent.futures.wait(itertools.chain(*rows), return_when="FIRST_EXCEPTION").done
-                for future in ended:
-                    future.result()  # raises what went wrong
-            except BaseException:
-                self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [[future.result() for future in row] for row in rows]
+        jobs = [(each, _seed(seed, j)) for each, seed in zip(inputs, seeds, strict=True) for j in range(count)]
+        drawn: list[Any] = [None] * len(jobs)
+        # Its threads end with the process, so that a run that is stopped need not wait for requests under way.
+        pool = ThreadPool(max(1, min(self._max_concurrency, len(jobs))))
+        try:
+            for i, completion in pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs))):
+                drawn[i] = completion
+        except BaseException:
+            self._stopped.set()
+            raise
+        finally:
+            pool.terminate()
+        return [drawn[i : i + count] for i in range(0, len(drawn), count)]
 
     def _text(self, prompt: Sequence[int]) -> str:
         text = self._tokenizer.decode(prompt, skip_special_tokens=False)
@@ -249,7 +249,7 @@ class HTTPEngine:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_bos=False, add_eos=False)
 
-    def _draw(self, prompt: str | list[int], params: SamplingParams, seed: int) -> Completion:
+    def _draw(self, prompt: str | list[int], seed: int, params: SamplingParams) -> Completion:
         try:
             choice = self._persist(lambda: self._sample(prompt, params, seed))["choices"][0]
         except _Refused as error:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -53,7 +53,8 @@ class OnlineSource:
     ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
 
     Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
-    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again.
+    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again. With
+    ``desirable_above`` each response has a label of its own, for KTO, and all groups stay.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
     run reads it, and samples only what is not there yet.
@@ -67,6 +68,8 @@ class OnlineSource:
         temperature (float): divides the logits.
         top_p (float): draw from the smallest set of most probable tokens that holds this mass.
         equal_scores (str): ``drop`` or ``resample`` prompts whose responses are all scored equal.
+        desirable_above (float | None): label responses by whether their score is above it; None compares them within
+            their group.
         overlap (bool): sample the next round while training goes on with this one, by an engine outside of this
             process. A step's groups are then sampled by a policy at most ``2 * every - 1`` steps older than the one
             that trains on them, else at most ``every - 1``.
@@ -91,6 +94,7 @@ class OnlineSource:
         temperature: float = 1.0,
         top_p: float = 1.0,
         equal_scores: str = "drop",
+        desirable_above: float | None = None,
         overlap: bool = False,
         max_prompt_tokens: int | None = None,
         system_prompt: str | None = None,
@@ -112,6 +116,7 @@ class OnlineSource:
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples_per_prompt=generations
         )
         self.equal_scores = equal_scores
+        self.desirable_above = desirable_above
         self.overlap = overlap
         self.max_prompt_tokens = max_prompt_tokens
 
@@ -176,7 +181,7 @@ class OnlineSource:
         count = self.params.samples_per_prompt
         responses = tuple([i] * self.params.max_new_tokens for i in range(count))
         scores = tuple(map(float, range(count)))
-        return Group(prompt, responses, scores, id="the longest prompt with responses of max_new_tokens")
+        return self._labelled(Group(prompt, responses, scores, id="source: the longest prompt and responses"))
 
     def digest(self) -> str:
         """What the groups are a function of, besides the policy."""
@@ -253,13 +258,20 @@ class OnlineSource:
         start = time.perf_counter()
         found = self._ahead.result() if self._ahead else self._read_or_sample(round, step)
         self._ahead = None
-        usable = self.derive(GroupDataset(found.groups, str(self._file(round)))).groups
+        groups = list(map(self._labelled, found.groups))
+        usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups
         self._round, self._groups, self._policy_step = round, self._in_order(round, usable), found.policy_step
         if found.metrics:
             self._metrics = found.metrics | {"rounds/waited": time.perf_counter() - start}
         if self.overlap and (round + 1) * self.every < self.total_steps and not self._is_there(round + 1):
             self.hand_over(round + 1)
             self._ahead = _in_background(lambda: self._sample(round + 1, step - 1))
+
+    def _labelled(self, group: Group) -> Group:
+        """The group with labels in the place of its scores, where ``desirable_above`` asks for them."""
+        if self.desirable_above is None:
+            return group
+        return replace(group, scores=None, labels=tuple(score > self.desirable_above for score in group.scores or ()))
 
     def _in_order(self, round: int, groups: Sequence[Group]) -> list[Group]:
         """The groups of the round's steps: each once, and again from the start where they are too few."""
@@ -301,7 +313,7 @@ class OnlineSource:
             for prompt, group in self._answer(open_, round, attempt).items():
                 tokens += sum(map(len, group.responses))
                 scores += group.scores or ()
-                if best_and_worst(group.scores or ()) is not None:
+                if self.desirable_above is not None or best_and_worst(group.scores or ()) is not None:
                     usable[prompt] = group
             if len(usable) == len(chosen) or (self.equal_scores == "drop" and usable):
                 break
@@ -318,8 +330,8 @@ class OnlineSource:
         }
         if dist.get_rank() == 0:
             log.info(
-                f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward {fmean(scores):.3f}, "
-                f"{len(chosen) - len(usable)} prompts with equal scores left out"
+                f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward "
+                f"{fmean(scores):.3f}, {len(chosen) - len(usable)} prompts with equal scores left out"
             )
             _write(self._file(round), found)
         dist.barrier(self._ranks)
