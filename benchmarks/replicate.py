@@ -56,6 +56,7 @@ def train(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
         "max_steps_per_epoch": STEPS // 8,
         "source.generations": GENERATIONS,
         "source.max_new_tokens": TOKENS,
+        "source.temperature": 1.0,
         "dataset_val": None,  # what is timed is training
         "run_val_every_n_steps": None,
         "save_every_n_steps": 32,

@@ -26,6 +26,7 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from test_rewards import write_classifier
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config, training
@@ -291,6 +292,8 @@ def test_the_component_is_built_with_the_config_s_arguments(path, key, tmp_path,
     if key == "source":
         cfg[key] |= {"prompts": write_jsonl(tmp_path / "prompts.jsonl", {"prompt": PROMPT, "answer": "4"})}
         cfg[key] |= {"column_map": None, "split": "train"}
+    if key == "reward" and "path" in cfg[key]:
+        cfg[key].path = write_classifier(tmp_path / "classifier", max_position_embeddings=8192)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -396,14 +399,15 @@ def test_the_file_that_the_dataset_names_is_in_the_repository_fills_the_steps_an
 def test_the_header_downloads_to_the_folder_that_the_config_reads(path):
     cfg = OmegaConf.load(path)
     downloads = re.findall(r"--output-dir (\S+)", header(path))
-    assert downloads == [cfg.checkpointer.checkpoint_dir]
+    reward_model = OmegaConf.select(cfg, "reward.path")
+    assert downloads == [cfg.checkpointer.checkpoint_dir, *([reward_model] if reward_model else [])]
     assert "tokenizer" not in components(path) or cfg.tokenizer.path in downloads
 
 
 @every(WITH_DOWNLOAD)
 def test_tune_download_takes_the_header_s_line_and_leaves_what_the_config_reads(path):
     cfg = OmegaConf.load(path)
-    (words,) = commands(path, "tune download")
+    words, *_ = commands(path, "tune download")
     parsed = TuneCLIParser()._parser.parse_args(words[1:])
     needed = [
         *checkpoint_files(cfg),

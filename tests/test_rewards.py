@@ -345,7 +345,7 @@ def write_classifier(folder, *, labels=1, template=TEMPLATE, **changes):
     settings = {"num_labels": labels, "pad_token_id": 258, "bos_token_id": None, "eos_token_id": None}
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(
-        LlamaConfig(**shape, **heads, **settings | changes, initializer_range=0.5, tie_word_embeddings=False)
+        LlamaConfig(**shape, **heads | settings | changes, initializer_range=0.5, tie_word_embeddings=False)
     )
     model.save_pretrained(folder)
     return str(folder)

@@ -216,6 +216,14 @@ def test_held_out_groups_are_measured_against_the_initial_policy(trajectory):
     assert abs(one[12] - math.log(2)) > 1e-3
 
 
+def test_a_component_is_left_out_by_null_on_the_command_line(trajectory):
+    run = trajectory(RUN)
+    run.config["dataset_val"] = {"_component_": "humanline.data.encoded_groups", "source": str(run.data)}
+    assert_trained(run, "dataset_val=null", "lr_scheduler=null", "max_steps_per_epoch=1")
+    assert not run.log("val/loss")
+    assert "loss: is missing" in run.train("loss=null")
+
+
 def test_the_log_has_what_every_objective_logs(trajectory):
     run = trajectory(RUN)
     assert_trained(run, "max_steps_per_epoch=6")

@@ -53,8 +53,9 @@ class OnlineSource:
     ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
 
     Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
-    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again. With
-    ``desirable_above`` each response has a label of its own, for KTO, and all groups stay.
+    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again: where many are
+    dropped, give it more prompts (``groups_per_round``). With ``desirable_above`` each response has a label of its own,
+    for KTO, and all groups stay.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
     run reads it, and samples only what is not there yet.

@@ -49,7 +49,7 @@ from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
 from humanline.training._passes import Passes
-from humanline.training._settings import DTYPES, Settings, component
+from humanline.training._settings import DTYPES, Settings, component, is_given
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
 from humanline.training._weights import fingerprint, read_weights
@@ -190,7 +190,7 @@ class HumanlineRecipe(FTRecipeInterface):
             "shuffle": settings.shuffle,
             "max_steps_per_epoch": settings.max_steps_per_epoch,
         }
-        if cfg.get("source") is not None:
+        if is_given(cfg, "source"):
             source: OnlineSource = component(cfg, "source")
             source.setup(tokenizer, **steps)
             self._check_fit("source.max_new_tokens", GroupDataset([source.longest()]), shape)

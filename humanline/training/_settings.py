@@ -151,11 +151,11 @@ class Settings:
         for name, field in known.items():
             if name not in values and field.default is MISSING:
                 raise ConfigError(f"{name}: is missing")
-        online = cfg.get("source") is not None
-        if online and cfg.get("dataset") is not None:
+        online = is_given(cfg, "source")
+        if online and is_given(cfg, "dataset"):
             raise ConfigError("source: groups come from it or from dataset; leave one of them out")
         for key in (*REQUIRED_COMPONENTS, *(ONLINE if online else OFFLINE)):
-            if cfg.get(key) is None:
+            if not is_given(cfg, key):
                 raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
         return cls(**values)
 
@@ -242,15 +242,21 @@ class Settings:
             raise ConfigError(f"{key}: {getattr(self, key)!r} does not work: {remedy}")
 
 
+def is_given(cfg: DictConfig, key: str) -> bool:
+    """Whether a config has a component under a key. ``key=null`` on the command line nulls its ``_component_``."""
+    node = cfg.get(key)
+    return node is not None and not (OmegaConf.is_dict(node) and node.get("_component_", "") is None)
+
+
 def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiates the component of a config key (None where the key is absent or null).
 
     Raises:
         ConfigError: if it cannot be found or does not take its arguments.
     """
-    node = cfg.get(key)
-    if node is None:
+    if not is_given(cfg, key):
         return None
+    node = cfg[key]
     if not OmegaConf.is_dict(node) or "_component_" not in node:
         raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
     if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
