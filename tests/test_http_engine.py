@@ -98,7 +98,7 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def heard():
-    handler, logger = Heard(), logging.getLogger("humanline.rollout._http_engine")
+    handler, logger = Heard(), logging.getLogger("humanline.rollout._connection")
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)

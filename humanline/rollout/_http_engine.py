@@ -16,36 +16,28 @@ routes that ask for no key: let only the trainer reach the port. ``transformers 
 Left out: the chat route, which would put a template of its own around prompts that have one.
 """
 
-import http.client
-import itertools
 import json
 import logging
 import os
 import random
-import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.rollout._connection import Connection, Gone, Refused
 from humanline.rollout._engine import Completion
 from humanline.rollout._sampling import SamplingParams
 
 __all__ = ["HTTPEngine"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
-_NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
-_POLL_SECONDS = 10.0
 
 
 class HTTPEngine:
@@ -100,21 +92,20 @@ class HTTPEngine:
                 f"engine.weights_dir: a server that is asked for {model!r} does not learn of new weights; give "
                 "reload_url, or leave model out if the server loads the folder that it is asked for"
             )
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         if api_key_env is not None:
             if not os.environ.get(api_key_env):
                 raise ConfigError(f"engine.api_key_env: {api_key_env} is not in the environment; export it")
-            self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self._url, self._reload_url, self._model = base_url.rstrip("/"), reload_url, model
-        self._timeout, self._retries, self._wait = timeout, retries, wait
+        self._retries = retries
         self._max_concurrency = max_concurrency
         self._folder: str | None = None
-        self._is_current = True  # whether the server knows of the folder
         self._salt = ""
-        self._gate = threading.Lock()  # closed while the server is gone
-        self._outages = 0
-        self._stopped = threading.Event()  # ends all waiting
+        self._server = Connection(
+            self._url, headers, timeout=timeout, retries=retries, wait=wait, introduce=self._announce
+        )
 
     # ---- Set-up
 
@@ -130,8 +121,8 @@ class HTTPEngine:
         """
         self._tokenizer = tokenizer
         try:
-            self._greet(self._timeout)
-        except _Gone as gone:
+            self._server.greet()
+        except Gone as gone:
             raise ConfigError(f"engine.base_url: {self._url} does not answer ({gone}); start the server") from None
         if self._model is not None:
             self._probe()
@@ -147,8 +138,9 @@ class HTTPEngine:
             ConfigError: if the server cannot load them, or has another tokenizer.
             TrainingError: if the server stays away.
         """
-        self._folder, self._salt, self._is_current = str(folder.absolute()), uuid.uuid4().hex, not announce
-        self._stopped.clear()
+        self._folder, self._salt = str(folder.absolute()), uuid.uuid4().hex
+        self._server.is_introduced = not announce
+        self._server.start()
         self._probe()
 
     def _announce(self) -> None:
@@ -157,12 +149,11 @@ class HTTPEngine:
         if self._reload_url is not None and self._folder is not None:
             vllm = {"method": "reload_weights", "kwargs": {"weights_path": self._folder}}
             try:
-                self._exchange(self._reload_url, {"path": self._folder, "model_path": self._folder, **vllm})
-            except _Refused as error:
+                self._server.exchange(self._reload_url, {"path": self._folder, "model_path": self._folder, **vllm})
+            except Refused as error:
                 if error.passes:
                     raise
                 raise ConfigError(f"engine.reload_url: {self._reload_url} refuses {self._folder} ({error})") from None
-        self._is_current = True
 
     def _probe(self) -> None:
         """Completes a prompt by one token, to see how the server takes prompts, and that it reads them as we do."""
@@ -171,9 +162,9 @@ class HTTPEngine:
         self._takes_ids = self._adds_bos = self._is_strict = False
         while True:
             try:
-                reply = self._persist(lambda: self._sample(self._text(ids), params, seed=0))
+                reply = self._server.persist(lambda: self._sample(self._text(ids), params, seed=0))
                 break
-            except _Refused as error:
+            except Refused as error:
                 if error.status != 422 or self._is_strict:
                     raise ConfigError(self._complaint(error)) from None
                 self._is_strict = True  # there are fields that it does not know
@@ -192,14 +183,14 @@ class HTTPEngine:
                 "its own, or others); serve the model that tokenizer.path belongs to"
             )
 
-    def _complaint(self, error: "_Refused") -> str:
+    def _complaint(self, error: "Refused") -> str:
         """What the user is told of a server that does not complete the probe."""
         if error.status in (401, 403):
             return f"engine.api_key_env: {self._url} refuses the key ({error}); export the right one"
         try:
-            listed = json.loads(self._exchange(f"{self._url}/models"))["data"]
+            listed = json.loads(self._server.exchange(f"{self._url}/models"))["data"]
             remedy = f"it has {', '.join(model['id'] for model in listed)}"
-        except (_Gone, _Refused, LookupError, TypeError, ValueError):
+        except (Gone, Refused, LookupError, TypeError, ValueError):
             remedy = "see its log"
         return f"engine.model: {self._url} does not complete with {self._model or self._folder!r} ({error}); {remedy}"
 
@@ -220,7 +211,7 @@ class HTTPEngine:
             DataError: if the server takes text, and a prompt is not what its own text is tokenised into.
             TrainingError: if the server stays away, or fails again and again.
         """
-        self._stopped.clear()
+        self._server.start()
         count = params.samples_per_prompt
         inputs = [list(prompt) if self._takes_ids else self._text(prompt) for prompt in prompts]
         jobs = [(each, _seed(seed, j)) for each, seed in zip(inputs, seeds, strict=True) for j in range(count)]
@@ -231,7 +222,7 @@ class HTTPEngine:
             for i, completion in pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs))):
                 drawn[i] = completion
         except BaseException:
-            self._stopped.set()
+            self._server.stop()
             raise
         finally:
             pool.terminate()
@@ -251,8 +242,8 @@ class HTTPEngine:
 
     def _draw(self, prompt: str | list[int], seed: int, params: SamplingParams) -> Completion:
         try:
-            choice = self._persist(lambda: self._sample(prompt, params, seed))["choices"][0]
-        except _Refused as error:
+            choice = self._server.persist(lambda: self._sample(prompt, params, seed))["choices"][0]
+        except Refused as error:
             if error.passes:
                 raise TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})") from None
             raise ConfigError(f"engine.base_url: {self._url} refuses a request ({error})") from None
@@ -284,104 +275,13 @@ class HTTPEngine:
             if self._salt:
                 body["cache_salt"] = self._salt  # keys and values of other weights must not be found
         try:
-            reply = json.loads(self._exchange(f"{self._url}/completions", body))
+            reply = json.loads(self._server.exchange(f"{self._url}/completions", body))
             reason = reply["choices"][0]["finish_reason"]
         except (LookupError, TypeError, ValueError):
-            raise _Refused(200, "its answer is no completion") from None
+            raise Refused(200, "its answer is no completion") from None
         if reason not in ("stop", "length"):  # such as "abort", of a server that is shutting down
-            raise _Refused(500, f"finish_reason {reason!r}")
+            raise Refused(500, f"finish_reason {reason!r}")
         return reply
-
-    # ---- Faults
-
-    def _persist(self, attempt: Callable[[], T]) -> T:
-        """Repeats a request until it is answered, its retries are spent, or the answer will not change."""
-        for tries in itertools.count():
-            try:
-                with self._gate:
-                    outages = self._outages
-                    if not self._is_current:
-                        self._announce()
-                return attempt()
-            except _Refused as error:
-                if tries == self._retries or not error.passes:
-                    raise
-                self._pause(tries)
-            except _Gone as gone:
-                if tries == self._retries:
-                    raise TrainingError(f"{self._url} was lost {tries + 1} times during one request ({gone})") from None
-                self._await_server(outages, gone)
-        raise AssertionError("unreachable")
-
-    def _await_server(self, outages: int, gone: "_Gone") -> None:
-        """Returns once the server is back; one caller asks, the others wait."""
-        with self._gate:
-            if self._outages != outages or self._stopped.is_set():  # another has seen to it meanwhile
-                return
-            log.warning(f"{self._url} is gone ({gone}); what is finished is kept, and the rest goes on when it is back")
-            deadline = None if self._wait is None else time.monotonic() + self._wait
-            for tries in itertools.count():
-                try:
-                    self._greet(_POLL_SECONDS)
-                    break
-                except _Gone:
-                    if deadline is not None and time.monotonic() >= deadline:
-                        raise TrainingError(f"{self._url} has been gone for {self._wait:g} s; start it again") from None
-                    self._pause(min(tries, 4))
-            self._outages += 1
-            self._is_current = False  # started anew, it has forgotten the weights
-            log.warning(f"{self._url} is back")
-
-    def _pause(self, tries: int) -> None:
-        """Exponential back-off, spread so that not all come back at once."""
-        if self._stopped.wait(min(0.5 * 2**tries, 30) * random.uniform(0.5, 1)):
-            raise TrainingError("sampling has been stopped")
-
-    def _greet(self, timeout: float) -> None:
-        """Raises :class:`_Gone` if the server does not answer; any answer will do."""
-        try:
-            self._exchange(f"{self._url}/models", timeout=timeout)
-        except _Refused as error:
-            if error.status == 408:
-                raise _Gone(str(error)) from None
-
-    def _exchange(self, url: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        seconds = timeout or self._timeout
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, self._headers), timeout=seconds) as reply:
-                return reply.read()
-        except urllib.error.HTTPError as error:
-            if error.code in _NO_SERVER:
-                raise _Gone(f"HTTP {error.code}") from None
-            path = urllib.parse.urlsplit(url).path
-            raise _Refused(error.code, f"HTTP {error.code} from {path}: {_message(error)}") from None
-        except TimeoutError:
-            raise _Refused(408, f"no answer in {seconds:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Gone(str(getattr(error, "reason", None) or error) or type(error).__name__) from None
-
-
-class _Gone(Exception):
-    """No server answered, or it went away while it did."""
-
-
-class _Refused(Exception):
-    """The server answered otherwise than asked."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.passes = status in (408, 429) or status >= 500  # what another attempt may change
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """What a server says of an error, in one line of moderate length."""
-    try:
-        text = error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        text = ""
-    return " ".join((text or error.reason).split())[:300]
 
 
 def _seed(seed: int, sample: int) -> int:
