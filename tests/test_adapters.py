@@ -198,7 +198,7 @@ def test_the_reference_is_the_adapter_of_the_last_sync_and_leaves_the_policy_alo
 
 def test_the_reference_keeps_the_adapter_and_nothing_more():
     model, batch = policy(), rows()
-    batch.attention_mask  # noqa: B018, rows keep it from the first pass on
+    batch.attention_mask()  # rows keep it from the first pass on
     adapter = sum(parameter.nbytes for parameter in trainable_parameters(model).values())
     before = bytes_of_live_tensors()
     reference = AdapterReference()

@@ -111,7 +111,7 @@ def test_flex_attention_is_given_the_rule_of_the_dense_mask(groups):
         .to_dense()[:, 0]
         .bool()
     )
-    assert torch.equal(flex, rows.attention_mask)
+    assert torch.equal(flex, rows.attention_mask())
 
 
 def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
@@ -122,7 +122,7 @@ def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
     assert rows.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert rows.targets.tolist() == [3, 4, 5, 6, 7]
     assert rows.sources.tolist() == [1, 2, 1, 3, 4]
-    assert rows.attention_mask[0].int().tolist() == [
+    assert rows.attention_mask()[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -179,5 +179,5 @@ def test_padding_alone_is_visible_to_itself_so_that_attention_stays_finite():
     groups = [Group(prompt=[1], responses=([2, 3],))]
     rows = lay_out(groups, pack(groups, budget)[0], budget)
     assert rows.tokens.shape == (1, 32)
-    assert bool(rows.attention_mask.any(-1).all())
+    assert bool(rows.attention_mask().any(-1).all())
     assert rows.num_tokens == 2

@@ -12,8 +12,7 @@ The last token of a response predicts nothing, so it is a target and never an in
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -78,33 +77,42 @@ class Rows:
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
     num_tokens: int  # that the model computes on, padding excluded
+    longest: int  # tokens of the longest prompt with one response, as far as they are inputs
+    _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Rows":
-        here = {field.name: getattr(self, field.name) for field in fields(self)}
+        here = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         ahead = device.type == "cuda"  # a copy to the host has to be complete when it is read
         moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
-    def visible(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The attention rule as FlexAttention's ``mask_mod(row, head, query, key)``."""
-        segments, branches = self.segments, self.branches
+    def visible(self, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The attention rule as FlexAttention's ``mask_mod(row, head, query, key)``. With a sliding window a token sees
+        the last ``window`` positions of its sequence, its own included."""
+        segments, branches, positions = self.segments, self.branches, self.positions
 
         def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same_segment = segments[row, query] == segments[row, key]
             key_branch = branches[row, key]
-            return (query >= key) & same_segment & ((key_branch == 0) | (key_branch == branches[row, query]))
+            seen = (query >= key) & same_segment & ((key_branch == 0) | (key_branch == branches[row, query]))
+            return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
 
         return mask_mod
 
-    @cached_property
-    def attention_mask(self) -> Tensor | BlockMask:
+    def attention_mask(self, window: int | None = None) -> Tensor | BlockMask:
         """The mask for torchtune's attention: block-sparse for FlexAttention on CUDA, else dense bool ``[R, L, L]``."""
+        window = None if window is None or window >= self.longest else window
+        if window not in self._masks:
+            self._masks[window] = self._mask(self.visible(window))
+        return self._masks[window]
+
+    def _mask(self, visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor | BlockMask:
         rows, length = self.tokens.shape
         if self.tokens.is_cuda and _SUPPORTS_FLEX_ATTENTION:
-            return create_block_mask(self.visible(), rows, None, length, length, device=self.tokens.device)
+            return create_block_mask(visible, rows, None, length, length, device=self.tokens.device)
         row = torch.arange(rows, device=self.tokens.device)[:, None, None]
         at = torch.arange(length, device=self.tokens.device)
-        return self.visible()(row, row, at[None, :, None], at[None, None, :])
+        return visible(row, row, at[None, :, None], at[None, None, :])
 
     def per_response(self, values: Tensor) -> Tensor:
         """Scatters one value a response token, ``[N]``, to ``[B, S]``, zero where ``mask`` is False. Differentiable."""
@@ -229,4 +237,5 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
         num_tokens=sum(segment.tokens for row in rows for segment in row),
+        longest=int(positions.max()) + 1,
     )

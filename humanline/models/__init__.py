@@ -1,5 +1,6 @@
-"""What torchtune's models lack: log-probs without logits, a check of checkpoints, and SmolLM2."""
+"""What torchtune's models lack: log-probs without logits, a check of checkpoints, SmolLM2, and a right Gemma 2."""
 
+from humanline.models import gemma2
 from humanline.models._adapter import (
     adapter_modules,
     check_adapter,
@@ -21,6 +22,7 @@ __all__ = [
     "check_architecture",
     "fixed_log_probs",
     "freeze_base",
+    "gemma2",
     "has_quantized_base",
     "initial_adapter",
     "load_decoder",

@@ -1,3 +1,5 @@
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,20 +20,20 @@ class LogProbDecoder(nn.Module):
 
     Args:
         decoder (TransformerDecoder): the model, from a torchtune builder with torchtune's ``MultiHeadAttention`` and an
-            output layer without bias, tied or not: Llama, Qwen2.5, Mistral and their like.
-        soft_cap (float | None): final logit soft-cap (Gemma 2).
+            output layer without bias, tied or not: Llama, Qwen2.5, Mistral and their like, and humanline's Gemma 2.
 
     Raises:
         ConfigError: if the attention or the output layer is of another kind.
     """
 
-    def __init__(self, decoder: TransformerDecoder, soft_cap: float | None = None) -> None:
+    def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
         for layer in decoder.layers:
-            if type(layer.attn) is not MultiHeadAttention:
+            if not isinstance(layer.attn, MultiHeadAttention):
                 raise ConfigError(
                     f"model: its attention is a {type(layer.attn).__name__}, and rows need torchtune's "
-                    "MultiHeadAttention (torchtune's Gemma 2 computes another function than the published model)"
+                    "MultiHeadAttention (for Gemma 2, which torchtune computes wrongly, name a builder of "
+                    "humanline.models.gemma2)"
                 )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
@@ -42,16 +44,24 @@ class LogProbDecoder(nn.Module):
         self.layers = decoder.layers
         self.norm = decoder.norm
         self.output = decoder.output
-        self.soft_cap = soft_cap
+        self.soft_cap: float | None = getattr(decoder.output, "soft_cap", None)
+        self.windows: list[int | None] = [getattr(layer.attn, "sliding_window", None) for layer in decoder.layers]
         self.max_seq_len = decoder.max_seq_len
 
     def forward(
-        self, tokens: Tensor, *, mask: _MaskType, positions: Tensor, sources: Tensor, targets: Tensor
+        self,
+        tokens: Tensor,
+        *,
+        masks: Mapping[int | None, _MaskType],
+        positions: Tensor,
+        sources: Tensor,
+        targets: Tensor,
     ) -> Tensor:
         """
         Args:
             tokens (Tensor): token ids, int64 ``[R, L]``.
-            mask (_MaskType): which token sees which: bool ``[R, L, L]``, or a FlexAttention block mask.
+            masks (Mapping[int | None, _MaskType]): which token sees which, for each sliding window that a layer has
+                (None: without): bool ``[R, L, L]``, or a FlexAttention block mask.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
             sources (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the flattened
                 ``[R * L]``.
@@ -61,8 +71,8 @@ class LogProbDecoder(nn.Module):
             Tensor: log-probs of ``targets`` in nats, float32 ``[N]``.
         """
         hidden = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            hidden = layer(hidden, mask=mask, input_pos=positions)
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            hidden = layer(hidden, mask=masks[window], input_pos=positions)
         # Only the rows that predict a response token are normalised and projected.
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, sources))
         return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
@@ -80,7 +90,7 @@ def _is_plain_linear(module: object) -> bool:
     return type(module) is nn.Linear and module.bias is None
 
 
-def fixed_log_probs(model: nn.Module, rows: Rows) -> Tensor:
+def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
     """:func:`log_probs` without gradient and in evaluation mode, which turns dropout off."""
     was_training = model.training
     model.eval()
@@ -91,8 +101,7 @@ def fixed_log_probs(model: nn.Module, rows: Rows) -> Tensor:
         model.train(was_training)
 
 
-def log_probs(model: nn.Module, rows: Rows) -> Tensor:
-    """Log-probs of the response tokens of ``rows`` under a :class:`LogProbDecoder`, nats, float32 ``[N]``."""
-    return model(
-        rows.tokens, mask=rows.attention_mask, positions=rows.positions, sources=rows.sources, targets=rows.targets
-    )
+def log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
+    """Log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
+    masks = {window: rows.attention_mask(window) for window in set(model.windows)}
+    return model(rows.tokens, masks=masks, positions=rows.positions, sources=rows.sources, targets=rows.targets)

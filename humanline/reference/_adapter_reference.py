@@ -3,11 +3,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
-from humanline.models import adapter_modules, fixed_log_probs, trainable_parameters
+from humanline.models import LogProbDecoder, adapter_modules, fixed_log_probs, trainable_parameters
 from humanline.reference._model_reference import check_sync_every, local
 from humanline.reference._plan import Plan
 
@@ -35,7 +35,7 @@ class AdapterReference:
         self.sync_every = sync_every
         self.last_sync = 0
 
-    def setup(self, policy: nn.Module, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
         """Takes the policy's adapter as the reference's.
 
         Raises:

@@ -1,12 +1,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
-from humanline.models import fixed_log_probs, trainable_parameters
+from humanline.models import LogProbDecoder, fixed_log_probs, trainable_parameters
 from humanline.reference._plan import Plan
 
 
@@ -32,7 +32,7 @@ class ModelReference:
         self.sync_every = sync_every
         self.last_sync = 0
 
-    def setup(self, policy: nn.Module, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
         """Builds the reference: a model like the policy, whose weights it then takes."""
         self.policy = policy
         self.model = plan.new_model().eval().requires_grad_(False)

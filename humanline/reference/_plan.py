@@ -1,9 +1,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
-
 from humanline.data import Rows
+from humanline.models import LogProbDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,8 +10,8 @@ class Plan:
     """What a run has for its reference to set itself up with.
 
     Attributes:
-        new_model (Callable[[], nn.Module]): builds a model like the policy, placed on devices like it; its trainable
-            weights are undefined.
+        new_model (Callable[[], LogProbDecoder]): builds a model like the policy, placed on devices like it; its
+            trainable weights are undefined.
         passes (Callable[[int], Iterable[Rows]] | None): the passes for which this rank will ask the reference at an
             optimizer step, given before the step; all ranks make the same number. None where the source has a step's
             groups only when the step comes.
@@ -22,7 +21,7 @@ class Plan:
             make; all ranks call it together.
     """
 
-    new_model: Callable[[], nn.Module]
+    new_model: Callable[[], LogProbDecoder]
     passes: Callable[[int], Iterable[Rows]] | None
     total_steps: int
     resumes: bool

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune import utils
 from tqdm import tqdm
 
 from humanline.data import Group, Rows
 from humanline.errors import ConfigError
-from humanline.models import fixed_log_probs
+from humanline.models import LogProbDecoder, fixed_log_probs
 from humanline.reference._model_reference import check_sync_every
 from humanline.reference._plan import Plan
 
@@ -60,7 +60,7 @@ class WindowedReference:
         self.fingerprint = ""
         self.until = 0
 
-    def setup(self, policy: nn.Module, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
         """Takes the first window.
 
         Raises:

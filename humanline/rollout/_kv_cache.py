@@ -7,6 +7,7 @@ has every step attend over the whole allocated length, and has each key copied f
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +26,11 @@ class Pass(Protocol):
     def store(self, slots: Tensor, new: Tensor) -> None:
         """Writes the new keys or values, ``[B, kv heads, S, head dim]``."""
 
-    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention of ``queries``, ``[B, heads, S, head dim]``, given keys and values: the new ones, and the slots."""
+    def attend(
+        self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """A layer's attention of ``queries``, ``[B, heads, S, head dim]``, given keys and values: the new ones, and the
+        slots."""
 
 
 class Prefill:
@@ -45,8 +49,10 @@ class Prefill:
     def store(self, slots: Tensor, new: Tensor) -> None:
         slots[self._slots, :, : new.size(2)] = new[self._copies]
 
-    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
-        return F.scaled_dot_product_attention(queries, *new, is_causal=True)
+    def attend(
+        self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        return layer.attention(queries, *new, is_causal=True)
 
 
 class Step:
@@ -61,31 +67,37 @@ class Step:
         self.positions = torch.tensor(positions, device=device)
         self._rows = torch.arange(len(positions), device=device)
         self._used = max(positions) + 1
-        visible = torch.arange(self._used, device=device) <= self.positions[:, None]
-        self._visible = visible[:, None, None]  # [B, 1, 1, used]
+        self._visible = cache(self._visible_in)
+
+    def _visible_in(self, window: int | None) -> Tensor:
+        """Which slots each row's token sees, ``[B, 1, 1, used]``."""
+        distance = self.positions[:, None] - torch.arange(self._used, device=self.positions.device)
+        return ((distance >= 0) & (distance < (window or self._used)))[:, None, None]
 
     def store(self, slots: Tensor, new: Tensor) -> None:
         slots[self._rows, :, self.positions] = new.squeeze(2)
 
-    def attend(self, queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(
+        self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
+    ) -> Tensor:
         keys, values = (cached[: len(self._rows), :, : self._used] for cached in slots)
         # The heads that share a key stand as several queries of one head: each key is read once, and never copied.
         grouped = queries.view(keys.size(0), keys.size(1), -1, keys.size(3))
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._visible).view_as(queries)
+        return layer.attention(grouped, keys, values, attn_mask=self._visible(layer.window)).view_as(queries)
 
 
 class KVCache:
     """All layers' keys and values.
 
     Args:
-        layers (int): attention layers of the model.
+        attentions (Sequence[nn.Module]): the model's.
         slots (int): the most rows of a step.
         capacity (int): tokens in the longest sequence.
     """
 
-    def __init__(self, layers: int, slots: int, capacity: int) -> None:
+    def __init__(self, attentions: Sequence[nn.Module], slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self.layers = [_LayerCache(self) for _ in range(layers)]
+        self.layers = [_LayerCache(self, attention) for attention in attentions]
         self.current: Pass  # the pass under way, set before the model is called
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -104,9 +116,12 @@ class _LayerCache(nn.Module):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, attention: nn.Module) -> None:
         super().__init__()
         self._cache = cache
+        # Gemma 2 has its own of both.
+        self.attention: Any = getattr(attention, "attend", F.scaled_dot_product_attention)
+        self.window: int | None = getattr(attention, "sliding_window", None)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new keys and values, ``[B, kv heads, S, head dim]``, and returns just these, for :meth:`attend`."""
@@ -118,7 +133,7 @@ class _LayerCache(nn.Module):
         return keys, values
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, **_: Any) -> Tensor:
-        return self._cache.current.attend(queries, (keys, values), (self.keys, self.values))
+        return self._cache.current.attend(self, queries, (keys, values), (self.keys, self.values))
 
 
 @contextmanager
@@ -127,7 +142,7 @@ def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: i
     attentions = [layer.attn for layer in model.layers]
     before = [(attn.kv_cache, attn.cache_enabled, attn._attention_call) for attn in attentions]
     was_training = model.training
-    cache = KVCache(len(attentions), slots, capacity)
+    cache = KVCache(attentions, slots, capacity)
     try:
         model.eval()
         for attn, layer in zip(attentions, cache.layers, strict=True):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchtune.models import convert_weights
+from torchtune.models.gemma2 import _convert_weights as gemma2
 from torchtune.models.qwen2 import _convert_weights as qwen2
 from torchtune.modules.peft import DoRALinear
 from torchtune.training import ModelType
@@ -37,12 +38,14 @@ class Family(NamedTuple):
 
 LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, convert_weights._FROM_HF)
 QWEN2 = Family(qwen2.qwen2_tune_to_hf, qwen2.qwen2_hf_to_tune, qwen2._FROM_HF)
+GEMMA2 = Family(gemma2.gemma2_tune_to_hf, gemma2.gemma2_hf_to_tune, gemma2._GEMMA2_FROM_HF)
 FAMILIES = {
     ModelType.LLAMA2: LLAMA,
     ModelType.LLAMA3: LLAMA,
     ModelType.LLAMA3_2: LLAMA,
     ModelType.MISTRAL: LLAMA,
     ModelType.QWEN2: QWEN2,
+    ModelType.GEMMA2: GEMMA2,
 }
 TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
 # Of PEFT's config: what makes another function of the same weights, and the ways to begin that leave the base alone.
@@ -137,8 +140,8 @@ def _check_config(file: Path, model: nn.Module) -> None:
 def _read_peft(file: Path, checkpointer: Any) -> Weights:
     if (family := _family(checkpointer)) is None:
         raise ConfigError(
-            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral or Qwen2 "
-            "in checkpointer; give torchtune's"
+            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral, Qwen2 "
+            "or Gemma 2 in checkpointer; give torchtune's"
         )
     kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
     adapter = {}

@@ -2,10 +2,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from humanline.data import Group, GroupDataset, Rows
-from humanline.models import fixed_log_probs
+from humanline.models import LogProbDecoder, fixed_log_probs
 from humanline.training._metrics import MetricSums
 from humanline.training._objectives import Objective
 from humanline.training._passes import Passes
@@ -23,10 +23,10 @@ class HeldOut:
         dataset (GroupDataset): the groups.
         objective (Objective): what to measure.
         passes (Passes): lays them out.
-        policy (nn.Module): the initial policy.
+        policy (LogProbDecoder): the initial policy.
     """
 
-    def __init__(self, dataset: GroupDataset, objective: Objective, passes: Passes, policy: nn.Module) -> None:
+    def __init__(self, dataset: GroupDataset, objective: Objective, passes: Passes, policy: LogProbDecoder) -> None:
         self.objective = objective
         self.policy = policy
         self.device = passes.device
@@ -55,12 +55,14 @@ class HeldOut:
         return ((rows.to(self.device), weight, logps.to(self.device)) for rows, weight, logps in passes)
 
 
-def kl_baseline(objective: Objective, policy: nn.Module, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
+def kl_baseline(
+    objective: Objective, policy: LogProbDecoder, passes: Iterable[tuple[Rows, int, Tensor]]
+) -> Tensor | None:
     """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none.
 
     Args:
         objective (Objective): the objective.
-        policy (nn.Module): the policy.
+        policy (LogProbDecoder): the policy.
         passes (Iterable[tuple[Rows, int, Tensor]]): this rank's KL sequences, with weight and reference log-probs.
     """
     sums = [

@@ -1,0 +1,66 @@
+"""Gemma 2's attention: scores with a soft-cap, and on every other layer a sliding window."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torchtune.modules import MultiHeadAttention
+
+
+class Gemma2Attention(MultiHeadAttention):
+    """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``, by FlexAttention where the mask is a block
+    mask.
+
+    A mask has the sliding window in it already: what it counts are positions, which in a row of several responses are
+    not places in the row.
+
+    Args:
+        scale (float): of the products of queries and keys.
+        soft_cap (float): what no score exceeds.
+        sliding_window (int | None): a token sees so many positions, its own included; None sees all before it.
+        **kwargs (Any): as for ``MultiHeadAttention``.
+    """
+
+    def __init__(self, *, scale: float, soft_cap: float, sliding_window: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scale, self.soft_cap, self.sliding_window = scale, soft_cap, sliding_window
+        self._attention_call = self._masked
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As ``scaled_dot_product_attention``: ``[B, H, Q, D]``, ``[B, H, K, D]`` and the same to ``[B, H, Q, D]``."""
+        if is_causal:
+            at = torch.arange(q.size(2), device=q.device)
+            distance = at[:, None] - at
+            attn_mask = (distance >= 0) & (distance < (self.sliding_window or q.size(2)))
+        scores = self._cap((q @ k.transpose(-2, -1)).float() * self.scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        if isinstance(mask, BlockMask):
+            return _flex()(q, k, v, score_mod=_soft_cap(self.soft_cap), block_mask=mask, scale=self.scale)
+        return self.attend(q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=is_causal)
+
+    def _cap(self, scores: Tensor) -> Tensor:
+        return scores.div_(self.soft_cap).tanh() * self.soft_cap
+
+
+@functools.cache
+def _flex() -> Any:
+    """FlexAttention, compiled where there are kernels for it."""
+    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+
+
+@functools.cache
+def _soft_cap(cap: float) -> Any:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return score_mod

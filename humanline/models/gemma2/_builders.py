@@ -1,0 +1,121 @@
+"""Gemma 2 (https://arxiv.org/abs/2408.00118) in three sizes, whole and with adapters."""
+
+from functools import partial
+from typing import Any
+
+from torchtune.models.gemma2._component_builders import gemma2 as torchtune_gemma2
+from torchtune.models.gemma2._component_builders import lora_gemma2 as torchtune_lora_gemma2
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LORA_ATTN_MODULES
+
+from humanline.models.gemma2._mend import mend
+
+_ALL: dict[str, Any] = {"vocab_size": 256_000, "max_seq_len": 8192, "norm_eps": 1e-6, "sliding_window_size": 4096}
+_2B = _ALL | {
+    **{"num_layers": 26, "embed_dim": 2304, "intermediate_dim": 9216},
+    **{"num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256},
+}
+_9B = _ALL | {
+    **{"num_layers": 42, "embed_dim": 3584, "intermediate_dim": 14_336},
+    **{"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256},
+}
+_27B = _ALL | {
+    **{"num_layers": 46, "embed_dim": 4608, "intermediate_dim": 36_864},
+    **{"num_heads": 32, "num_kv_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144},
+}
+
+
+def gemma2(**shape: Any) -> TransformerDecoder:
+    """Builder for a Gemma 2 of any shape, in the arguments of torchtune's ``gemma2``, but for the soft-caps: they are
+    Gemma 2's. Its checkpoints load with ``model_type: GEMMA2``.
+
+    Returns:
+        TransformerDecoder: token ids ``[B, S]`` to logits ``[B, S, V]``.
+    """
+    return mend(torchtune_gemma2(**shape))
+
+
+def lora_gemma2(
+    lora_attn_modules: list[LORA_ATTN_MODULES], apply_lora_to_mlp: bool = False, **shape: Any
+) -> TransformerDecoder:
+    """:func:`gemma2` with LoRA, in the arguments of torchtune's ``lora_gemma2``."""
+    return mend(torchtune_lora_gemma2(lora_attn_modules, apply_lora_to_mlp, **shape))
+
+
+def gemma2_2b() -> TransformerDecoder:
+    """Builder for Gemma 2 2B: 2.61e9 parameters; token ids ``[B, S]`` to logits ``[B, S, 256000]``, ``S <= 8192``."""
+    return gemma2(**_2B)
+
+
+def gemma2_9b() -> TransformerDecoder:
+    """Builder for Gemma 2 9B: 9.24e9 parameters; as :func:`gemma2_2b`."""
+    return gemma2(**_9B)
+
+
+def gemma2_27b() -> TransformerDecoder:
+    """Builder for Gemma 2 27B: 27.2e9 parameters; as :func:`gemma2_2b`."""
+    return gemma2(**_27B)
+
+
+def lora_gemma2_2b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> TransformerDecoder:
+    """Builder for Gemma 2 2B with LoRA.
+
+    The output cannot have an adapter, since its weights are those of the embeddings.
+
+    Args:
+        lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, of ``q_proj``, ``k_proj``,
+            ``v_proj`` and ``output_proj``.
+        apply_lora_to_mlp (bool): whether the three projections of each MLP have one too.
+        lora_rank (int): rank of the adapter's update.
+        lora_alpha (float): the update is scaled by ``lora_alpha / lora_rank``.
+        lora_dropout (float): probability of dropping an input of the adapter in training.
+        use_dora (bool): train each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353).
+        quantize_base (bool): keep the linear layers of the base in NF4 (https://arxiv.org/abs/2305.14314).
+
+    Returns:
+        TransformerDecoder: as :func:`gemma2_2b`, with adapters.
+    """
+    return _lora(_2B, **locals())
+
+
+def lora_gemma2_9b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> TransformerDecoder:
+    """Builder for Gemma 2 9B with LoRA; as :func:`lora_gemma2_2b`."""
+    return _lora(_9B, **locals())
+
+
+def lora_gemma2_27b(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> TransformerDecoder:
+    """Builder for Gemma 2 27B with LoRA; as :func:`lora_gemma2_2b`."""
+    return _lora(_27B, **locals())
+
+
+qlora_gemma2_2b = partial(lora_gemma2_2b, quantize_base=True)
+qlora_gemma2_9b = partial(lora_gemma2_9b, quantize_base=True)
+qlora_gemma2_27b = partial(lora_gemma2_27b, quantize_base=True)
+
+
+def _lora(shape: dict[str, Any], **arguments: Any) -> TransformerDecoder:
+    return lora_gemma2(**shape, **arguments)

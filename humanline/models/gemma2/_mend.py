@@ -1,0 +1,69 @@
+"""What torchtune's Gemma 2 gets wrong, set right: its three faults are the three functions below.
+
+1. Its model builders give the soft-cap of the attention to the logits and the reverse. It is 50 for the scores of the
+   attention and 30 for the logits (https://arxiv.org/abs/2408.00118, table 1).
+2. It caps the hidden state that the logits are made of instead of the logits.
+3. Release 0.6.1 takes the norms before and after the MLP for each other when it reads or writes Hugging Face's weights.
+
+Its attention is replaced as well, which is right but takes neither a block mask nor positions for its sliding window.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.models.gemma2 import _convert_weights
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+
+from humanline.models.gemma2._attention import Gemma2Attention
+
+ATTENTION_CAP, LOGIT_CAP = 50.0, 30.0
+
+
+class CappedTiedLinear(TiedLinear):
+    """Logits ``cap * tanh(x . embedding / cap)``, in float32."""
+
+    def __init__(self, tied_module: nn.Module, soft_cap: float) -> None:
+        super().__init__(tied_module)
+        self.soft_cap = soft_cap
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = F.linear(x, self.tied_module.weight).float()
+        return self.soft_cap * (logits / self.soft_cap).tanh()
+
+
+def mend(decoder: TransformerDecoder) -> TransformerDecoder:
+    """Makes a decoder of torchtune's ``gemma2`` or ``lora_gemma2`` compute what Gemma 2 computes."""
+    cap_scores(decoder)
+    cap_logits(decoder)
+    return decoder
+
+
+def cap_scores(decoder: TransformerDecoder) -> None:
+    """Gives each layer an attention with the right soft-cap, made of the parts of torchtune's."""
+    for layer in decoder.layers:
+        theirs = layer.attn
+        layer.attn = Gemma2Attention(
+            scale=theirs.scaling,
+            soft_cap=ATTENTION_CAP,
+            sliding_window=theirs.sliding_window_size,
+            **{name: getattr(theirs, name) for name in _PARTS},
+        )
+
+
+def cap_logits(decoder: TransformerDecoder) -> None:
+    """Moves the last soft-cap from the hidden state to the logits."""
+    decoder.norm.logit_capping = nn.Identity()
+    decoder.output = CappedTiedLinear(decoder.tok_embeddings, LOGIT_CAP)
+
+
+def name_norms() -> None:
+    """Corrects torchtune's table of names, which its checkpointers read and write with, and adapters are named by."""
+    table = _convert_weights._GEMMA2_FROM_HF
+    table["model.layers.{}.pre_feedforward_layernorm.weight"] = "layers.{}.mlp_norm.scale"
+    table["model.layers.{}.post_feedforward_layernorm.weight"] = "layers.{}.mlp_scale.scale"
+
+
+_PARTS = (
+    *("embed_dim", "num_heads", "num_kv_heads", "head_dim", "max_seq_len", "is_causal", "attn_dropout"),
+    *("q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "pos_embeddings"),
+)
