@@ -18,7 +18,6 @@ What it leaves out on purpose: the `model_outputs.json` of AlpacaEval, which `hu
 `format=alpaca_eval`, and more than one device.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
 from humanline.rewards import read_samples
-from humanline.rollout import Prompt, read_prompts
+from humanline.rollout import Prompt, checked_scores, read_prompts
 from humanline.tools.statistics import bootstrap_interval, pass_at_k
 from humanline.training import Sampler, check_keys, component, hide_known_warnings, write_json, write_jsonl
 
@@ -113,12 +112,9 @@ class HumanlineEvalRecipe:
         with tqdm(total=len(rows), desc="scoring", unit="prompt", dynamic_ncols=True) as bar:
             for start in range(0, len(rows), PROMPTS_PER_CALL):
                 part = slice(start, start + PROMPTS_PER_CALL)
-                scored = self.reward(self.prompts[part], [row["all_generated_responses"] for row in rows[part]])
-                scores += [list(map(float, each)) for each in scored]
+                responses = [row["all_generated_responses"] for row in rows[part]]
+                scores += checked_scores(self.reward, self.prompts[part], responses)
                 bar.update(len(rows[part]))
-        for prompt, row, each in zip(self.prompts, rows, scores, strict=True):
-            if len(each) != len(row["all_generated_responses"]) or not all(map(math.isfinite, each)):
-                raise ConfigError(f"reward: gives {prompt.where} {each}; a score is a finite number for each response")
         return [row | {"all_rm_scores": each} for row, each in zip(rows, scores, strict=True)]
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
 from humanline.rewards import read_samples
+from humanline.rollout import checked_scores
 from humanline.training import check_keys, component, hide_known_warnings
 
 REQUIRED = ("samples", "output", "reward")
@@ -83,15 +84,7 @@ class HumanlineLabelRecipe:
     def _score(self, start: int) -> list[list[float]]:
         """The scores of the batch of prompts that begins with ``start``."""
         responses = self.responses[start : start + self.batch_size]
-        scores = self.reward(self.prompts[start : start + self.batch_size], responses)
-        if list(map(len, scores)) != list(map(len, responses)) or not all(
-            math.isfinite(s) for row in scores for s in row
-        ):
-            raise ConfigError(
-                f"reward: {type(self.reward).__name__} did not give each response a finite score at "
-                f"{self.prompts[start].where} and the {len(responses) - 1} prompts behind it; correct the reward"
-            )
-        return scores
+        return checked_scores(self.reward, self.prompts[start : start + self.batch_size], responses)
 
     def report(self, scores: list[list[float]]) -> None:
         flat = [score for group in scores for score in group]

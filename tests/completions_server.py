@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
                     os.kill(os.getpid(), signal.SIGKILL)
             if self.server.barrier is not None:
                 self.server.barrier.wait(timeout=30)
-            while options.hold and self.server.weights.endswith("round_1") and Path(options.hold).exists():
+            while options.hold and "/round_1_" in self.server.weights and Path(options.hold).exists():
                 threading.Event().wait(0.01)
             with self.server.lock:
                 self.server.under_way -= 1
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--fail", type=int, nargs="*", default=(), help="answer the first requests with these errors")
     parser.add_argument("--die-at", type=int, help="end by SIGKILL when this request arrives")
     parser.add_argument("--together", type=int, help="answer so many requests together, and none before")
-    parser.add_argument("--hold", help="answer nothing with the weights of round_1 while this file is there")
+    parser.add_argument("--hold", help="answer nothing with the weights of round 1 while this file is there")
     server = Server(parser.parse_args())
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -12,10 +12,11 @@ from conftest import TrajectoryRun, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from test_http_engine import Server, write_tokenizer
 from torchtune.models.llama3 import llama3
+from toys import Letters
 
 from humanline.data import ChatTokenizer, Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.rollout import SamplingParams, TorchtuneEngine
+from humanline.rollout import OnlineSource, SamplingParams, TorchtuneEngine
 
 
 def online(run: TrajectoryRun, **source) -> TrajectoryRun:
@@ -140,17 +141,37 @@ def test_a_resumed_run_replays_its_round(trajectory):
     run.config["save_every_n_steps"] = 6
     assert run.train() is None
     whole = run.log()
-    written = [file.stat().st_mtime_ns for file in rounds(run)]
+    sampled = lines(run)
+    before = [file.stat().st_mtime_ns for file in rounds(run)]
     shutil.rmtree(run.folder / "out" / "checkpoints" / "step_12")
     (run.folder / "logs" / "log.txt").unlink()
     assert run.train("resume_from_checkpoint=latest") is None
     assert run.log() == {step: whole[step] for step in range(7, 13)}
-    assert [file.stat().st_mtime_ns for file in rounds(run)] == written
+    # The third was sampled by the policy of step 8, and is sampled again: the same, since nothing else has changed.
+    assert lines(run) == sampled
+    assert [file.stat().st_mtime_ns == then for file, then in zip(rounds(run), before, strict=True)] == [
+        True,
+        True,
+        False,
+    ]
 
-    for file in rounds(run)[2:]:  # what was not sampled before the run was lost is sampled now, and is the same
-        file.unlink()
-    assert run.train(f"resume_from_checkpoint={run.folder / 'out' / 'checkpoints' / 'step_6'}") is None
-    assert run.log() == {step: whole[step] for step in range(7, 13)}
+
+def test_rounds_of_another_run_s_policy_are_not_trained_on(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    run.config |= {"save_every_n_steps": 3, "keep_last_n_checkpoints": 9}
+    assert run.train("optimizer.lr=0.05") is None
+    first = lines(run)
+    step_3 = run.folder / "out" / "checkpoints" / "step_3"
+    elsewhere = run.again("elsewhere")
+    assert elsewhere.train("seed=4") is None
+    shutil.rmtree(elsewhere.folder / "out" / "checkpoints")
+    for branch, since in ((run, 4), (elsewhere, 3)):  # round 3 is of step 3's policy: kept where it is the run's own
+        assert branch.train(f"resume_from_checkpoint={step_3}", "optimizer.lr=0.0") is None
+        sampled = [json.loads(file.read_text().splitlines()[0])["policy_step"] for file in rounds(branch)]
+        assert sampled == list(range(since if branch is elsewhere else 0, 12))
+        responses = [line["responses"] for line in lines(branch)]
+        assert responses[-1] != first[-1]["responses"]
+        assert len(list((branch.folder / "out" / "rounds").glob("*.abandoned"))) == 12 - (since if branch is run else 0)
 
 
 def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
@@ -188,6 +209,35 @@ def test_labels_by_a_threshold_are_kept_group_by_group(trajectory):
     other.data.write_text("".join(json.dumps(line) + "\n" for line in labelled))
     assert other.train() is None
     assert other.log() == pytest.approx(run.log(), abs=1e-5)
+
+
+def test_a_step_takes_no_group_twice(trajectory, monkeypatch):
+    """With fewer groups than it should have it is smaller, down to one a rank and microbatch, and two in all."""
+    source = OnlineSource(str(online(trajectory("grpo_8_k4")).folder / "prompts.jsonl"), max_new_tokens=4, every=2)
+    source.setup(Letters(), batch_size=2, accumulation=2, world_size=2, seed=1, shuffle=False)
+    sizes = {}
+    for count in (20, 9, 5, 3):
+        source._round, source._groups = 0, [Group([1], ([2], [3]), id=str(i)) for i in range(count)]
+        steps = [[[group.id for group in microbatch] for microbatch in source.batch(step)] for step in (1, 2)]
+        sizes[count] = [list(map(len, microbatches)) for microbatches in steps]
+        taken = [int(i) for microbatches in steps for microbatch in microbatches for i in microbatch]
+        assert taken == [i % count for i in range(len(taken))]
+    assert sizes == {20: [[4, 4], [4, 4]], 9: [[4, 4], [4, 4]], 5: [[2, 3], [2, 3]], 3: [[2, 2], [2, 2]]}
+
+
+def test_when_nothing_is_left_to_learn_the_run_ends_with_what_it_has(trajectory):
+    run = online(trajectory("grpo_8_k4"), every=3)
+    run.config["reward"] = {"_component_": "toys.Solved", "calls": 2}
+    message = run.train()
+    assert "round 2: the responses of every prompt are scored equal" in message
+    assert "resume_from_checkpoint: latest goes on from step 6" in message
+    assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_6"]
+
+
+def test_a_reward_that_leaves_responses_out_is_refused(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    run.config["reward"]["_component_"] = "toys.TooFew"
+    assert "reward: TooFew did not give each response a finite score at" in run.train()
 
 
 # ---- Mistakes
@@ -265,9 +315,9 @@ def test_a_server_samples_from_each_round_s_weights(vocabulary, trajectory):
         announced = [line["weights"] for line in server.answered() if "weights" in line]
     weights = run.folder / "weights"
     assert len(rounds(run)) == 2 and len(run.log()) == 12
-    assert announced == [str(weights / "round_0"), str(weights / "round_1")]
-    assert [path.name for path in weights.iterdir()] == ["round_1"]
-    assert (weights / "round_1" / "model-00001-of-00001.safetensors").is_file()
+    assert [Path(folder).name.rpartition("_")[0] for folder in announced] == ["round_0", "round_1"]
+    assert list(map(str, weights.iterdir())) == announced[1:]
+    assert (Path(announced[1]) / "model-00001-of-00001.safetensors").is_file()
     assert run.log("staleness") == {step: (step - 1) % 6 for step in range(1, 13)}
 
 
@@ -286,6 +336,22 @@ def test_with_overlap_training_goes_on_while_the_next_round_is_sampled(vocabular
     assert [json.loads(file.read_text().splitlines()[0])["policy_step"] for file in rounds(run)] == [0, 0, 3, 6]
     assert list(run.log("staleness").values()) == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
     assert set(run.log("rounds/reward")) == {1, 4, 7, 10}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
+    hold = vocabulary / "hold"
+    hold.touch()
+    with Server(vocabulary, f"--hold={hold}") as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=3)
+        with run.start() as ranks:
+            wait_until(lambda: any((run.folder / "weights").glob("round_1_*")), ranks)
+            os.kill(ranks.processes[0].pid, number)
+            assert ranks.wait() == [0], ranks.output()
+            assert f"stopped after step 3 by {number.name}; resume_from_checkpoint: latest goes on" in ranks.output()
+        hold.unlink()
+        run.train_on(1, "resume_from_checkpoint=latest")
+    assert logged_steps(run) == list(range(1, 13))
 
 
 def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):

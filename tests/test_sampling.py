@@ -1,5 +1,6 @@
 """Sampling: the engine against transformers and against exact probabilities, and the recipe as a real process."""
 
+import gc
 import json
 import runpy
 import sys
@@ -20,6 +21,7 @@ from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, SamplingParams, TorchtuneEngine, read_prompts
+from humanline.rollout._kv_cache import KVCache
 from humanline.rollout._sampling import draw
 
 VOCABULARY = 260
@@ -276,6 +278,17 @@ def test_the_model_is_left_as_it_was(llama, prompts, interrupted):
     stream.close()
     assert model.training and not model.caches_are_setup() and not model.caches_are_enabled()
     assert torch.equal(model(ids), before)
+
+
+def test_the_cache_goes_with_its_round(llama, prompts):
+    engine = TorchtuneEngine(llama[1], stop_tokens=[], batch_size=4)
+    gc.collect()
+    gc.disable()  # which frees rings of objects some time, and not when their tensors are large
+    try:
+        engine.generate(prompts, greedy())
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, KVCache)]
+    finally:
+        gc.enable()
 
 
 def test_caches_that_torchtune_set_up_before_are_neither_used_nor_lost(llama, prompts):

@@ -28,3 +28,24 @@ class Vowels:
 
     def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
         return [[float(130 <= ord(text[0]) < 165) for text in texts] for texts in responses]
+
+
+class Solved(MeanToken):
+    """After some calls with responses everything is right."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        self.calls -= any(responses)
+        return [[1.0] * len(texts) for texts in responses] if self.calls < 0 else super().__call__(prompts, responses)
+
+
+class TooFew(MeanToken):
+    """One score is missing, and another too many."""
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        scores = super().__call__(prompts, responses)
+        if any(scores):
+            scores[0], scores[-1] = scores[0][:-1], [*scores[-1], 0.5]
+        return scores

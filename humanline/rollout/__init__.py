@@ -1,10 +1,12 @@
 """Engines that sample completions, and the prompts they complete."""
 
+from humanline.rollout._connection import Stopped
 from humanline.rollout._engine import Completion, TorchtuneEngine
 from humanline.rollout._http_engine import HTTPEngine
 from humanline.rollout._in_process import InProcessEngine
-from humanline.rollout._online_source import Engine, OnlineSource, Reward
+from humanline.rollout._online_source import Engine, OnlineSource
 from humanline.rollout._prompts import Prompt, read_prompts
+from humanline.rollout._reward import Reward, checked_scores
 from humanline.rollout._sampling import SamplingParams
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Prompt",
     "Reward",
     "SamplingParams",
+    "Stopped",
     "TorchtuneEngine",
+    "checked_scores",
     "read_prompts",
 ]

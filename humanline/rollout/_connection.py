@@ -22,6 +22,10 @@ _NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
 _POLL_SECONDS = 10.0
 
 
+class Stopped(TrainingError):
+    """Waiting was ended from outside."""
+
+
 class Gone(Exception):
     """No server answered, or it went away while it did."""
 
@@ -42,7 +46,7 @@ class Connection:
         url (str): the API's address, whose ``/models`` is asked whether the server is there.
         headers (dict[str, str]): of every request.
         timeout (float): seconds after which a request without an answer has failed.
-        retries (int): how often a request that failed is repeated.
+        retries (int): how often a request that failed, or was lost with its server, is repeated.
         wait (float | None): seconds to wait for a server that is gone; None waits for ever.
         introduce (Callable[[], None]): tells a server that has started anew what it has to know.
     """
@@ -62,15 +66,27 @@ class Connection:
         self._gate = threading.Lock()  # closed while the server is gone
         self._outages = 0
         self._stopped = threading.Event()  # ends all waiting
+        self._for_good = False
         self.is_introduced = True
 
     def start(self) -> None:
-        """Lets requests wait again, after :meth:`stop`."""
-        self._stopped.clear()
+        """Lets requests wait again after :meth:`give_up`."""
+        if not self._for_good:
+            self._stopped.clear()
+
+    def give_up(self) -> None:
+        """Ends all waiting for the moment: those who wait raise :class:`Stopped`."""
+        self._stopped.set()
 
     def stop(self) -> None:
-        """Ends all waiting: those who wait raise."""
+        """Ends all waiting for good."""
+        self._for_good = True
         self._stopped.set()
+
+    def check(self) -> None:
+        """Raises :class:`Stopped` once waiting has ended."""
+        if self._stopped.is_set():
+            raise Stopped("sampling was stopped")
 
     def persist(self, attempt: Callable[[], T]) -> T:
         """Repeats a request until it is answered, its retries are spent, or the answer will not change.
@@ -80,6 +96,7 @@ class Connection:
             TrainingError: if the server stays away, is lost again and again, or waiting has been stopped.
         """
         for tries in itertools.count():
+            self.check()
             try:
                 with self._gate:
                     outages = self._outages
@@ -119,7 +136,7 @@ class Connection:
     def _pause(self, tries: int) -> None:
         """Exponential back-off, spread so that not all come back at once."""
         if self._stopped.wait(min(0.5 * 2**tries, 30) * random.uniform(0.5, 1)):
-            raise TrainingError("sampling has been stopped")
+            raise Stopped("sampling was stopped")
 
     def greet(self, timeout: float | None = None) -> None:
         """Raises :class:`Gone` if the server does not answer; any answer will do."""

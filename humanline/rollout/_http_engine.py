@@ -18,6 +18,7 @@ Left out: the chat route, which would put a template of its own around prompts t
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import urllib.parse
@@ -37,6 +38,7 @@ __all__ = ["HTTPEngine"]
 
 log = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.5
 _PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
 
 
@@ -48,7 +50,7 @@ class HTTPEngine:
         model (str | None): the name by which the server knows the model; None names the folder handed over last.
         api_key_env (str | None): the environment variable that holds the server's key; None sends none.
         timeout (float): seconds after which a request without an answer has failed.
-        retries (int): how often a request that failed is repeated.
+        retries (int): how often a request that failed, or was lost with its server, is repeated.
         max_concurrency (int): the most requests of this process under way at a time.
         wait (float | None): seconds to wait for a server that is gone; None waits for ever.
         weights_dir (str | None): where each round's weights are to be written, in a folder of their own (servers
@@ -103,6 +105,7 @@ class HTTPEngine:
         self._max_concurrency = max_concurrency
         self._folder: str | None = None
         self._salt = ""
+        self._announces = self._has_sampled = False
         self._server = Connection(
             self._url, headers, timeout=timeout, retries=retries, wait=wait, introduce=self._announce
         )
@@ -141,6 +144,7 @@ class HTTPEngine:
         self._folder, self._salt = str(folder.absolute()), uuid.uuid4().hex
         self._server.is_introduced = not announce
         self._server.start()
+        self._announces, self._has_sampled = announce, False
         self._probe()
 
     def _announce(self) -> None:
@@ -212,6 +216,9 @@ class HTTPEngine:
             TrainingError: if the server stays away, or fails again and again.
         """
         self._server.start()
+        if self._announces and self._has_sampled:
+            self._server.is_introduced = False  # it may have started anew while nothing was asked
+        self._has_sampled = True
         count = params.samples_per_prompt
         inputs = [list(prompt) if self._takes_ids else self._text(prompt) for prompt in prompts]
         jobs = [(each, _seed(seed, j)) for each, seed in zip(inputs, seeds, strict=True) for j in range(count)]
@@ -219,14 +226,28 @@ class HTTPEngine:
         # Its threads end with the process, so that a run that is stopped need not wait for requests under way.
         pool = ThreadPool(max(1, min(self._max_concurrency, len(jobs))))
         try:
-            for i, completion in pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs))):
+            results = pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs)))
+            for _ in jobs:
+                i, completion = self._next(results)
                 drawn[i] = completion
         except BaseException:
-            self._server.stop()
+            self._server.give_up()
             raise
         finally:
             pool.terminate()
         return [drawn[i : i + count] for i in range(0, len(drawn), count)]
+
+    def _next(self, results: Any) -> Any:
+        """The next result, unless the engine is stopped first."""
+        while True:
+            try:
+                return results.next(timeout=_POLL_SECONDS)
+            except multiprocessing.TimeoutError:
+                self._server.check()
+
+    def stop(self) -> None:
+        """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped`."""
+        self._server.stop()
 
     def _text(self, prompt: Sequence[int]) -> str:
         text = self._tokenizer.decode(prompt, skip_special_tokens=False)

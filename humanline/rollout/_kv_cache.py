@@ -151,4 +151,5 @@ def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: i
     finally:
         for attn, state in zip(attentions, before, strict=True):
             attn.kv_cache, attn.cache_enabled, attn._attention_call = state
+        cache.layers.clear()  # they name the cache, and the cache them: a ring that would keep its tensors for a while
         model.train(was_training)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -19,10 +20,11 @@ from torchtune import utils
 
 from humanline.data import Group, GroupDataset, TokenBudget, best_and_worst
 from humanline.data._record import Message
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rollout._engine import Completion
 from humanline.rollout._in_process import InProcessEngine
-from humanline.rollout._prompts import Prompt, read_prompts
+from humanline.rollout._prompts import read_prompts
+from humanline.rollout._reward import Reward, checked_scores
 from humanline.rollout._sampling import SamplingParams
 
 log = utils.get_logger("INFO")
@@ -40,12 +42,6 @@ class Engine(Protocol):
     ) -> list[list[Completion]]: ...
 
 
-class Reward(Protocol):
-    """What scores the responses to prompts, higher is better. With no responses it only checks the prompts."""
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]: ...
-
-
 class OnlineSource:
     """Groups that the policy samples in rounds: a round serves ``every`` optimizer steps.
 
@@ -53,12 +49,13 @@ class OnlineSource:
     ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
 
     Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
-    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again: where many are
-    dropped, give it more prompts (``groups_per_round``). With ``desirable_above`` each response has a label of its own,
+    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again, and has fewer of
+    them in a step than it should if that would take one twice: where many are dropped, give it more prompts
+    (``groups_per_round``). With ``desirable_above`` each response has a label of its own,
     for KTO, and all groups stay.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
-    run reads it, and samples only what is not there yet.
+    run reads it, and samples only what is not there yet or was sampled later than the checkpoint that it goes on from.
 
     Args:
         prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset.
@@ -150,6 +147,7 @@ class OnlineSource:
         """
         self.tokenizer = tokenizer
         self.accumulation = accumulation
+        self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
         self.groups_per_step = batch_size * accumulation * world_size
@@ -173,7 +171,7 @@ class OnlineSource:
         )
         self._round: int | None = None
         self._groups: list[Group] = []
-        self._metrics: dict[str, float] = {}
+        self._sampled: list[dict[str, float]] = []
         self._ahead: Future[_Round] | None = None
 
     def longest(self) -> Group:
@@ -196,7 +194,6 @@ class OnlineSource:
         derive: Derive,
         hand_over: Callable[[int], None],
         output_dir: str,
-        keep: bool,
         total_steps: int,
     ) -> None:
         """Names what rounds are made with.
@@ -208,7 +205,6 @@ class OnlineSource:
             hand_over (Callable[[int], None]): gives the engine the policy of the moment, before a round of that number
                 is sampled.
             output_dir (str): the run's folder.
-            keep (bool): whether the rounds that are there are this run's; else they are deleted.
             total_steps (int): optimizer steps of the run.
 
         Raises:
@@ -222,14 +218,19 @@ class OnlineSource:
         self.engine, self.reward, self.derive, self.hand_over = engine, reward, derive, hand_over
         reward(self.prompts, [[] for _ in self.prompts])  # refuses a prompt that it cannot judge
         self.total_steps = total_steps
-        # A group of their own, since with overlap the ranks meet in it while they meet in training's as well.
-        self._ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        # A group of their own, since with overlap the ranks meet in it while they meet in training's as well; and one
+        # of them may wait for its server for long.
+        self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.folder = Path(output_dir) / "rounds"
+
+    def set_aside(self, after: int) -> None:
+        """Rounds of a policy of more than ``after`` optimizer steps are not of the run that goes on from there: another
+        name keeps them from it."""
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for file in [] if keep else self.folder.glob("round_*"):
-                file.unlink()
-        dist.barrier()
+            for file in self.folder.glob("round_*.jsonl"):
+                if _read(file).policy_step > after:
+                    file.rename(file.with_suffix(".abandoned"))
+        dist.barrier(self.ranks)
 
     # --------------------------------------------------------------------------------------------------------- rounds
 
@@ -239,19 +240,24 @@ class OnlineSource:
         round, index = divmod(step - 1, self.every)
         if round != self._round:
             self._enter(round, step)
-        start = index * self.groups_per_step
-        groups = self._groups[start : start + self.groups_per_step]
-        size = self.groups_per_step // self.accumulation
-        return [groups[i : i + size] for i in range(0, len(groups), size)]
+        # A step takes no group twice, but where there would be none for a rank, or no other one for KTO to pair with.
+        least = self.accumulation * max(self.world_size, 2)
+        count = min(self.groups_per_step, max(len(self._groups), least))
+        groups = [self._groups[i % len(self._groups)] for i in range(index * count, (index + 1) * count)]
+        bounds = [count * i // self.accumulation for i in range(self.accumulation + 1)]
+        return [groups[start:end] for start, end in pairwise(bounds)]
 
     def metrics(self, step: int) -> dict[str, float]:
         """What to log of a step's groups.
 
-        ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of a round that was
-        sampled since the last call, also: the mean ``reward`` of all its responses, ``dropped`` prompts, ``tokens``,
-        the ``seconds`` of sampling and scoring, and those that training ``waited`` for it.
+        ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of the rounds that were
+        sampled since the last call, also: the mean ``reward`` of all responses, and the sums of ``dropped`` prompts,
+        ``tokens``, the ``seconds`` of sampling and scoring, and those that training ``waited`` for them.
         """
-        metrics, self._metrics = self._metrics, {}
+        rounds, self._sampled = self._sampled, []
+        metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
+        if rounds:
+            metrics["rounds/reward"] /= len(rounds)
         return {"staleness": step - 1 - self._policy_step, **metrics}
 
     def _enter(self, round: int, step: int) -> None:
@@ -261,24 +267,19 @@ class OnlineSource:
         self._ahead = None
         groups = list(map(self._labelled, found.groups))
         usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups
-        self._round, self._groups, self._policy_step = round, self._in_order(round, usable), found.policy_step
-        if found.metrics:
-            self._metrics = found.metrics | {"rounds/waited": time.perf_counter() - start}
+        self._groups = [usable[i] for i in self._order(len(usable), self.seed + round)]
+        self._round, self._policy_step = round, found.policy_step
         if self.overlap and (round + 1) * self.every < self.total_steps and not self._is_there(round + 1):
             self.hand_over(round + 1)
             self._ahead = _in_background(lambda: self._sample(round + 1, step - 1))
+        if found.metrics:
+            self._sampled.append(found.metrics | {"rounds/waited": time.perf_counter() - start})
 
     def _labelled(self, group: Group) -> Group:
         """The group with labels in the place of its scores, where ``desirable_above`` asks for them."""
         if self.desirable_above is None:
             return group
         return replace(group, scores=None, labels=tuple(score > self.desirable_above for score in group.scores or ()))
-
-    def _in_order(self, round: int, groups: Sequence[Group]) -> list[Group]:
-        """The groups of the round's steps: each once, and again from the start where they are too few."""
-        order = self._order(len(groups), self.seed + round)
-        needed = self.every * self.groups_per_step
-        return [groups[order[i % len(order)]] for i in range(needed)]
 
     def _order(self, count: int, seed: int) -> list[int]:
         if not self.shuffle:
@@ -306,14 +307,14 @@ class OnlineSource:
         epoch, index = divmod(round, self.rounds_per_epoch)
         chosen = self._order(len(self.prompts), self.seed + epoch)[index * self.round_size :][: self.round_size]
         usable: dict[int, Group] = {}
-        scores: list[float] = []
+        rewards: list[float] = []
         sampled = tokens = 0
         for attempt in range(MOST_ATTEMPTS):
             open_ = [prompt for prompt in chosen if prompt not in usable]
             sampled += len(open_)
             for prompt, group in self._answer(open_, round, attempt).items():
                 tokens += sum(map(len, group.responses))
-                scores += group.scores or ()
+                rewards += group.scores or ()
                 if self.desirable_above is not None or best_and_worst(group.scores or ()) is not None:
                     usable[prompt] = group
             if len(usable) == len(chosen) or (self.equal_scores == "drop" and usable):
@@ -324,43 +325,48 @@ class OnlineSource:
             )
         found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
         found.metrics = {
-            "rounds/reward": fmean(scores),
+            "rounds/reward": fmean(rewards),
             "rounds/dropped": len(chosen) - len(usable),
             "rounds/tokens": tokens,
             "rounds/seconds": time.perf_counter() - start,
         }
         if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
             log.info(
                 f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward "
-                f"{fmean(scores):.3f}, {len(chosen) - len(usable)} prompts with equal scores left out"
+                f"{fmean(rewards):.3f}, {len(chosen) - len(usable)} prompts with equal scores left out"
             )
             _write(self._file(round), found)
-        dist.barrier(self._ranks)
+        dist.barrier(self.ranks)
         return found
 
     def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         """Scored groups of some prompts, by prompt, the same on all ranks. A response without a token is left out."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        mine = chosen[rank::world_size]
+        mine = chosen[dist.get_rank() :: self.world_size]
+        answer: dict[int, Group] | Exception
+        try:
+            answer = self._answer_mine(mine, round, attempt)
+        except (ConfigError, DataError, TrainingError) as error:  # all ranks end alike, with what they have
+            answer = error
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, answer, self.ranks)
+        for each in everyone:
+            if isinstance(each, Exception):
+                raise each
+        together = {i: group for part in everyone for i, group in part.items()}
+        return {i: together[i] for i in chosen if i in together}
+
+    def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         seeds = [_seed(self.seed, round, prompt, attempt) for prompt in mine]
         completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
         responses = [[sample.tokens for sample in samples if sample.tokens] for samples in completions]
         texts = [[self.tokenizer.decode(response) for response in each] for each in responses]
-        scores = self.reward([self.prompts[i] for i in mine], texts)
-        groups = {
-            i: Group(
-                self.prompt_ids[i],
-                tuple(each),
-                tuple(map(float, values)),
-                id=f"{self.prompts[i].where} in round {round}",
-            )
-            for i, each, values in zip(mine, responses, scores, strict=True)
+        found = checked_scores(self.reward, [self.prompts[i] for i in mine], texts) if mine else []
+        return {
+            i: Group(self.prompt_ids[i], tuple(each), tuple(values), id=f"{self.prompts[i].where} in round {round}")
+            for i, each, values in zip(mine, responses, found, strict=True)
             if each
         }
-        everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, groups, self._ranks)
-        together = {i: group for part in everyone for i, group in part.items()}
-        return {i: together[i] for i in chosen if i in together}
 
 
 @dataclass

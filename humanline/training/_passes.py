@@ -17,7 +17,6 @@ class Passes:
         source (OfflineSource | OnlineSource): the groups.
         objective (Objective): says which groups need to stay whole, and what KL sequences there are.
         budget (RowBudget): what a pass may hold.
-        batch_size (int): groups a microbatch and rank.
         device (torch.device): where the passes go.
     """
 
@@ -26,19 +25,21 @@ class Passes:
         source: OfflineSource | OnlineSource,
         objective: Objective,
         budget: RowBudget,
-        batch_size: int,
         device: torch.device,
     ) -> None:
         self.source = source
         self.objective = objective
         self.budget = budget
-        self.batch_size = batch_size
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's groups of a global microbatch, cut to rows."""
-        return self.cut(microbatch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
+        return self.cut(microbatch[self.first(microbatch) : self.first(microbatch, self.rank + 1)])
+
+    def first(self, microbatch: list[Group], rank: int | None = None) -> int:
+        """Where a rank's groups begin in a global microbatch, this rank's if none is named."""
+        return len(microbatch) * (self.rank if rank is None else rank) // self.world_size
 
     def kl_share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's KL sequences of a global microbatch; none for an objective without them."""

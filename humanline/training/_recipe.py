@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -34,9 +35,9 @@ from humanline.models import (
     trainable_parameters,
 )
 from humanline.reference import Plan
-from humanline.rollout import OnlineSource
+from humanline.rollout import OnlineSource, Stopped
 from humanline.training._adapter_files import read_adapter
-from humanline.training._agreement import on_any_rank
+from humanline.training._agreement import gathered, on_any_rank
 from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
 from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
@@ -98,9 +99,11 @@ class HumanlineRecipe(FTRecipeInterface):
             self.objective.check_microbatch(len(held_out), "dataset_val")
         self.total_steps = settings.epochs * self.source.steps_per_epoch
         budget = settings.row_budget(self.device)
-        self.passes = Passes(self.source, self.objective, budget, settings.batch_size, self.device)
+        self.passes = Passes(self.source, self.objective, budget, self.device)
 
         self.policy = self._setup_models(cfg)
+        self.engine: Any = None
+        self.handed_over: Path | None = None
         if isinstance(self.source, OnlineSource):
             self.engine = component(cfg, "engine")
             self.engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
@@ -110,7 +113,6 @@ class HumanlineRecipe(FTRecipeInterface):
                 self.objective.examples,
                 self._hand_over,
                 settings.output_dir,
-                keep=bool(self.resume_from),
                 total_steps=self.total_steps,
             )
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
@@ -138,6 +140,8 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.resume_from:
             self.step, progress = self.checkpoint.load(self.resume_from)
             self._load_progress(progress)
+        if isinstance(self.source, OnlineSource) and not on_any_rank(restarted())[0]:
+            self.source.set_aside(after=self.step if self.checkpoint.last_saved == self.step else -1)
         profiler = component(cfg, "profiler")
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
         self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
@@ -304,10 +308,13 @@ class HumanlineRecipe(FTRecipeInterface):
         elif self.step % self.source.steps_per_epoch == 0:
             self.save_checkpoint()  # in case that the run died over it
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
-        with bar, StopRequest() as request:
+        with bar, StopRequest(getattr(self.engine, "stop", lambda: None)) as request:
             while self.step < self.total_steps:
+                batch = self._next_batch()
+                if batch is None:
+                    self._stop(request)
+                    break
                 self.step += 1
-                batch = self.source.batch(self.step)
                 start = time.perf_counter()
                 torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
                 sums = self._accumulate_gradients(batch)
@@ -338,6 +345,17 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.step == self.total_steps and settings.best_checkpoint_metric:
             self._save_best()
 
+    def _next_batch(self) -> list[list[Group]] | None:
+        """The groups of the next step; None if a signal came while they were sampled."""
+        try:
+            return self.source.batch(self.step + 1)
+        except Stopped:
+            return None
+        except (ConfigError, DataError, TrainingError) as error:
+            if self.step > 0:
+                self._save_state()
+            raise type(error)(f"{error}; {self._left()}") from error
+
     def _accumulate_gradients(self, batch: list[list[Group]]) -> MetricSums:
         """Forward and backward over the step's microbatches; returns what to log of them."""
         sums = MetricSums(self.device)
@@ -365,7 +383,7 @@ class HumanlineRecipe(FTRecipeInterface):
         """Draws humanline sampling's uniforms for the passes of this rank's share of a global microbatch."""
         if self.objective.loss.perception != "sample":
             return lambda rows: None
-        before = sum(len(group.responses) for group in microbatch[: self.rank * self.settings.batch_size])
+        before = sum(len(group.responses) for group in microbatch[: self.passes.first(microbatch)])
         sizes = (len(group.responses) for group in self.passes.share(microbatch))
         places = list(accumulate(sizes, initial=before))
         return lambda rows: uniform_draws(rows, self.settings.seed, self.step, index, places).to(self.device)
@@ -438,7 +456,8 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _stop(self, request: StopRequest) -> None:
         """Ends the run as a signal asked for, with a checkpoint of this step."""
-        self._save_state()
+        if self.step > 0:
+            self._save_state()
         self.checkpoint.wait()
         if self.checkpoint.last_saved != self.step:
             raise TrainingError(f"step {self.step}: stopped by a signal; {self._left()}")
@@ -497,16 +516,27 @@ class HumanlineRecipe(FTRecipeInterface):
         where = getattr(self.engine, "weights_dir", None)
         if where is None:
             return
-        folder = Path(where) / f"round_{round}"
+        assert isinstance(self.source, OnlineSource)
+        # Servers remember what they have loaded by its path, beyond the end of a run.
+        name = [f"round_{round}_{uuid.uuid4().hex[:8]}"]
+        dist.broadcast_object_list(name)
+        folder, before = Path(where) / name[0], self.handed_over
+        self.handed_over = folder
         error = self._write_to(folder, merged=True)
         if error is not None:
             raise TrainingError(f"step {self.step}: the weights of round {round} could not be written: {error}")
         for rank in (0, 1):  # rank 0 announces them; the others then only look
+            refusal: Exception | None = None
             if (self.rank > 0) == (rank > 0):
-                self.engine.update(folder, announce=self.rank == 0)
-            dist.barrier()
-        if self.rank == 0:
-            shutil.rmtree(folder.with_name(f"round_{round - 1}"), ignore_errors=True)
+                try:
+                    self.engine.update(folder, announce=self.rank == 0)
+                except (ConfigError, TrainingError) as failure:
+                    refusal = failure
+            for each in gathered(refusal, self.source.ranks):
+                if each is not None:
+                    raise each
+        if self.rank == 0 and before is not None:
+            shutil.rmtree(before, ignore_errors=True)
 
     def _save_best(self) -> None:
         """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""

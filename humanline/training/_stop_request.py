@@ -1,4 +1,5 @@
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -6,11 +7,15 @@ from typing import Any
 class StopRequest:
     """SIGTERM and SIGINT as a request: within the block they are noted, and the run ends when it can.
 
+    Args:
+        interrupt (Callable[[], None]): called as well, to end what may wait for long.
+
     Attributes:
         signal (str | None): the name of the signal that came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: Callable[[], None]) -> None:
+        self.interrupt = interrupt
         self.signal: str | None = None
 
     def __enter__(self) -> "StopRequest":
@@ -25,3 +30,4 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        self.interrupt()
