@@ -50,6 +50,39 @@ def build_model(
     Returns:
         LogProbDecoder: the model.
     """
+    model = design_model(
+        build,
+        mesh=mesh,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        activation_checkpointing=activation_checkpointing,
+        compile=compile,
+    )
+    if state_dict is None:
+        model.to_empty(device=device)
+    with training.set_default_dtype(compute_dtype), device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its table is in no state dict
+                module.rope_init()  # type: ignore[operator]
+    if state_dict is not None and mesh is not None:
+        # A copy of the dict, since torchtune's main branch empties the one it is given.
+        training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
+    elif state_dict is not None:
+        _load(model, state_dict, device)
+    training.validate_no_params_on_meta_device(model)
+    return model
+
+
+def design_model(
+    build: Callable[[], TransformerDecoder],
+    *,
+    mesh: DeviceMesh | None,
+    param_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> LogProbDecoder:
+    """The model of :func:`build_model` without memory, on the meta device."""
     with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
     if adapter_modules(model):
@@ -65,18 +98,6 @@ def build_model(
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     if mesh is not None:
         _shard(model, mesh, compute_dtype)
-    if state_dict is None:
-        model.to_empty(device=device)
-    with training.set_default_dtype(compute_dtype), device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):  # its table is in no state dict
-                module.rope_init()  # type: ignore[operator]
-    if state_dict is not None and mesh is not None:
-        # A copy of the dict, since torchtune's main branch empties the one it is given.
-        training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
-    elif state_dict is not None:
-        _load(model, state_dict, device)
-    training.validate_no_params_on_meta_device(model)
     return model
 
 

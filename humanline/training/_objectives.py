@@ -193,14 +193,15 @@ class KTO(Objective):
         losses, rewards = self.loss(policy, reference, mask, desirable, kl, _draws_per_response(draws, rows))
         with torch.no_grad():
             margins = torch.where(desirable, rewards - kl, kl - rewards)
+            log_probs = policy.sum(1)
             metrics: Metrics = {
-                "rewards/desirable": (rewards[desirable].sum(), desirable.sum()),
-                "rewards/undesirable": (rewards[~desirable].sum(), (~desirable).sum()),
+                "rewards/desirable": (rewards.where(desirable, 0).sum(), desirable.sum()),
+                "rewards/undesirable": (rewards.where(~desirable, 0).sum(), (~desirable).sum()),
                 "rewards/margins": (margins.sum(), len(losses)),
                 "rewards/accuracies": ((margins > 0).sum(), len(losses)),
                 "kl_baseline": (kl * len(losses), len(losses)),
-                "log_probs/desirable": (policy[desirable].sum(), desirable.sum()),
-                "log_probs/undesirable": (policy[~desirable].sum(), (~desirable).sum()),
+                "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
+                "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
                 "log_probs/accuracies": _accuracy(policy, labels),
                 **self._reference_metrics(policy, reference, mask),
             }

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
@@ -318,7 +319,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 start = time.perf_counter()
                 torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
                 sums = self._accumulate_gradients(batch)
-                grad_norm = self._clip_gradients()
+                grad_norm = float(self._clip_gradients())
                 self.reference.before_optimizer_step(self.step)
                 broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
                 if not broken:
@@ -388,10 +389,10 @@ class HumanlineRecipe(FTRecipeInterface):
         places = list(accumulate(sizes, initial=before))
         return lambda rows: uniform_draws(rows, self.settings.seed, self.step, index, places).to(self.device)
 
-    def _clip_gradients(self) -> float:
+    def _clip_gradients(self) -> Tensor:
         limit = self.settings.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), float("inf") if limit is None else float(limit))
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # ------------------------------------------------------------------------------------------ faults and what to log
 

@@ -1,0 +1,51 @@
+"""The command ``humanline``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from humanline._tune_plugin import _HOME
+from humanline.errors import ConfigError, DataError
+
+
+def main() -> None:
+    """Runs ``humanline plan``."""
+    parser = argparse.ArgumentParser(prog="humanline")
+    commands = parser.add_subparsers(required=True)
+    plan = commands.add_parser(
+        "plan",
+        help="what a config needs of each GPU, without one",
+        description="Runs a step of the recipe on fake tensors, as one of N ranks, and prints what it takes.",
+    )
+    plan.add_argument("--config", required=True, help="a config file, or the name of one of humanline's")
+    plan.add_argument("--nproc", type=int, default=1, help="processes of the run (default: 1)")
+    plan.add_argument("--device-memory", type=float, default=80.0, help="memory of a GPU in GB (default: 80)")
+    plan.add_argument("--tflops", type=float, default=400.0, help="what a GPU reaches, TFLOP/s (default: 400)")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as behind tune run")
+    arguments = parser.parse_args()
+    try:
+        print(_plan(arguments))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"humanline plan: {error}")
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    from humanline.planning._plan import report
+
+    for name, value in (("nproc", arguments.nproc), ("device-memory", arguments.device_memory)):
+        if value <= 0:
+            raise ConfigError(f"--{name}: {value} is not above 0")
+    path = Path(arguments.config)
+    if arguments.config.startswith("humanline/") and not path.is_file():
+        path = _HOME / "configs" / f"{path.name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {path}; tune cp hands out the configs that tune ls lists")
+    cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(arguments.overrides))
+    head = f"{path}, {arguments.nproc} {'rank' if arguments.nproc == 1 else 'ranks'}\n\n"
+    return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

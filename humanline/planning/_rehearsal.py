@@ -1,0 +1,248 @@
+"""One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchtune import training
+
+from humanline.data import Group, Rows, TokenBudget, lay_out, pack
+from humanline.models import LogProbDecoder, trainable_parameters
+from humanline.models import _log_probs as head
+from humanline.planning._meter import Meter, blank
+from humanline.reference import Plan, WindowedReference
+from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Settings, component
+from humanline.training._metrics import MetricSums
+from humanline.training._model import design_model
+from humanline.training._non_finite import NonFinite
+from humanline.training._passes import Passes
+from humanline.training._settings import DTYPES
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank needs.
+
+    Attributes:
+        peak (dict[str, int]): bytes by what they are for, at the moment at which all together are the most.
+        flops (int): of a pass, forward and backward, with what is recomputed and the reference's forward.
+        passes (int): passes of a step whose groups take a row each.
+        tokens (int): tokens of a pass.
+    """
+
+    peak: dict[str, int]
+    flops: int
+    passes: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+
+def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
+    """Runs two steps of the recipe that a config is for, the first to fill the optimizer, as rank 0 of several.
+
+    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in a step, so that the second
+    meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there may be
+    none, it is the flash kernel of CPUs, which keeps as much for backward.
+
+    Args:
+        cfg (DictConfig): the config.
+        ranks (int): ranks of the run; 1 is a ``_single_device`` recipe.
+
+    Raises:
+        ConfigError: if the config cannot work.
+    """
+    settings = Settings.from_config(cfg)
+    with _ranks(ranks), _as_on(settings.device):
+        recipe = _Rehearsal(cfg, sharded=ranks > 1)
+        with recipe.mode, recipe.meter:
+            recipe.setup(cfg)
+            recipe.take_step(1)
+            recipe.meter.forget_peak()
+            recipe.take_step(2)
+        passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
+        tokens = settings.rows_per_pass * settings.tokens_per_row
+        return Estimate(dict(recipe.meter.peak), recipe.meter.flops // 2, passes, tokens)
+
+
+class _Rehearsal(HumanlineRecipe):
+    """The recipe with the set-up of its data and files left out."""
+
+    passes: "_FakePasses"
+
+    def __init__(self, cfg: DictConfig, sharded: bool) -> None:
+        super().__init__(cfg)
+        self.is_sharded = sharded
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        loss = component(cfg, "loss")
+        self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
+        with torch.device("meta"):
+            self.meter = Meter(component(cfg, "model").tok_embeddings.num_embeddings)
+
+    def setup(self, cfg: DictConfig) -> None:
+        settings = self.settings
+        budget = settings.row_budget(torch.device(settings.device))
+        self.passes = _FakePasses(self, budget)
+        self.reference = component(cfg, "reference")
+        if isinstance(self.reference, WindowedReference):
+            self.reference = _Window()  # its table is in host memory
+        with self.meter.label("weights"):
+            self.policy = self._model(
+                cfg, DTYPES[settings.master_dtype], checkpointing=settings.enable_activation_checkpointing
+            )
+        with self.meter.label("reference"):
+            self.reference.setup(
+                self.policy,
+                Plan(
+                    new_model=lambda: self._model(cfg, DTYPES[settings.dtype], checkpointing=False),
+                    passes=None,
+                    total_steps=2,
+                    resumes=False,
+                    fingerprint=lambda: "",
+                ),
+            )
+        self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
+        self.activations = training.get_act_offloading_ctx_manager(self.policy, False)
+        self.sums = MetricSums(CPU)
+        self.non_finite = NonFinite()
+
+    def _model(self, cfg: DictConfig, param_dtype: torch.dtype, checkpointing: bool) -> LogProbDecoder:
+        """The recipe's model in fake tensors."""
+        with unset_fake_temporarily():
+            model = design_model(
+                lambda: component(cfg, "model"),
+                mesh=init_device_mesh("cpu", (self.world_size,)) if self.is_sharded else None,
+                param_dtype=param_dtype,
+                compute_dtype=DTYPES[self.settings.dtype],
+                activation_checkpointing=checkpointing,
+            )
+            with training.set_default_dtype(DTYPES[self.settings.dtype]), CPU:
+                for module in model.modules():
+                    if hasattr(module, "rope_init"):  # it computes with values
+                        module.rope_init()  # type: ignore[operator]
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(blank(parameter, CPU), parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self.mode.from_tensor(buffer)
+        if self.settings.device == "cuda":
+            for layer in model.layers:
+                layer.attn._attention_call = _flash(getattr(layer.attn, "scale", None))
+        return model
+
+    def take_step(self, step: int) -> None:
+        """What the recipe's loop does in a step."""
+        self._accumulate_gradients([self.passes.groups()])
+        self.passes.label_gradients()
+        self._clip_gradients()
+        self.reference.before_optimizer_step(step)
+        with self.meter.label("optimizer"):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.non_finite.count(finite=True)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What KTO's KL sequences ask of a source."""
+
+    budget: TokenBudget
+
+
+class _FakePasses(Passes):
+    """Two full passes a rank, in fake tensors."""
+
+    def __init__(self, recipe: _Rehearsal, budget: Any) -> None:
+        self.recipe, self.objective, self.budget, self.device = recipe, recipe.objective, budget, CPU
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.source: Any = type(
+            "Source", (), {"budget": TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)}
+        )
+
+    def groups(self) -> list[Group]:
+        """A microbatch of all ranks: a prompt of a fifth of a row, and two responses that fill it."""
+        length = self.budget.tokens_per_row
+        prompt = max(1, length // 5)
+        responses = tuple([1] * ((length - prompt) // 2 + 1) for _ in range(2))
+        group = Group([1] * prompt, responses, scores=(1.0, 0.0), advantages=(1.0, -1.0), id="a full row")
+        if isinstance(self.objective, KTO):
+            group = replace(group, scores=None, advantages=None, labels=(True, False))
+        return [group] * (2 * self.budget.rows_per_pass * self.world_size)
+
+    def over(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
+        with unset_fake_temporarily():
+            laid = [lay_out(groups, planned, self.budget) for planned in pack(groups, self.budget)]
+        for rows in laid:
+            self.label_gradients()
+            yield self._fake(rows), 1
+
+    def _fake(self, rows: Rows) -> Rows:
+        tensors: dict[str, Any] = {name: value for name, value in vars(rows).items() if isinstance(value, Tensor)}
+        tensors = {name: self.recipe.mode.from_tensor(value) for name, value in tensors.items()}
+        fake = replace(rows, **tensors)
+        if self.recipe.settings.device == "cuda":
+            masks: dict[int | None, Any] = fake._masks
+            masks.update(dict.fromkeys({None, *self.recipe.policy.windows}))  # blocks, and few of them
+        return fake
+
+    def label_gradients(self) -> None:
+        for parameter in self.recipe.policy.parameters():
+            if parameter.grad is not None:
+                self.recipe.meter.relabel(parameter.grad, "gradients")
+
+
+class _Window:
+    """A ``WindowedReference`` between two syncs."""
+
+    sync_every = last_sync = 1
+
+    def setup(self, policy: LogProbDecoder, plan: Plan) -> None: ...
+
+    def log_probs(self, rows: Rows) -> Tensor:
+        return torch.zeros(len(rows.targets))
+
+    def before_optimizer_step(self, step: int) -> None: ...
+
+
+def _flash(scale: float | None) -> Any:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    return attention
+
+
+@contextmanager
+def _ranks(count: int) -> Iterator[None]:
+    """A process group in which this process is rank 0, and nobody else is there."""
+    if dist.is_initialized():
+        raise RuntimeError("plan needs a process without a process group")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _as_on(device: str) -> Iterator[None]:
+    """The sizes that the log-prob head works in on that device."""
+    with ExitStack() as stack:
+        if device == "cuda":
+            stack.enter_context(patch.object(head, "_LOGITS_ON_CPU", head._LOGITS_ON_ACCELERATOR))
+        yield

@@ -1,0 +1,200 @@
+"""What a config will take, foretold without taking it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+from ranks import _free_port
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from humanline.planning import rehearse
+from humanline.planning._meter import Meter
+from humanline.planning._plan import report
+
+CONFIGS = ROOT / "configs"
+
+
+def config(name: str, **changes):
+    cfg = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    return cfg
+
+
+# ---- The meter
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_a_storage_counts_from_its_first_byte_to_its_last_reference(fake):
+    meter = Meter(vocabulary=50)
+    with FakeTensorMode() if fake else torch.no_grad(), meter:
+        with meter.label("weights"):
+            weights = torch.zeros(1024, 1024)
+        a = torch.zeros(256, 256)
+        view = a.t()
+        b = a @ a
+        del a, view
+        logits = torch.zeros(1000, 50)
+        assert dict(meter.now) == {"weights": 2**22, "activations": 2**18, "logits": 200_192}  # whole blocks of 512
+        meter.relabel(b, "gradients")
+        del logits
+        weights.untyped_storage().resize_(0)
+    assert +meter.now == {"gradients": 2**18}
+    assert meter.peak == {"weights": 2**22, "activations": 2 * 2**18}  # `a` was gone when the logits came
+    assert meter.flops == 2 * 256**3
+
+
+# ---- The prediction
+
+
+def smollm2(folder: Path) -> Path:
+    """A random model of SmolLM2's shape."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, tie_word_embeddings=True))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_peak_of_smollm2_on_a_cpu_is_as_foretold(tmp_path, ranks):
+    length, rows = 256, 2
+    prompt = length // 5
+    responses = [[[7 + side] * ((length - prompt) // 2 + 1) for side in range(2)] for _ in range(8 * ranks)]
+    data = tmp_path / "groups.jsonl"
+    data.write_text("".join(json.dumps({"prompt": [5] * prompt, "responses": each}) + "\n" for each in responses))
+    cfg = config(
+        "smollm2_135m_dpo",
+        output_dir=str(tmp_path / "out"),
+        tokens_per_row=length,
+        rows_per_pass=rows,
+        batch_size=2 * rows,
+        max_steps_per_epoch=2,
+        run_val_every_n_steps=None,
+        enable_activation_checkpointing=ranks == 2,
+        checkpointer__checkpoint_dir=str(smollm2(tmp_path / "model")),
+        reference___component_="humanline.reference.ModelReference",
+        dataset={"_component_": "humanline.data.encoded_groups", "source": str(data)},
+        dataset_val=None,
+        tokenizer=None,
+    )
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    recipe = f"humanline_dpo_{'single_device' if ranks == 1 else 'distributed'}.py"
+    command = [sys.executable, ROOT / "tests" / "measured_run.py", ROOT / "recipes" / recipe]
+    # Freed tensors go back to the system at once, so that what is measured is what is in use.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    if ranks > 1:
+        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    running = [
+        subprocess.Popen(
+            [*map(str, command), "--config", str(tmp_path / "config.yaml")],
+            env=env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert all("grown by" in output for output in outputs), outputs
+    foretold = rehearse(OmegaConf.load(tmp_path / "config.yaml"), ranks).total
+    for output in outputs:
+        measured = int(re.search(r"grown by (\d+)", output)[1])
+        assert measured == pytest.approx(foretold, rel=0.15)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_weights_gradients_and_states_are_four_copies_of_the_parameters(objective):
+    peak = rehearse(config(f"smollm2_135m_{objective}", rows_per_pass=1), 1).peak
+    parameters = 134_515_008
+    tables = peak["weights"] - 4 * parameters  # of rotary positions
+    assert 0 < tables < 1e7
+    assert peak["gradients"] == pytest.approx(4 * parameters, rel=1e-3)
+    assert peak["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)
+
+
+def test_ranks_divide_what_is_sharded_and_gather_it_layer_by_layer():
+    one, eight = (rehearse(config("llama3_8b_offline"), ranks).peak for ranks in (1, 8))
+    for label in ("weights", "gradients", "optimizer"):
+        assert eight[label] == pytest.approx(one[label] / 8, rel=0.01)
+    layer, output = 218e6 * 2, 128_256 * 4096 * 2
+    assert layer < eight["gathered weights"] < 3 * output + 3 * layer
+
+
+def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
+    base = rehearse(config("smollm2_135m_dpo"), 1).peak
+    checkpointed = rehearse(config("smollm2_135m_dpo", enable_activation_checkpointing=True), 1)
+    assert checkpointed.peak["activations"] < base["activations"] / 4
+    second = rehearse(config("smollm2_135m_dpo", reference___component_="humanline.reference.ModelReference"), 1).peak
+    assert second["reference"] == pytest.approx(2 * 134_515_008, rel=0.05)
+    longer = rehearse(config("smollm2_135m_dpo", enable_activation_checkpointing=True, rows_per_pass=16), 1)
+    assert longer.peak["activations"] > 1.2 * checkpointed.peak["activations"]
+    assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
+
+
+def test_an_adapter_on_a_base_in_4_bits_takes_what_its_config_says():
+    peak = rehearse(config("llama3_8b_qlora"), 1).peak
+    assert peak["weights"] / 1e9 == pytest.approx(5.70 + 4 * 4.19e-2, rel=0.01)
+    assert (peak["gradients"] + peak["optimizer"]) / 1e9 == pytest.approx(12 * 4.19e-2, rel=0.01)
+    assert peak["reference"] / 1e9 == pytest.approx(4 * 4.19e-2, rel=0.01)
+
+
+# ---- The verdict
+
+
+TINY = {
+    "_component_": "torchtune.models.llama3.llama3",
+    **{"vocab_size": 1000, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
+    **{"embed_dim": 64, "intermediate_dim": 256, "max_seq_len": 512},
+}
+
+
+def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():
+    cfg = config("smollm2_135m_dpo")
+    cfg.model = TINY
+    peak = rehearse(cfg, 1).total / 1e9
+    checkpointed = rehearse(OmegaConf.merge(cfg, {"enable_activation_checkpointing": True}), 1).total / 1e9
+    assert checkpointed < 0.6 * peak
+    fits = report(cfg, 1, device_memory=1.1 * peak, tflops=400)
+    assert "It fits" in fits and re.search(rf"peak of a rank +{peak:.2f} GB", fits)
+    checkpoint = report(cfg, 1, device_memory=1.1 * checkpointed, tflops=400)
+    assert "It does not fit" in checkpoint and "by enable_activation_checkpointing=True." in checkpoint
+    more = report(cfg, 1, device_memory=0.6 * checkpointed, tflops=400)
+    assert "enable_activation_checkpointing=True and rows_per_pass=4" in more
+    nothing = report(cfg, 1, device_memory=1e-4, tflops=400)
+    assert "--nproc 8: take an adapter (LoRA, QLoRA)" in nothing
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name("humanline")
+    return subprocess.run([program, "plan", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=180)
+
+
+def test_the_command_takes_a_config_s_name_or_path_and_overrides():
+    for name in ("configs/smollm2_135m_grpo.yaml", "humanline/smollm2_135m_grpo"):
+        done = plan("--config", name, "--nproc", "2", "--tflops", "1", "rows_per_pass=1", "batch_size=3")
+        assert done.returncode == 0, done.stderr
+        assert "2 ranks" in done.stdout and "a pass: 256 tokens" in done.stdout and "up to 3 passes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.yaml"], "--config: there is no file nowhere.yaml"),
+        (["--config", "configs/smollm2_135m_dpo.yaml", "--nproc", "0"], "--nproc: 0 is not above 0"),
+        (["--config", "configs/smollm2_135m_dpo.yaml", "rows_per_pass=0"], "rows_per_pass: 0"),
+        (["--config", "configs/smollm2_135m_dpo.yaml", "batch_sise=2"], "batch_sise: is not a key"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    done = plan(*arguments)
+    assert done.returncode == 1 and f"humanline plan: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
