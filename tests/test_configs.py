@@ -95,7 +95,7 @@ LEARNED = {
 }
 
 # How many responses to a prompt there are at most in what the hub has.
-MOST_RESPONSES = {"princeton-nlp/llama3-ultrafeedback-armorm": 5}
+MOST_RESPONSES = {"princeton-nlp/llama3-ultrafeedback-armorm": 5, "princeton-nlp/gemma2-ultrafeedback-armorm": 5}
 
 
 def header(path: Path) -> str:
@@ -126,7 +126,7 @@ def stated_memory(path: Path, statement: re.Pattern = MEMORY) -> tuple[str | Non
 
 
 def rounded(parameters: int) -> str:
-    return f"{parameters:.2e}".replace("e+0", "e")
+    return f"{parameters:.2e}".replace("e+0", "e").replace("e+", "e")
 
 
 def size(tensor: torch.Tensor) -> int:
