@@ -9,6 +9,9 @@ Every run takes the same number of optimizer steps from the same model, with the
 The offline runs share a dataset: one round of the initial policy over nearly all training prompts.
 
 Started again, it goes on where it was: finished runs are kept, and an unfinished one resumes from its last checkpoint.
+What a run costs is counted in seconds of CPU time, which other work on the machine does not change; with
+OMP_NUM_THREADS=1 they are the seconds that it takes on a core of its own. (What an attempt that was killed has spent is
+not counted; sampling is counted by the clock.)
 Results go into results.json, and into results.png where matplotlib is there.
 """
 
@@ -124,7 +127,7 @@ def run(folder: Path, method: str, seed: int, data: Path) -> None:
     if result.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "epoch_7").is_dir():
+    if not (costs.is_file() and (folder / "epoch_7").is_dir()):
         changes = METHODS[method] | ({"dataset.source": str(data)} if "dataset._component_" in METHODS[method] else {})
         spent = json.loads(costs.read_text()) if costs.is_file() else {}
         new = train(folder, seed, changes)
@@ -148,7 +151,7 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| | pass@1 of each seed, with its 95% interval | mean | s of training | of them sampling | tokens sampled |",
+        "| | pass@1 of each seed, with its 95% interval | mean | CPU s of training | of it sampling | tokens sampled |",
         "|---|---|---|---|---|---|",
     ]
     for method in METHODS:
@@ -158,7 +161,7 @@ def table(found: list[dict[str, Any]]) -> str:
             mean = statistics.mean(pass_at_1(result)[0] for result in mine)
             costs = (
                 statistics.mean(result[key] for result in mine)
-                for key in ("seconds", "sampling_seconds", "tokens_sampled")
+                for key in ("cpu_seconds", "sampling_seconds", "tokens_sampled")
             )
             lines.append(f"| {method} | {each} | {mean:.1%} | " + " | ".join(f"{cost:,.0f}" for cost in costs) + " |")
     return "\n".join(lines)
@@ -179,9 +182,11 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     for method in METHODS:
         mine = [result for result in found if result["method"] == method]
         if mine:
-            minutes = statistics.mean(result["seconds"] for result in mine) / 60
+            minutes = statistics.mean(result["cpu_seconds"] for result in mine) / 60
             axes.scatter([minutes] * len(mine), [100 * pass_at_1(result)[0] for result in mine], label=method)
-    axes.set(xlabel="minutes of training", ylabel="pass@1 on held-out sums, %", title=f"{STEPS} steps, a dot each seed")
+    axes.set(
+        xlabel="CPU minutes of training", ylabel="pass@1 on held-out sums, %", title=f"{STEPS} steps, a dot each seed"
+    )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend()
