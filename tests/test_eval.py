@@ -399,7 +399,7 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
         ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is absent"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
-        ({}, {"reward": {"_component_": "test_eval.Broken", "value": math.nan}}, "did not give each response a finite score"),
+        ({}, {"reward": {"_component_": "test_eval.Broken", "value": math.nan}}, "did not give each response"),
     ],
 )
 def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line, changes, message):
