@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import training
 
@@ -23,7 +22,7 @@ from humanline.planning._meter import Meter, blank
 from humanline.reference import Plan, WindowedReference
 from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Settings, component
 from humanline.training._metrics import MetricSums
-from humanline.training._model import design_model
+from humanline.training._model import design_model, mesh_of
 from humanline.training._non_finite import NonFinite
 from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES
@@ -125,7 +124,7 @@ class _Rehearsal(HumanlineRecipe):
         with unset_fake_temporarily():
             model = design_model(
                 lambda: component(cfg, "model"),
-                mesh=init_device_mesh("cpu", (self.world_size,)) if self.is_sharded else None,
+                mesh=mesh_of(CPU, self.settings.data_parallel_replicate_dim) if self.is_sharded else None,
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],
                 activation_checkpointing=checkpointing,

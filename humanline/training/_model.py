@@ -6,17 +6,36 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 
+from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, adapter_modules, freeze_base
 from humanline.models._adapter import quantized_like
 from humanline.reference._model_reference import local
+
+
+def mesh_of(device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks, to shard over; with several replicas in as many groups of neighbours, each of which has the model.
+
+    Raises:
+        ConfigError: if the ranks do not divide into so many groups.
+    """
+    ranks = dist.get_world_size()
+    if ranks % replicas:
+        raise ConfigError(
+            f"data_parallel_replicate_dim: {ranks} ranks do not divide into {replicas} groups; give a divisor of "
+            f"{ranks}"
+        )
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def build_model(
@@ -39,8 +58,8 @@ def build_model(
         build (Callable[[], TransformerDecoder]): the builder.
         state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, on every rank, the adapter's
             among them; None leaves the parameters uninitialised, for a model that is about to become a copy of another.
-        mesh (DeviceMesh | None): ranks to shard over with FSDP2, whose gradients are reduced in float32; None keeps
-            the model whole, in plain tensors.
+        mesh (DeviceMesh | None): ranks of :func:`mesh_of` to shard over with FSDP2, whose gradients are reduced in
+            float32; None keeps the model whole, in plain tensors.
         device (torch.device): this rank's device.
         param_dtype (torch.dtype): dtype of what trains.
         compute_dtype (torch.dtype): dtype of the forward and backward pass.

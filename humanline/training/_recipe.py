@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
@@ -46,7 +45,7 @@ from humanline.training._export import write_weights
 from humanline.training._held_out import HeldOut, kl_baseline
 from humanline.training._launch import hide_known_warnings, process_group, restarted, start_on_every_device
 from humanline.training._metrics import MetricSums
-from humanline.training._model import build_model, whole_weights
+from humanline.training._model import build_model, mesh_of, whole_weights
 from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
@@ -262,7 +261,7 @@ class HumanlineRecipe(FTRecipeInterface):
             return build_model(
                 lambda: component(cfg, "model"),
                 state_dict,
-                mesh=init_device_mesh(self.device.type, (self.world_size,)) if sharded else None,
+                mesh=mesh_of(self.device, settings.data_parallel_replicate_dim) if sharded else None,
                 device=self.device,
                 compute_dtype=DTYPES[settings.dtype],
                 compile=settings.compile,

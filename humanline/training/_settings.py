@@ -48,6 +48,7 @@ POSITIVE = (
     "batch_size",
     "gradient_accumulation_steps",
     "epochs",
+    "data_parallel_replicate_dim",
     "log_every_n_steps",
     "keep_last_n_checkpoints",
     "stop_after_nonfinite_steps",
@@ -76,6 +77,8 @@ class Settings:
         tokens_per_row (int): length of a row of packed groups, tokens.
         rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of
             activations.
+        data_parallel_replicate_dim (int): over how many groups of ranks the model is repeated; within a group it is
+            sharded (HSDP). One group a node keeps gathering inside of nodes; 1 shards over all ranks.
         clip_grad_norm (float | None): largest gradient norm; None only measures it.
         compile (bool): compile the transformer layers.
         enable_activation_checkpointing (bool): recompute each layer in backward.
@@ -120,6 +123,7 @@ class Settings:
     max_steps_per_epoch: int | None = None
     tokens_per_row: int = 2048
     rows_per_pass: int = 1
+    data_parallel_replicate_dim: int = 1
     clip_grad_norm: float | None = 1.0
     compile: bool = False
     enable_activation_checkpointing: bool = False
