@@ -15,6 +15,7 @@ from ranks import _free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from humanline.errors import ConfigError
 from humanline.planning import rehearse
 from humanline.planning._meter import Meter
 from humanline.planning._plan import report
@@ -27,6 +28,13 @@ def config(name: str, **changes):
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     return cfg
+
+
+TINY = {
+    "_component_": "torchtune.models.llama3.llama3",
+    **{"vocab_size": 1000, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
+    **{"embed_dim": 64, "intermediate_dim": 256, "max_seq_len": 512},
+}
 
 
 # ---- The meter
@@ -147,14 +155,21 @@ def test_an_adapter_on_a_base_in_4_bits_takes_what_its_config_says():
     assert peak["reference"] / 1e9 == pytest.approx(4 * 4.19e-2, rel=0.01)
 
 
+def test_humanline_sampling_can_be_planned():
+    cfg = config("smollm2_135m_grpo", loss__perception="sample", loss__gamma_P=4.0, loss__gamma_R=4.0)
+    cfg.model = TINY
+    assert rehearse(cfg, 1).peak["activations"] > 0
+
+
+def test_an_optimizer_that_computes_with_values_is_named():
+    cfg = config("smollm2_135m_dpo", optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-5})
+    cfg.model = TINY | {"embed_dim": 256}  # torchao quantizes states of some size only
+    del cfg.optimizer["fused"]
+    with pytest.raises(ConfigError, match="optimizer: torchao.optim.AdamW8bit cannot be rehearsed"):
+        rehearse(cfg, 1)
+
+
 # ---- The verdict
-
-
-TINY = {
-    "_component_": "torchtune.models.llama3.llama3",
-    **{"vocab_size": 1000, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2},
-    **{"embed_dim": 64, "intermediate_dim": 256, "max_seq_len": 512},
-}
 
 
 def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():

@@ -1,6 +1,6 @@
 """One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import training
 
 from humanline.data import Group, Rows, TokenBudget, lay_out, pack
+from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, trainable_parameters
 from humanline.models import _log_probs as head
 from humanline.planning._meter import Meter, blank
@@ -68,11 +69,17 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     settings = Settings.from_config(cfg)
     with _ranks(ranks), _as_on(settings.device):
         recipe = _Rehearsal(cfg, sharded=ranks > 1)
-        with recipe.mode, recipe.meter:
-            recipe.setup(cfg)
-            recipe.take_step(1)
-            recipe.meter.forget_peak()
-            recipe.take_step(2)
+        try:
+            with recipe.mode, recipe.meter:
+                recipe.setup(cfg)
+                recipe.take_step(1)
+                recipe.meter.forget_peak()
+                recipe.take_step(2)
+        except DataDependentOutputException as error:
+            raise ConfigError(
+                f"optimizer: {cfg.optimizer._component_} cannot be rehearsed, since it computes with values that fake "
+                "tensors do not have; plan with torch.optim.AdamW, and allow for its states"
+            ) from error
         passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
         tokens = settings.rows_per_pass * settings.tokens_per_row
         return Estimate(dict(recipe.meter.peak), recipe.meter.flops // 2, passes, tokens)
@@ -85,6 +92,7 @@ class _Rehearsal(HumanlineRecipe):
 
     def __init__(self, cfg: DictConfig, sharded: bool) -> None:
         super().__init__(cfg)
+        self.device = CPU
         self.is_sharded = sharded
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         loss = component(cfg, "loss")
@@ -144,6 +152,10 @@ class _Rehearsal(HumanlineRecipe):
             for layer in model.layers:
                 layer.attn._attention_call = _flash(getattr(layer.attn, "scale", None))
         return model
+
+    def _draws(self, microbatch: list[Group], index: int) -> Callable[[Rows], Tensor | None]:
+        sampled = self.objective.loss.perception == "sample"
+        return lambda rows: torch.rand(2, len(rows.targets)) if sampled else None
 
     def take_step(self, step: int) -> None:
         """What the recipe's loop does in a step."""
