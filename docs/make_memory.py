@@ -8,9 +8,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from humanline.planning import rehearse
+from humanline.planning._plan import LABELS
 
 ROOT = Path(__file__).parent.parent
-LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", "activations", "logits")
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 
 

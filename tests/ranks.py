@@ -27,7 +27,7 @@ class Ranks:
         self.log = log
         environment = {"OMP_NUM_THREADS": "1", **environment}
         if nproc > 1:
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(nproc)}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nproc)}
         self.processes = [
             forkserver.Process(target=_rank, args=(str(script), arguments, str(log), environment | _ids(rank, nproc)))
             for rank in range(nproc)
@@ -60,7 +60,7 @@ def _ids(rank: int, nproc: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return one.getsockname()[1]

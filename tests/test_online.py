@@ -174,6 +174,16 @@ def test_rounds_of_another_run_s_policy_are_not_trained_on(trajectory):
         assert len(list((branch.folder / "out" / "rounds").glob("*.abandoned"))) == 12 - (since if branch is run else 0)
 
 
+def test_a_round_that_cannot_be_read_is_named(trajectory):
+    run = online(trajectory("grpo_8_k4"), every=4)
+    run.config["save_every_n_steps"] = 6
+    assert run.train() is None
+    rounds(run)[1].write_text('{"prompt": [1]}\n')
+    shutil.rmtree(run.folder / "out" / "checkpoints" / "step_12")
+    message = run.train("resume_from_checkpoint=latest")
+    assert "round_1.jsonl: cannot be read as a round (KeyError('responses')); delete it" in message
+
+
 def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
     run = online(trajectory("grpo_8_k4"))
     assert run.train() is None
@@ -252,6 +262,9 @@ MISTAKES = {
     "no engine": ({"engine": None}, "engine: is missing"),
     "no reward": ({"reward": None}, "reward: is missing"),
     "one response": ({"source.generations": 1}, "source.generations: 1 makes no group"),
+    "no prompts a round": ({"source.groups_per_round": 0}, "source.groups_per_round: 0 is not a whole number"),
+    "no score": ({"source.desirable_above": "half"}, "source.desirable_above: 'half' is no score"),
+    "no switch": ({"source.overlap": "later"}, "source.overlap: 'later' is neither true nor false"),
     "no rounds": ({"source.every": 0}, "source.every: 0 is not a whole number"),
     "too few prompts": ({"source.groups_per_round": 25}, "a round takes 25 prompts, and 24 of 24 are within"),
     "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),

@@ -10,7 +10,7 @@ from humanline.models._adapter import (
     merge_adapter,
     trainable_parameters,
 )
-from humanline.models._load import check_architecture, load_decoder
+from humanline.models._load import check_architecture, fill_rotary_tables, load_decoder
 from humanline.models._log_probs import token_log_probs
 from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
 from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
@@ -20,6 +20,7 @@ __all__ = [
     "adapter_modules",
     "check_adapter",
     "check_architecture",
+    "fill_rotary_tables",
     "fixed_log_probs",
     "freeze_base",
     "gemma2",

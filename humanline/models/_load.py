@@ -7,7 +7,7 @@ from torchtune.modules.peft import get_adapter_params
 
 from humanline.errors import ConfigError
 
-__all__ = ["check_architecture", "load_decoder"]
+__all__ = ["check_architecture", "fill_rotary_tables", "load_decoder"]
 
 
 def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], checkpoint_dir: str) -> None:
@@ -49,11 +49,16 @@ def load_decoder(
     """
     weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state_dict.items()}
     model.load_state_dict(weights, assign=True)
+    fill_rotary_tables(model, device)
+    return model.eval()
+
+
+def fill_rotary_tables(model: nn.Module, device: torch.device) -> None:
+    """Computes, on a device, what rotary embeddings look up: it is in no state dict."""
     with device:
         for module in model.modules():
-            if hasattr(module, "rope_init"):  # its table is in no state dict
-                module.rope_init()
-    return model.eval()
+            if hasattr(module, "rope_init"):
+                module.rope_init()  # type: ignore[operator]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -25,7 +25,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         peak (Counter[str]): bytes by label at the moment at which all together were the most.
-        flops (int): of matrix products and attention.
+        flops (int): floating-point operations of matrix products and attention.
     """
 
     def __init__(self, vocabulary: int) -> None:

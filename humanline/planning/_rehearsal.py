@@ -1,7 +1,7 @@
 """One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from torchtune import training
 
 from humanline.data import Group, Rows, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, trainable_parameters
+from humanline.models import LogProbDecoder, fill_rotary_tables, trainable_parameters
 from humanline.models import _log_probs as head
 from humanline.planning._meter import Meter, blank
 from humanline.reference import Plan, WindowedReference
@@ -37,7 +37,8 @@ class Estimate:
 
     Attributes:
         peak (dict[str, int]): bytes by what they are for, at the moment at which all together are the most.
-        flops (int): of a pass, forward and backward, with what is recomputed and the reference's forward.
+        flops (int): floating-point operations of a pass, forward and backward, with what is recomputed and the
+            reference's forward.
         passes (int): passes of a step whose groups take a row each.
         tokens (int): tokens of a pass.
     """
@@ -69,17 +70,11 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     settings = Settings.from_config(cfg)
     with _ranks(ranks), _as_on(settings.device):
         recipe = _Rehearsal(cfg, sharded=ranks > 1)
-        try:
-            with recipe.mode, recipe.meter:
-                recipe.setup(cfg)
-                recipe.take_step(1)
-                recipe.meter.forget_peak()
-                recipe.take_step(2)
-        except DataDependentOutputException as error:
-            raise ConfigError(
-                f"optimizer: {cfg.optimizer._component_} cannot be rehearsed, since it computes with values that fake "
-                "tensors do not have; plan with torch.optim.AdamW, and allow for its states"
-            ) from error
+        with recipe.mode, recipe.meter:
+            recipe.setup(cfg)
+            recipe.take_step(1)
+            recipe.meter.forget_peak()
+            recipe.take_step(2)
         passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
         tokens = settings.rows_per_pass * settings.tokens_per_row
         return Estimate(dict(recipe.meter.peak), recipe.meter.flops // 2, passes, tokens)
@@ -137,10 +132,8 @@ class _Rehearsal(HumanlineRecipe):
                 compute_dtype=DTYPES[self.settings.dtype],
                 activation_checkpointing=checkpointing,
             )
-            with training.set_default_dtype(DTYPES[self.settings.dtype]), CPU:
-                for module in model.modules():
-                    if hasattr(module, "rope_init"):  # it computes with values
-                        module.rope_init()  # type: ignore[operator]
+            with training.set_default_dtype(DTYPES[self.settings.dtype]):
+                fill_rotary_tables(model, CPU)  # which computes with values
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -163,8 +156,14 @@ class _Rehearsal(HumanlineRecipe):
         self.passes.label_gradients()
         self._clip_gradients()
         self.reference.before_optimizer_step(step)
-        with self.meter.label("optimizer"):
-            self.optimizer.step()
+        try:
+            with self.meter.label("optimizer"):
+                self.optimizer.step()
+        except DataDependentOutputException as error:
+            raise ConfigError(
+                f"optimizer: {type(self.optimizer).__name__} cannot be rehearsed, since it computes with values that "
+                "fake tensors do not have; plan with torch.optim.AdamW, and allow for its states"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
         self.non_finite.count(finite=True)
 
@@ -182,9 +181,8 @@ class _FakePasses(Passes):
     def __init__(self, recipe: _Rehearsal, budget: Any) -> None:
         self.recipe, self.objective, self.budget, self.device = recipe, recipe.objective, budget, CPU
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.source: Any = type(
-            "Source", (), {"budget": TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)}
-        )
+        limit = TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)
+        self.source = _Source(limit)  # type: ignore[assignment]
 
     def groups(self) -> list[Group]:
         """A microbatch of all ranks: a prompt of a fifth of a row, and two responses that fill it."""
@@ -250,10 +248,7 @@ def _ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _as_on(device: str) -> Iterator[None]:
-    """The sizes that the log-prob head works in on that device."""
-    with ExitStack() as stack:
-        if device == "cuda":
-            stack.enter_context(patch.object(head, "_LOGITS_ON_CPU", head._LOGITS_ON_ACCELERATOR))
-        yield
+def _as_on(device: str) -> AbstractContextManager[Any]:
+    """The log-prob head as it works on a device."""
+    on_gpu = patch.object(head, "_LOGITS_ON_CPU", head._LOGITS_ON_ACCELERATOR)
+    return on_gpu if device == "cuda" else nullcontext()

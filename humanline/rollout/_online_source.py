@@ -51,8 +51,7 @@ class OnlineSource:
     Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
     (``equal_scores``). A round that then has fewer groups than its steps take goes through them again, and has fewer of
     them in a step than it should if that would take one twice: where many are dropped, give it more prompts
-    (``groups_per_round``). With ``desirable_above`` each response has a label of its own,
-    for KTO, and all groups stay.
+    (``groups_per_round``). With ``desirable_above`` each response has a label of its own, for KTO, and all groups stay.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
     run reads it, and samples only what is not there yet or was sampled later than the checkpoint that it goes on from.
@@ -99,13 +98,17 @@ class OnlineSource:
         split: str = "train",
         column_map: Mapping[str, str] | None = None,
     ) -> None:
-        for key, value in (("every", every), ("groups_per_round", groups_per_round or 1)):
+        for key, value in (("every", every), ("groups_per_round", 1 if groups_per_round is None else groups_per_round)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"source.{key}: {value!r} is not a whole number of at least 1")
         if generations < 2:
             raise ConfigError(f"source.generations: {generations!r} makes no group to compare in; give 2 or more")
         if equal_scores not in ("drop", "resample"):
             raise ConfigError(f"source.equal_scores: {equal_scores!r} is not known; choose drop or resample")
+        if isinstance(desirable_above, bool) or not isinstance(desirable_above, int | float | None):
+            raise ConfigError(f"source.desirable_above: {desirable_above!r} is no score; give a number, or null")
+        if not isinstance(overlap, bool):
+            raise ConfigError(f"source.overlap: {overlap!r} is neither true nor false")
         self.all_prompts = read_prompts(prompts, split, column_map)
         self.system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.every = every
@@ -251,8 +254,8 @@ class OnlineSource:
         """What to log of a step's groups.
 
         ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of the rounds that were
-        sampled since the last call, also: the mean ``reward`` of all responses, and the sums of ``dropped`` prompts,
-        ``tokens``, the ``seconds`` of sampling and scoring, and those that training ``waited`` for them.
+        sampled since the last call, under ``rounds/``, also: the mean ``reward`` of all responses, and the sums of
+        ``dropped`` prompts, ``tokens``, the ``seconds`` of sampling and scoring, and those that training ``waited``.
         """
         rounds, self._sampled = self._sampled, []
         metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
@@ -411,6 +414,9 @@ def _write(file: Path, round: _Round) -> None:
 
 
 def _read(file: Path) -> _Round:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
-    return _Round(groups, rows[0]["policy_step"])
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
+        return _Round(groups, rows[0]["policy_step"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as a round ({error!r}); delete it, to have it sampled again") from None

@@ -16,7 +16,7 @@ from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, adapter_modules, freeze_base
+from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base
 from humanline.models._adapter import quantized_like
 from humanline.reference._model_reference import local
 
@@ -79,10 +79,8 @@ def build_model(
     )
     if state_dict is None:
         model.to_empty(device=device)
-    with training.set_default_dtype(compute_dtype), device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):  # its table is in no state dict
-                module.rope_init()  # type: ignore[operator]
+    with training.set_default_dtype(compute_dtype):
+        fill_rotary_tables(model, device)
     if state_dict is not None and mesh is not None:
         # A copy of the dict, since torchtune's main branch empties the one it is given.
         training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)

@@ -584,6 +584,10 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
             start_on_every_device(settings.device, script)
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
+        elif settings.data_parallel_replicate_dim > 1:
+            raise ConfigError(
+                "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
+            )
         with process_group(settings.torch_device), sole_use(settings.output_dir):
             recipe = recipe_type(cfg)
             try:

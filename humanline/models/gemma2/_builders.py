@@ -36,37 +36,17 @@ def gemma2(**shape: Any) -> TransformerDecoder:
 
 
 def lora_gemma2(
-    lora_attn_modules: list[LORA_ATTN_MODULES], apply_lora_to_mlp: bool = False, **shape: Any
-) -> TransformerDecoder:
-    """:func:`gemma2` with LoRA, in the arguments of torchtune's ``lora_gemma2``."""
-    return mend(torchtune_lora_gemma2(lora_attn_modules, apply_lora_to_mlp, **shape))
-
-
-def gemma2_2b() -> TransformerDecoder:
-    """Builder for Gemma 2 2B: 2.61e9 parameters; token ids ``[B, S]`` to logits ``[B, S, 256000]``, ``S <= 8192``."""
-    return gemma2(**_2B)
-
-
-def gemma2_9b() -> TransformerDecoder:
-    """Builder for Gemma 2 9B: 9.24e9 parameters; as :func:`gemma2_2b`."""
-    return gemma2(**_9B)
-
-
-def gemma2_27b() -> TransformerDecoder:
-    """Builder for Gemma 2 27B: 27.2e9 parameters; as :func:`gemma2_2b`."""
-    return gemma2(**_27B)
-
-
-def lora_gemma2_2b(
     lora_attn_modules: list[LORA_ATTN_MODULES],
     apply_lora_to_mlp: bool = False,
+    *,
     lora_rank: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
     quantize_base: bool = False,
+    **shape: Any,
 ) -> TransformerDecoder:
-    """Builder for Gemma 2 2B with LoRA.
+    """Builder for a Gemma 2 of any shape with LoRA.
 
     The output cannot have an adapter, since its weights are those of the embeddings.
 
@@ -79,43 +59,29 @@ def lora_gemma2_2b(
         lora_dropout (float): probability of dropping an input of the adapter in training.
         use_dora (bool): train each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353).
         quantize_base (bool): keep the linear layers of the base in NF4 (https://arxiv.org/abs/2305.14314).
+        **shape (Any): as for :func:`gemma2`.
 
     Returns:
-        TransformerDecoder: as :func:`gemma2_2b`, with adapters.
+        TransformerDecoder: as :func:`gemma2`, with adapters.
     """
-    return _lora(_2B, **locals())
+    return mend(
+        torchtune_lora_gemma2(
+            lora_attn_modules,
+            apply_lora_to_mlp,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_dora=use_dora,
+            quantize_base=quantize_base,
+            **shape,
+        )
+    )
 
 
-def lora_gemma2_9b(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-) -> TransformerDecoder:
-    """Builder for Gemma 2 9B with LoRA; as :func:`lora_gemma2_2b`."""
-    return _lora(_9B, **locals())
-
-
-def lora_gemma2_27b(
-    lora_attn_modules: list[LORA_ATTN_MODULES],
-    apply_lora_to_mlp: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-) -> TransformerDecoder:
-    """Builder for Gemma 2 27B with LoRA; as :func:`lora_gemma2_2b`."""
-    return _lora(_27B, **locals())
-
-
-qlora_gemma2_2b = partial(lora_gemma2_2b, quantize_base=True)
-qlora_gemma2_9b = partial(lora_gemma2_9b, quantize_base=True)
-qlora_gemma2_27b = partial(lora_gemma2_27b, quantize_base=True)
-
-
-def _lora(shape: dict[str, Any], **arguments: Any) -> TransformerDecoder:
-    return lora_gemma2(**shape, **arguments)
+# 2.61e9, 9.24e9 and 27.2e9 parameters, a vocabulary of 256,000, sequences of at most 8192 tokens. The qlora_ builders
+# keep the base in NF4.
+gemma2_2b, gemma2_9b, gemma2_27b = (partial(gemma2, **shape) for shape in (_2B, _9B, _27B))
+lora_gemma2_2b, lora_gemma2_9b, lora_gemma2_27b = (partial(lora_gemma2, **shape) for shape in (_2B, _9B, _27B))
+qlora_gemma2_2b, qlora_gemma2_9b, qlora_gemma2_27b = (
+    partial(lora_gemma2, **shape, quantize_base=True) for shape in (_2B, _9B, _27B)
+)
