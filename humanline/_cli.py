@@ -33,7 +33,9 @@ def main() -> None:
 
 def _plan(arguments: argparse.Namespace) -> str:
     from humanline.planning._plan import report
+    from humanline.training._launch import hide_known_warnings
 
+    hide_known_warnings()
     for name, value in (("nproc", arguments.nproc), ("device-memory", arguments.device_memory)):
         if value <= 0:
             raise ConfigError(f"--{name}: {value} is not above 0")

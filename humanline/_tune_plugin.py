@@ -10,6 +10,8 @@ starts as `tune`, and in no other program. An import hook then waits for torchtu
   `# recipe: humanline_dpo_distributed`, or several, separated by commas.
 - for `tune run`, so does a recipe given by its path, with or without `.py`: the very file the user named runs. Left to
   itself torchtune imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
+- with a humanline recipe, `tune run` starts torchrun so that its c10d rendezvous has a new store at every start. In the
+  one that it keeps by default a node that comes back finds nobody.
 
 `tune validate` takes nothing but paths, so a config's name on its command line is replaced by its path.
 
@@ -64,6 +66,8 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
     recipes = {path.stem: path for path in sorted((_HOME / "recipes").glob("humanline_*.py"))}
     if command == "run":
         recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
+        if not recipes.keys().isdisjoint(arguments):
+            os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     elif command == "validate":
         argv[2:] = [str(configs[name]) if name in configs and not os.path.exists(name) else name for name in arguments]
 

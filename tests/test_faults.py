@@ -114,7 +114,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on(trajectory
             deadline = time.monotonic() + 120
             while max(saved_steps(run), default=0) < 4:
                 assert process.poll() is None and time.monotonic() < deadline, (run.folder / "output.txt").read_text()
-            os.kill(int((run.folder / "out" / ".lock").read_text()), signal.SIGKILL)  # rank 0
+            rank_0 = json.loads((run.folder / "out" / ".lock").read_text())["process"]
+            os.kill(rank_0, signal.SIGKILL)
             assert process.wait(180) == 0, (run.folder / "output.txt").read_text()[-4000:]
         finally:
             process.kill()
@@ -322,9 +323,9 @@ def test_a_second_run_in_the_same_folder_is_refused(trajectory):
     run = saving(trajectory(RUN), every=None)
     with run.start("epochs=1000") as ranks:
         wait_until(lambda: 1 in logged_steps(run), ranks)
-        lock = (run.folder / "out" / ".lock").read_text().strip()
-        assert int(lock) == ranks.processes[0].pid
-        assert f"out is in use by another run (process {lock}); give each run a folder of its own" in run.train()
+        lock = json.loads((run.folder / "out" / ".lock").read_text())
+        assert lock["process"] == ranks.processes[0].pid
+        assert f"is in use by another run (process {lock['process']} on {lock['host']}); give each" in run.train()
         assert ranks.processes[0].is_alive()
 
 

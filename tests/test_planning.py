@@ -161,7 +161,7 @@ def test_humanline_sampling_can_be_planned():
     assert rehearse(cfg, 1).peak["activations"] > 0
 
 
-def test_an_optimizer_that_computes_with_values_is_named():
+def test_an_optimizer_that_cannot_be_rehearsed_is_named():
     cfg = config("smollm2_135m_dpo", optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-5})
     cfg.model = TINY | {"embed_dim": 256}  # torchao quantizes states of some size only
     del cfg.optimizer["fused"]

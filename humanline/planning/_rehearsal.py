@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import training
 
@@ -159,10 +159,10 @@ class _Rehearsal(HumanlineRecipe):
         try:
             with self.meter.label("optimizer"):
                 self.optimizer.step()
-        except DataDependentOutputException as error:
+        except Exception as error:  # it may compute with values, which fake tensors do not have, or compile
             raise ConfigError(
-                f"optimizer: {type(self.optimizer).__name__} cannot be rehearsed, since it computes with values that "
-                "fake tensors do not have; plan with torch.optim.AdamW, and allow for its states"
+                f"optimizer: {type(self.optimizer).__name__} cannot be rehearsed with fake tensors; plan with "
+                "torch.optim.AdamW, and allow for its states"
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
         self.non_finite.count(finite=True)

@@ -11,6 +11,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torchtune import training
 
+from humanline.errors import ConfigError
+
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1, torchrun's c10d rendezvous opens a new store at every start. The plug-in sets it for ``tune run``."""
+
 
 def hide_known_warnings() -> None:
     """Hides what torch says once a process about torchtune's norms: float32 inputs with bfloat16 weights are meant."""
@@ -41,13 +46,20 @@ def launch(processes: int, script: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [*torchrun, script, *arguments])
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes anew, after one of them was lost (``--max-restarts``)."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
+def restarts() -> int:
+    """How often torchrun has started this node's processes anew (``--max_restarts``); each node counts for itself."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launch_id() -> str | None:
+    """torchrun's ``--rdzv_id``, the same on all nodes and over restarts; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def _keeps_its_store() -> bool:
+    """Whether the processes meet in a store of torchrun's own, which outlives them, and not in one of rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 @contextmanager
@@ -55,12 +67,21 @@ def process_group(device: torch.device) -> Iterator[None]:
     """The default process group: torchrun's ranks, or this process alone.
 
     NCCL with gloo for host tensors on CUDA, gloo elsewhere.
+
+    Raises:
+        ConfigError: on several nodes, if torchrun would restart them into a store with the addresses of lost processes.
     """
+    nodes, may_restart = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if nodes > 1 and may_restart and _keeps_its_store():
+        raise ConfigError(
+            "max_restarts: over several nodes a restart needs torchrun with --rdzv_backend c10d, and "
+            f"{NEW_STORE}=1 in its environment on each of them"
+        )
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     if training.is_distributed():
         store, rank, world_size = next(rendezvous("env://"))
-        # tune's torchrun keeps its store over a restart, and with it the addresses of the processes that are gone.
-        store = dist.PrefixStore(f"start_{_restarts()}", store)
+        if _keeps_its_store():  # and with it the addresses of the processes that are gone
+            store = dist.PrefixStore(f"start_{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -43,7 +43,7 @@ from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._held_out import HeldOut, kl_baseline
-from humanline.training._launch import hide_known_warnings, process_group, restarted, start_on_every_device
+from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
 from humanline.training._non_finite import NonFinite
@@ -65,6 +65,7 @@ class HumanlineRecipe(FTRecipeInterface):
 
     Args:
         cfg (DictConfig): the whole config.
+        restarted (bool): whether torchrun has started this very run before: then it goes on by itself.
 
     Raises:
         ConfigError: if a top-level key is missing, unknown, or cannot work.
@@ -74,8 +75,9 @@ class HumanlineRecipe(FTRecipeInterface):
     sharded: ClassVar[bool] = True
     """FSDP2 over all ranks; otherwise one process with plain tensors."""
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, restarted: bool = False) -> None:
         self.settings = Settings.from_config(cfg)
+        self.restarted = restarted
         self.device = self.settings.torch_device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         training.set_seed(seed=self.settings.seed)
@@ -140,7 +142,7 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.resume_from:
             self.step, progress = self.checkpoint.load(self.resume_from)
             self._load_progress(progress)
-        if isinstance(self.source, OnlineSource) and not on_any_rank(restarted())[0]:
+        if isinstance(self.source, OnlineSource) and not self.restarted:
             self.source.set_aside(after=self.step if self.checkpoint.last_saved == self.step else -1)
         profiler = component(cfg, "profiler")
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
@@ -159,7 +161,7 @@ class HumanlineRecipe(FTRecipeInterface):
         asked = self.settings.resume_from_checkpoint
         if not has_checkpoints(self.settings.output_dir):
             return asked
-        if on_any_rank(restarted())[0]:
+        if self.restarted:
             return "latest"
         if not asked:
             raise ConfigError(
@@ -588,8 +590,8 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
             raise ConfigError(
                 "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
             )
-        with process_group(settings.torch_device), sole_use(settings.output_dir):
-            recipe = recipe_type(cfg)
+        with process_group(settings.torch_device), sole_use(settings.output_dir) as restarted:
+            recipe = recipe_type(cfg, restarted)
             try:
                 recipe.setup(cfg)
                 recipe.train()

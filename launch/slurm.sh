@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The same under Slurm, submitted from the clone, with the environment of humanline active:
+#
+#     sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh \
+#         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2
+#
+# A job that Slurm requeues keeps its number, and so goes on from its last checkpoint. Five minutes before its time is
+# over the run is told to write one.
+#SBATCH --job-name humanline
+#SBATCH --ntasks-per-node 1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode append
+#SBATCH --signal TERM@300
+set -euo pipefail
+NODES=$SLURM_JOB_NUM_NODES
+RUN=$SLURM_JOB_ID
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}  # torchrun kills what takes longer to stop
+export NODES RUN HEAD TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+srun --kill-on-bad-exit 0 bash launch/torchrun.sh "$@"
