@@ -12,10 +12,11 @@ from conftest import run as command
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3 import llama3, lora_llama3
+from torchtune.modules.common_utils import NF4Tensor  # torchao moves them
+from torchtune.modules.peft.lora import to_nf4
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError

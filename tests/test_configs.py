@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from test_rewards import write_classifier
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config, training
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.data import Message
 from torchtune.models.llama3 import Llama3Tokenizer, llama3_tokenizer
+from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 from torchtune.training.checkpointing import FormattedCheckpointFiles
 from transformers.convert_slow_tokenizer import TikTokenConverter
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.common_utils import NF4Tensor  # torchao moves them
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
+from torchtune.modules.peft.lora import to_nf4
 
 from humanline.errors import ConfigError
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base
