@@ -5,11 +5,12 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TUNE, logged_steps, wait_until
+from conftest import ROOT, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -103,9 +104,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on(trajectory
     whole.config["batch_size"] //= 2
     whole.train_on(2)
     run = whole.again("restarted")
-    recipe = str(run.recipe.relative_to(ROOT).with_suffix(""))
-    torchrun = ["--nproc_per_node", "2", "--max_restarts", "1"]
-    command = [str(TUNE), "run", *torchrun, recipe, "--config", str(run._write_config())]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
+    command = [sys.executable, *torchrun, str(run.recipe), "--config", str(run._write_config())]
     with open(run.folder / "output.txt", "w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}

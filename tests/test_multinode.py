@@ -130,7 +130,7 @@ def test_a_lost_node_that_comes_back_joins_the_run_and_a_run_whose_nodes_are_all
         nodes.lose(lost)
         nodes.start()
         nodes.wait_until(step_saved(12))
-    with Nodes(run, 1) as nodes:
+    with Nodes(run, 1, RESTARTS="0") as nodes:
         nodes.start(), nodes.start()
         assert nodes.wait() == [0, 0], nodes.output()
     assert_same_end(run, whole, tolerance=1e-6)

@@ -137,6 +137,15 @@ def test_ranks_divide_what_is_sharded_and_gather_it_layer_by_layer():
     assert layer < eight["gathered weights"] < 3 * output + 3 * layer
 
 
+def test_groups_of_ranks_each_hold_the_whole_model():
+    cfg = config("smollm2_135m_dpo")
+    cfg.model = TINY
+    two = rehearse(cfg, 2).peak
+    two_and_two = rehearse(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
+    for label in ("weights", "gradients", "optimizer"):
+        assert two_and_two[label] == two[label]
+
+
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
     base = rehearse(config("smollm2_135m_dpo"), 1).peak
     checkpointed = rehearse(config("smollm2_135m_dpo", enable_activation_checkpointing=True), 1)
