@@ -5,11 +5,12 @@
 
 1. Fetches SmolLM2-135M-Instruct.
 2. Measures pass@1: one sampled response to each of 240 held-out sums.
-3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or kto or grpo.
+3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or kto or grpo;
+   of dpo_lora with `humanline_dpo_single_device`.
 4. Measures again, and prints both with 95% intervals, and some responses before and after.
 
 The training log, the samples and the aligned model (a Hugging Face folder) stay in outputs/smollm2_135m_humanline_dpo
-(_kto, _grpo).
+(_kto, _grpo, _dpo_lora).
 """
 
 import argparse

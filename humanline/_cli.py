@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
-    from humanline.planning._plan import report
+    from humanline.planning._plan import report, with_overrides
     from humanline.training._launch import hide_known_warnings
 
     hide_known_warnings()
@@ -44,9 +44,9 @@ def _plan(arguments: argparse.Namespace) -> str:
         path = _HOME / "configs" / f"{path.name}.yaml"
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}; tune cp hands out the configs that tune ls lists")
-    cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(arguments.overrides))
+    cfg = with_overrides(OmegaConf.load(path), arguments.overrides)  # type: ignore[arg-type]
     head = f"{path}, {arguments.nproc} {'rank' if arguments.nproc == 1 else 'ranks'}\n\n"
-    return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)  # type: ignore[arg-type]
+    return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # The same under Slurm, submitted from the clone, with the environment of humanline active:
 #
 #     sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh \
-#         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2
+#         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2 batch_size=2
 #
 # A job that Slurm requeues keeps its number, and so goes on from its last checkpoint. Five minutes before its time is
 # over the run is told to write one.

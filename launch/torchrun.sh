@@ -2,7 +2,7 @@
 # Trains on several nodes: run this on each of them, with the same variables and arguments.
 #
 #     HEAD=node1:29400 NODES=2 RUN=llama3-dpo launch/torchrun.sh \
-#         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2
+#         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2 batch_size=2
 #
 # HEAD       host and free port of one of the nodes, where they all meet
 # NODES      how many there are

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from humanline.errors import ConfigError
 from humanline.planning import rehearse
 from humanline.planning._meter import Meter
-from humanline.planning._plan import report
+from humanline.planning._plan import report, with_overrides
 
 CONFIGS = ROOT / "configs"
 
@@ -193,6 +193,10 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():
     assert "It does not fit" in checkpoint and "by enable_activation_checkpointing=True." in checkpoint
     more = report(cfg, 1, device_memory=0.6 * checkpointed, tflops=400)
     assert "enable_activation_checkpointing=True and rows_per_pass=4" in more
+    lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
+    overrides = f"enable_activation_checkpointing=True rows_per_pass=4 {lean}".split()
+    least = rehearse(with_overrides(cfg, overrides), 1).total / 1e9
+    assert f"and {lean}." in report(cfg, 1, device_memory=1.1 * least, tflops=400)
     nothing = report(cfg, 1, device_memory=1e-4, tflops=400)
     assert "--nproc 8: take an adapter (LoRA, QLoRA)" in nothing
 
@@ -216,6 +220,10 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
         (["--config", "configs/smollm2_135m_dpo.yaml", "--nproc", "0"], "--nproc: 0 is not above 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "rows_per_pass=0"], "rows_per_pass: 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "batch_sise=2"], "batch_sise: is not a key"),
+        (
+            ["--config", "configs/smollm2_135m_dpo.yaml", "~optimizer.warm"],
+            "override: Could not find key optimizer.warm",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):

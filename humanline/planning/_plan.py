@@ -1,11 +1,12 @@
 """``humanline plan``: does a config fit, and what would make it fit."""
 
-import copy
-from collections.abc import Iterator
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig, OmegaConf
+from torchtune.config._utils import _merge_yaml_and_cli_args
 
+from humanline.errors import ConfigError
 from humanline.planning._rehearsal import Estimate, rehearse
 
 LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", "activations", "logits")
@@ -36,6 +37,8 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
         "",
         verdict(cfg, ranks, device_memory, estimate),
     ]
+    if cfg.get("source") is not None:
+        lines.append("Not counted: a reward model on the same device, and what sampling takes between steps.")
     return "\n".join(lines)
 
 
@@ -54,24 +57,32 @@ def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimat
 
 
 def changes(cfg: DictConfig, ranks: int) -> Iterator[tuple[str, DictConfig, int]]:
-    """What saves memory, cheapest first, each with those before it."""
-    cfg = copy.deepcopy(cfg)
-    steps: list[dict[str, Any]] = []
+    """What saves memory, cheapest first, each with those before it, as it is written behind ``tune run``."""
+    steps: list[list[str]] = []
     if not cfg.get("enable_activation_checkpointing"):
-        steps.append({"enable_activation_checkpointing": True})
+        steps.append(["enable_activation_checkpointing=True"])
     if cfg.reference._component_.endswith("ModelReference") and cfg.get("dataset") is not None:
-        steps.append({"reference._component_": "humanline.reference.WindowedReference"})
+        steps.append(["reference=humanline.reference.WindowedReference"])
     if cfg.get("rows_per_pass", 1) > 1:
-        steps.append({"rows_per_pass": cfg.rows_per_pass // 2})
-    lean = "humanline.training.StochasticAdamW"
+        steps.append([f"rows_per_pass={cfg.rows_per_pass // 2}"])
     if cfg.get("master_dtype", "fp32") == "fp32" and cfg.optimizer._component_ == "torch.optim.AdamW":
-        steps.append({"master_dtype": "bf16", "optimizer._component_": lean})
+        unknown = (f"~optimizer.{key}" for key in ("fused", "foreach") if key in cfg.optimizer)
+        steps.append(["master_dtype=bf16", "optimizer=humanline.training.StochasticAdamW", *unknown])
     for step in steps:
-        for key, value in step.items():
-            OmegaConf.update(cfg, key, value)
-        if lean in step.values():
-            for key in ("fused", "foreach"):
-                cfg.optimizer.pop(key, None)
-        yield " ".join(f"{key}={value}" for key, value in step.items()), cfg, ranks
+        cfg = with_overrides(cfg, step)
+        yield " ".join(step), cfg, ranks
     for more in (2, 4, 8):
         yield f"--nproc {ranks * more}", cfg, ranks * more
+
+
+def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A config with what stands behind ``tune run``: ``key=value`` and ``~key``.
+
+    Raises:
+        ConfigError: if an override is of no such form, or takes away what is not there.
+    """
+    try:
+        plain = Namespace(**OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+        return _merge_yaml_and_cli_args(plain, list(overrides))
+    except ValueError as error:
+        raise ConfigError(f"override: {error}") from error

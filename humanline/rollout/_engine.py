@@ -52,7 +52,7 @@ class TorchtuneEngine:
 
     Args:
         model (TransformerDecoder | LogProbDecoder): a decoder with torchtune's ``MultiHeadAttention`` (Llama 3,
-            Qwen2.5, SmolLM2).
+            Qwen2.5, SmolLM2) or humanline's Gemma 2.
         stop_tokens (Sequence[int]): ids that end a completion.
         batch_size (int): the most completions drawn at a time.
 

@@ -35,11 +35,19 @@ MOST_ATTEMPTS = 8
 
 
 class Engine(Protocol):
-    """What draws completions: token ids in, token ids out."""
+    """What draws completions: token ids in, token ids out.
+
+    One with an attribute ``weights_dir`` that is not None is also told of each round's weights, by
+    ``update(folder, announce=)``; one with a method ``stop`` is told when the run has been asked to end.
+    """
+
+    def setup(self, tokenizer: Any, policy: Any, whole: Callable[[], Any]) -> None:
+        """Called once: with the run's tokenizer, its policy, and a context in which this rank has all its weights."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """The ``params.samples_per_prompt`` completions of each prompt; a seed for each prompt decides its draws."""
 
 
 class OnlineSource:

@@ -79,7 +79,7 @@ def lora_gemma2(
 
 
 # 2.61e9, 9.24e9 and 27.2e9 parameters, a vocabulary of 256,000, sequences of at most 8192 tokens. The qlora_ builders
-# keep the base in NF4.
+# keep the base in NF4. Arguments and what they return are those of gemma2 and lora_gemma2.
 gemma2_2b, gemma2_9b, gemma2_27b = (partial(gemma2, **shape) for shape in (_2B, _9B, _27B))
 lora_gemma2_2b, lora_gemma2_9b, lora_gemma2_27b = (partial(lora_gemma2, **shape) for shape in (_2B, _9B, _27B))
 qlora_gemma2_2b, qlora_gemma2_9b, qlora_gemma2_27b = (
