@@ -36,9 +36,9 @@ def _plan(arguments: argparse.Namespace) -> str:
     from humanline.training._launch import hide_known_warnings
 
     hide_known_warnings()
-    for name, value in (("nproc", arguments.nproc), ("device-memory", arguments.device_memory)):
-        if value <= 0:
-            raise ConfigError(f"--{name}: {value} is not above 0")
+    for name in ("nproc", "device_memory", "tflops"):
+        if (value := getattr(arguments, name)) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not above 0")
     path = Path(arguments.config)
     if arguments.config.startswith("humanline/") and not path.is_file():
         path = _HOME / "configs" / f"{path.name}.yaml"

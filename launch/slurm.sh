@@ -4,8 +4,8 @@
 #     sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh \
 #         recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml data_parallel_replicate_dim=2 batch_size=2
 #
-# A job that Slurm requeues keeps its number, and so goes on from its last checkpoint. Five minutes before its time is
-# over the run is told to write one.
+# Five minutes before its time is over the run is told to write a checkpoint. A job that Slurm requeues keeps its number,
+# by which the run goes on from the last one; so does a new job submitted with the number of the first in RUN.
 #SBATCH --job-name humanline
 #SBATCH --ntasks-per-node 1
 #SBATCH --exclusive
@@ -14,8 +14,8 @@
 #SBATCH --signal TERM@300
 set -euo pipefail
 NODES=$SLURM_JOB_NUM_NODES
-RUN=$SLURM_JOB_ID
+RUN=${RUN:-$SLURM_JOB_ID}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}  # torchrun kills what takes longer to stop
 export NODES RUN HEAD TORCH_ELASTIC_SHUTDOWN_TIMEOUT
-srun --kill-on-bad-exit 0 bash launch/torchrun.sh "$@"
+srun --kill-on-bad-exit=0 bash launch/torchrun.sh "$@"

@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert_same_end(killed, whole, tolerance=0 if nproc == 1 else 1e-6)
 
 
-def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on(trajectory):
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on_and_no_other_run_does(trajectory):
     whole = saving(trajectory(RUN), every=1)
     whole.config["batch_size"] //= 2
     whole.train_on(2)
@@ -122,6 +122,9 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on(trajectory
     assert_same_end(run, whole, tolerance=1e-6)
     steps = logged_steps(run)
     assert len(steps) < 24 + 10 and steps[-1] == 24  # it went on, and did not begin again
+    another = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert another.returncode != 0 and logged_steps(run) == steps
+    assert another.stderr.count("has checkpoints of an earlier run") == 4  # by both ranks, also when started again
 
 
 # ---- Stopped

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import torch
+
+from humanline.training._launch import process_group
+from humanline.training._output_folder import sole_use
+
 SCRIPT = """
 import os, sys
 
@@ -33,3 +38,26 @@ def test_on_a_cpu_this_process_is_the_one_rank(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["0", "of", "1"]
+
+
+def test_a_restart_is_a_start_under_the_same_name_of_a_run_that_took_the_folder_for_its_own(tmp_path, monkeypatch):
+    def restarted(name, resume_from=False, accept=True):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        with sole_use(str(tmp_path), resume_from) as folder:
+            if accept:
+                folder.accept()
+            return folder.restarted
+
+    with process_group(torch.device("cpu")):
+        assert not restarted("one", accept=False)
+        assert not restarted("one")  # it was refused before
+        assert restarted("one")
+        assert not restarted("other", accept=False)
+        assert restarted("one", accept=False)
+        assert not restarted("one", resume_from="step_2")
+        assert restarted("one", resume_from="step_2")
+        assert not restarted("none")  # torchrun's name for a run without one: then its agent's process tells
+        assert restarted("none")
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        with sole_use(str(tmp_path), False) as folder:
+            assert not folder.restarted

@@ -87,7 +87,8 @@ def test_two_nodes_with_a_process_each_have_the_losses_of_the_authors_code(traje
 
 SRUN = """#!/bin/sh
 # Slurm's srun, on the two nodes that this machine is.
-shift 2
+[ "$1" = --kill-on-bad-exit=0 ] || exit 9
+shift
 "$@" & first=$!
 "$@" & wait $! && wait $first
 """

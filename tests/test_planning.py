@@ -191,14 +191,50 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():
     assert "It fits" in fits and re.search(rf"peak of a rank +{peak:.2f} GB", fits)
     checkpoint = report(cfg, 1, device_memory=1.1 * checkpointed, tflops=400)
     assert "It does not fit" in checkpoint and "by enable_activation_checkpointing=True." in checkpoint
-    more = report(cfg, 1, device_memory=0.6 * checkpointed, tflops=400)
-    assert "enable_activation_checkpointing=True and rows_per_pass=4" in more
+    fewer = ["enable_activation_checkpointing=True", "rows_per_pass=4"]
+    half = rehearse(with_overrides(cfg, fewer), 1).total / 1e9
+    assert f"by {' and '.join(fewer)}." in report(cfg, 1, device_memory=1.09 * half, tflops=400)
     lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
-    overrides = f"enable_activation_checkpointing=True rows_per_pass=4 {lean}".split()
+    overrides = f"enable_activation_checkpointing=True rows_per_pass=1 {lean}".split()
     least = rehearse(with_overrides(cfg, overrides), 1).total / 1e9
-    assert f"and {lean}." in report(cfg, 1, device_memory=1.1 * least, tflops=400)
+    assert f"and rows_per_pass=1 and {lean}." in report(cfg, 1, device_memory=1.09 * least, tflops=400)
     nothing = report(cfg, 1, device_memory=1e-4, tflops=400)
-    assert "--nproc 8: take an adapter (LoRA, QLoRA)" in nothing
+    assert "and --nproc 8 batch_size=2: take an adapter (LoRA, QLoRA)" in nothing
+
+
+def test_a_change_that_is_not_needed_is_not_asked_for():
+    cfg = config("smollm2_135m_dpo", data_parallel_replicate_dim=2, enable_activation_checkpointing=True)
+    cfg.model = TINY | {"embed_dim": 512, "intermediate_dim": 4096}  # of which the weights are the most
+    sharded = rehearse(with_overrides(cfg, ["data_parallel_replicate_dim=1"]), 4).total / 1e9
+    assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.1 * sharded, tflops=400)
+    cfg.reference._component_ = "humanline.reference.ModelReference"
+    assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.25 * sharded, tflops=400)
+
+
+def test_a_base_in_4_bits_is_planned_on_several_ranks_too():
+    cfg = config("llama3_8b_qlora")
+    cfg.model.update({"_component_": "torchtune.models.llama3.lora_llama3", "quantize_base": True})
+    cfg.model.update({"vocab_size": 1000, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "embed_dim": 256})
+    cfg.model.update({"intermediate_dim": 512, "max_seq_len": 4096})
+    one, two = (rehearse(cfg, ranks).peak["weights"] for ranks in (1, 2))
+    assert 0.4 * one < two < 0.7 * one
+    with pytest.raises(ConfigError, match="data_parallel_replicate_dim: a base in NF4"):
+        rehearse(with_overrides(cfg, ["data_parallel_replicate_dim=2"]), 2)
+
+
+def test_operations_are_those_of_products_attention_and_the_reference():
+    length, cfg = 256, config("smollm2_135m_dpo", tokens_per_row=256, rows_per_pass=1)
+    cfg.model = TINY
+    layers, width, inner, vocabulary = (
+        TINY[key] for key in ("num_layers", "embed_dim", "intermediate_dim", "vocab_size")
+    )
+    heads = TINY["num_kv_heads"] / TINY["num_heads"]
+    products = 2 * (layers * (2 * width**2 * (1 + heads) + 3 * width * inner)) * length
+    attention = layers * 4 * length**2 * width
+    head = 2 * width * TINY["vocab_size"] * (length - length // 5)
+    window = products + attention + head  # a forward
+    training = 3 * products + 3.5 * attention + 3 * head
+    assert rehearse(cfg, 1).flops == pytest.approx(window + training, rel=0.03)
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
@@ -210,7 +246,11 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
     for name in ("configs/smollm2_135m_grpo.yaml", "humanline/smollm2_135m_grpo"):
         done = plan("--config", name, "--nproc", "2", "--tflops", "1", "rows_per_pass=1", "batch_size=3")
         assert done.returncode == 0, done.stderr
-        assert "2 ranks" in done.stdout and "a pass: 256 tokens" in done.stdout and "up to 3 passes" in done.stdout
+        assert (
+            "2 ranks" in done.stdout
+            and "a pass: 256 tokens" in done.stdout
+            and "3 passes if a group takes a row" in done.stdout
+        )
 
 
 @pytest.mark.parametrize(
@@ -218,6 +258,7 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
     [
         (["--config", "nowhere.yaml"], "--config: there is no file nowhere.yaml"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "--nproc", "0"], "--nproc: 0 is not above 0"),
+        (["--config", "configs/smollm2_135m_dpo.yaml", "--tflops", "0"], "--tflops: 0.0 is not above 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "rows_per_pass=0"], "rows_per_pass: 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "batch_sise=2"], "batch_sise: is not a key"),
         (

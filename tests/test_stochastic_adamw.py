@@ -1,12 +1,18 @@
 """AdamW on bfloat16 weights: small updates survive on average."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import forkserver
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from humanline.errors import ConfigError
 from humanline.training import StochasticAdamW, stochastic_round
+from humanline.training._model import mesh_of
 
 
 @given(st.floats(-(2.0**100), 2.0**100, width=32))
@@ -61,3 +67,31 @@ def test_in_bfloat16_it_moves_as_float32_does_where_rounding_to_nearest_stands_s
 def test_settings_out_of_range_are_refused_by_name(setting, key):
     with pytest.raises(ConfigError, match=f"optimizer.{key}"):
         StochasticAdamW([torch.nn.Parameter(torch.zeros(1))], **setting)
+
+
+def step_of_a_shard(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    mesh = mesh_of(torch.device("cpu"), replicas=2)
+
+    def sharded(value):
+        local = torch.full((512,), value, dtype=torch.bfloat16)
+        return DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
+
+    weight = torch.nn.Parameter(sharded(1.0))
+    weight.grad = sharded(1.0)
+    StochasticAdamW([weight], lr=1e-3).step()
+    torch.save(weight.to_local().detach(), folder / f"{rank}.pt")
+
+
+def test_ranks_that_hold_the_same_shard_round_it_alike(tmp_path):
+    ranks = [forkserver.Process(target=step_of_a_shard, args=(rank, tmp_path)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    weights = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    assert len(weights[0].unique()) == 2
+    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])

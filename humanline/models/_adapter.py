@@ -29,13 +29,15 @@ def has_quantized_base(model: nn.Module) -> bool:
     return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
 
 
-def check_adapter(model: nn.Module, world_size: int) -> None:
+def check_adapter(model: nn.Module, world_size: int, replicas: int) -> None:
     """Checks the layers with an adapter.
 
     Raises:
         ConfigError: if one computes another function in torchtune than everywhere else, or its NF4 base does not
-            divide among ``world_size`` ranks.
+            divide among ``world_size`` ranks, or is to be repeated over ``replicas`` groups of them.
     """
+    if replicas > 1 and has_quantized_base(model):
+        raise ConfigError("data_parallel_replicate_dim: a base in NF4 can only be sharded over all ranks; set it to 1")
     for name, module in adapter_modules(model).items():
         weight = module.weight
         if isinstance(weight, NF4Tensor) and world_size > 1:

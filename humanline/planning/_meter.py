@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,8 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torchtune.modules.common_utils import NF4Tensor
 
 _BLOCK = 512  # bytes; allocators give whole blocks
+
+aten = torch.ops.aten
+FLOPS = flop_registry | {  # torch does not count the flash kernel of CPUs
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 class Meter(TorchDispatchMode):
@@ -25,7 +35,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         peak (Counter[str]): bytes by label at the moment at which all together were the most.
-        flops (int): floating-point operations of matrix products and attention.
+        flops (int): floating-point operations of matrix products and attention, of which each token counts with each.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -42,8 +52,8 @@ class Meter(TorchDispatchMode):
             return NotImplemented  # it comes back with what the subclass is made of
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if packet in FLOPS:
+            self.flops += FLOPS[packet](*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._count(leaf)
@@ -132,6 +142,8 @@ def blank(tensor: Any, device: torch.device) -> Any:
         return tensor
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
+        if isinstance(tensor, NF4Tensor):  # it has its device in writing
+            context = context | {"tensor_meta": replace(context["tensor_meta"], device=device)}
         parts = {name: blank(getattr(tensor, name), device) for name in names}
         return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
     return torch.empty_like(tensor, device=device)

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from math import inf, prod
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.config._utils import _merge_yaml_and_cli_args
@@ -32,7 +34,7 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
     lines += [
         "",
         f"a pass: {estimate.tokens:,} tokens, {estimate.flops / 1e12:.1f} TFLOP a rank",
-        f"a step: up to {estimate.passes} passes, {flops / 1e12:.1f} TFLOP a rank, "
+        f"a step: {estimate.passes} passes if a group takes a row, {flops / 1e12:.1f} TFLOP a rank, "
         f"{flops / 1e12 / tflops:.2f} s at {tflops:g} TFLOP/s",
         "",
         verdict(cfg, ranks, device_memory, estimate),
@@ -42,37 +44,72 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
     return "\n".join(lines)
 
 
+class Change(NamedTuple):
+    """What saves memory: overrides of the config, on so many times as many ranks. Of two of a kind the last counts."""
+
+    kind: str
+    overrides: list[str]
+    times: int = 1
+
+
 def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimate) -> str:
-    """Whether it fits; if not, the fewest of the changes, in the order of their price, that make it fit."""
+    """Whether it fits; if not, the first of the changes, in the order of their price, that make it fit, without those
+    that it does not need."""
     room = device_memory * (1 - SPARE)
     if estimate.total / 1e9 <= room:
         return f"It fits {device_memory:g} GB, of which {room:.1f} GB are counted on."
-    tried: list[str] = []
-    for change, changed, on_ranks in changes(cfg, ranks):
-        tried.append(change)
-        total = rehearse(changed, on_ranks).total / 1e9
-        if total <= room:
-            return f"It does not fit {device_memory:g} GB. It would, with {total:.2f} GB, by {' and '.join(tried)}."
-    return f"It does not fit {device_memory:g} GB, not even by {' and '.join(tried)}: take an adapter (LoRA, QLoRA)."
+    made: list[Change] = []
+    for change in changes(cfg, ranks):
+        made = [other for other in made if other.kind != change.kind] + [change]
+        if (total := _gigabytes(cfg, ranks, made)) <= room:
+            for other in made[:-1]:
+                rest = [each for each in made if each is not other]
+                if (without := _gigabytes(cfg, ranks, rest)) <= room:
+                    made, total = rest, without
+            return f"It does not fit {device_memory:g} GB. It would, with {total:.2f} GB, by {_said(made, ranks)}."
+    return f"It does not fit {device_memory:g} GB, not even by {_said(made, ranks)}: {_last_resort(cfg)}."
 
 
-def changes(cfg: DictConfig, ranks: int) -> Iterator[tuple[str, DictConfig, int]]:
-    """What saves memory, cheapest first, each with those before it, as it is written behind ``tune run``."""
-    steps: list[list[str]] = []
-    if not cfg.get("enable_activation_checkpointing"):
-        steps.append(["enable_activation_checkpointing=True"])
+def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
+    """What saves memory, cheapest first."""
+    if cfg.get("data_parallel_replicate_dim", 1) > 1:
+        yield Change("replicas", ["data_parallel_replicate_dim=1"])
     if cfg.reference._component_.endswith("ModelReference") and cfg.get("dataset") is not None:
-        steps.append(["reference=humanline.reference.WindowedReference"])
-    if cfg.get("rows_per_pass", 1) > 1:
-        steps.append([f"rows_per_pass={cfg.rows_per_pass // 2}"])
-    if cfg.get("master_dtype", "fp32") == "fp32" and cfg.optimizer._component_ == "torch.optim.AdamW":
-        unknown = (f"~optimizer.{key}" for key in ("fused", "foreach") if key in cfg.optimizer)
-        steps.append(["master_dtype=bf16", "optimizer=humanline.training.StochasticAdamW", *unknown])
-    for step in steps:
-        cfg = with_overrides(cfg, step)
-        yield " ".join(step), cfg, ranks
-    for more in (2, 4, 8):
-        yield f"--nproc {ranks * more}", cfg, ranks * more
+        yield Change("reference", ["reference=humanline.reference.WindowedReference"])
+    if not cfg.get("enable_activation_checkpointing"):
+        yield Change("checkpointing", ["enable_activation_checkpointing=True"])
+    rows = cfg.get("rows_per_pass", 1)
+    while rows > 1:
+        rows //= 2
+        yield Change("rows", [f"rows_per_pass={rows}"])
+    whole = cfg.get("dtype", "bf16") == "bf16" and cfg.get("master_dtype", "fp32") == "fp32"
+    if whole and cfg.optimizer._component_ == "torch.optim.AdamW":
+        unknown = [f"~optimizer.{key}" for key in ("fused", "foreach") if key in cfg.optimizer]
+        yield Change("master", ["master_dtype=bf16", "optimizer=humanline.training.StochasticAdamW", *unknown])
+    groups = cfg.get("batch_size", 8)
+    for times in (2, 4, 8):  # the batch of all ranks stays, where it can
+        yield Change("ranks", [f"batch_size={groups // times}"] if groups % times == 0 else [], times)
+
+
+def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change]) -> float:
+    """The peak of a rank after the changes; infinite if the run would be refused."""
+    overrides = [override for change in made for override in change.overrides]
+    try:
+        return rehearse(with_overrides(cfg, overrides), ranks * prod(change.times for change in made)).total / 1e9
+    except ConfigError:
+        return inf
+
+
+def _said(made: list[Change], ranks: int) -> str:
+    nproc = [[f"--nproc {ranks * change.times}"] if change.times > 1 else [] for change in made]
+    return " and ".join(" ".join([*more, *change.overrides]) for more, change in zip(nproc, made, strict=True))
+
+
+def _last_resort(cfg: DictConfig) -> str:
+    builder = cfg.model._component_.rpartition(".")[2]
+    if "qlora" in builder or cfg.model.get("quantize_base"):
+        return "take a smaller model"
+    return "take QLoRA" if "lora" in builder else "take an adapter (LoRA, QLoRA)"
 
 
 def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -17,7 +17,7 @@ from torchtune import training
 
 from humanline.data import Group, Rows, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, fill_rotary_tables, trainable_parameters
+from humanline.models import LogProbDecoder, check_adapter, fill_rotary_tables, fixed_log_probs, trainable_parameters
 from humanline.models import _log_probs as head
 from humanline.planning._meter import Meter, blank
 from humanline.reference import Plan, WindowedReference
@@ -39,7 +39,7 @@ class Estimate:
         peak (dict[str, int]): bytes by what they are for, at the moment at which all together are the most.
         flops (int): floating-point operations of a pass, forward and backward, with what is recomputed and the
             reference's forward.
-        passes (int): passes of a step whose groups take a row each.
+        passes (int): passes of a step if each group takes a row.
         tokens (int): tokens of a pass.
     """
 
@@ -67,6 +67,7 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     Raises:
         ConfigError: if the config cannot work.
     """
+    cfg = OmegaConf.merge(cfg, {"enable_activation_offloading": False})  # type: ignore[assignment]
     settings = Settings.from_config(cfg)
     with _ranks(ranks), _as_on(settings.device):
         recipe = _Rehearsal(cfg, sharded=ranks > 1)
@@ -88,12 +89,15 @@ class _Rehearsal(HumanlineRecipe):
     def __init__(self, cfg: DictConfig, sharded: bool) -> None:
         super().__init__(cfg)
         self.device = CPU
-        self.is_sharded = sharded
+        mesh = mesh_of(CPU, self.settings.data_parallel_replicate_dim)
+        self.mesh = mesh if sharded else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         loss = component(cfg, "loss")
         self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
         with torch.device("meta"):
-            self.meter = Meter(component(cfg, "model").tok_embeddings.num_embeddings)
+            shape = component(cfg, "model")
+        check_adapter(shape, self.world_size, self.settings.data_parallel_replicate_dim)
+        self.meter = Meter(shape.tok_embeddings.num_embeddings)
 
     def setup(self, cfg: DictConfig) -> None:
         settings = self.settings
@@ -101,7 +105,7 @@ class _Rehearsal(HumanlineRecipe):
         self.passes = _FakePasses(self, budget)
         self.reference = component(cfg, "reference")
         if isinstance(self.reference, WindowedReference):
-            self.reference = _Window()  # its table is in host memory
+            self.reference = _Window()
         with self.meter.label("weights"):
             self.policy = self._model(
                 cfg, DTYPES[settings.master_dtype], checkpointing=settings.enable_activation_checkpointing
@@ -127,7 +131,7 @@ class _Rehearsal(HumanlineRecipe):
         with unset_fake_temporarily():
             model = design_model(
                 lambda: component(cfg, "model"),
-                mesh=mesh_of(CPU, self.settings.data_parallel_replicate_dim) if self.is_sharded else None,
+                mesh=self.mesh,
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],
                 activation_checkpointing=checkpointing,
@@ -217,14 +221,15 @@ class _FakePasses(Passes):
 
 
 class _Window:
-    """A ``WindowedReference`` between two syncs."""
+    """A ``WindowedReference`` whose table, in host memory, is left out; what fills it is a forward a pass."""
 
     sync_every = last_sync = 1
 
-    def setup(self, policy: LogProbDecoder, plan: Plan) -> None: ...
+    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
+        self.policy = policy
 
     def log_probs(self, rows: Rows) -> Tensor:
-        return torch.zeros(len(rows.targets))
+        return fixed_log_probs(self.policy, rows)
 
     def before_optimizer_step(self, step: int) -> None: ...
 

@@ -215,7 +215,7 @@ class TrainingCheckpoint:
         """
         path = self._newest() if which is True or which == "latest" else Path(str(which))
         ours = path.resolve().parent == self.folder.resolve()
-        if not ours and self._steps():
+        if not ours and gathered(self._steps(), self.group)[0]:
             raise ConfigError(
                 f"resume_from_checkpoint: {path} is of another folder, and output_dir has checkpoints of its own; give "
                 "the run that goes on from it an output_dir without any"
@@ -256,7 +256,7 @@ class TrainingCheckpoint:
     def load_best(self) -> int | None:
         """Gives the policy the weights of the best checkpoint that is whole, and returns its step; None if there is
         none."""
-        for step in self._best_first():
+        for step in gathered(self._best_first(), self.group)[0]:
             path = self.folder / f"step_{step}"
             if (damage := self._damage(path)) is None:
                 policy = self._state()["policy"]
@@ -289,7 +289,7 @@ class TrainingCheckpoint:
 
     def _newest(self) -> Path:
         """The newest checkpoint that is whole."""
-        for step in reversed(self._steps()):
+        for step in reversed(gathered(self._steps(), self.group)[0]):  # file systems may show ranks other folders
             path = self.folder / f"step_{step}"
             if (damage := self._damage(path)) is None:
                 return path

@@ -8,7 +8,7 @@ from humanline.data import Rows
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of what a rank draws during an optimizer step, so that a resumed run draws the same."""
+    """The seed of what a rank (or a shard) draws during an optimizer step, so that a resumed run draws the same."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

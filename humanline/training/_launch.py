@@ -1,6 +1,7 @@
 """Process groups: one process a device, started here when no launcher did."""
 
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torchtune import training
 from humanline.errors import ConfigError
 
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, torchrun's c10d rendezvous opens a new store at every start. The plug-in sets it for ``tune run``."""
+"""Set to 1, torchrun's c10d rendezvous opens a new store at every start; ``tune run --nnodes`` has it set."""
 
 
 def hide_known_warnings() -> None:
@@ -46,15 +47,12 @@ def launch(processes: int, script: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [*torchrun, script, *arguments])
 
 
-def restarts() -> int:
-    """How often torchrun has started this node's processes anew (``--max_restarts``); each node counts for itself."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def launch_id() -> str | None:
-    """torchrun's ``--rdzv_id``, the same on all nodes and over restarts; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if name == "none" else name
+def launch_name(what: str) -> str | None:
+    """A name that ``what`` has in all starts by one torchrun, or under one ``--rdzv_id``; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # then the agent, this process's parent, is what stays over restarts
+        name = f"{platform.node()} {os.getppid()}"
+    return None if name is None else f"{name} {what}"
 
 
 def _keeps_its_store() -> bool:
@@ -81,7 +79,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if training.is_distributed():
         store, rank, world_size = next(rendezvous("env://"))
         if _keeps_its_store():  # and with it the addresses of the processes that are gone
-            store = dist.PrefixStore(f"start_{restarts()}", store)
+            store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

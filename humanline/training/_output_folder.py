@@ -6,87 +6,123 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch.distributed as dist
 
 from humanline.errors import ConfigError
-from humanline.training._agreement import first_error, gathered, on_any_rank
-from humanline.training._launch import launch_id, restarts
+from humanline.training._agreement import first_error, gathered
+from humanline.training._launch import launch_name
 
 PATIENCE_S = 120
 """How long a restarted run waits for its earlier self: what is left of it on a lost node, or that node's lock."""
+VISIBLE_S = 20
+"""How long a file of one node may take to be seen by another."""
+
+
+class OutputFolder:
+    """A run's folder, which this run alone holds.
+
+    Args:
+        restarted (bool): whether torchrun has started this very run before, and the run had taken the folder for its
+            own. One that was refused, and that torchrun starts again for it, is not restarted.
+    """
+
+    def __init__(self, restarted: bool, lock: "_Lock | None", launches: list[str]) -> None:
+        self.restarted = restarted
+        self._lock = lock
+        self._launches = launches
+
+    def accept(self) -> None:
+        """Marks the folder as this run's, once nothing in it speaks against that."""
+        if self._lock is not None:
+            self._lock.write(self._launches)
 
 
 @contextmanager
-def sole_use(output_dir: str) -> Iterator[bool]:
-    """Holds a run's folder for this run, and tells whether torchrun has started this very run before.
+def sole_use(output_dir: str, resume_from: bool | str) -> Iterator[OutputFolder]:
+    """Holds a run's folder for this run. The lock goes with the process, however that ends.
 
-    The lock goes with the process, however that ends.
+    Args:
+        output_dir (str): the folder.
+        resume_from (bool | str): what the config says to resume from. A start that says something else is another run.
 
     Raises:
         ConfigError: on all ranks, if another run holds it, it cannot be written to, or is not the same for all nodes.
     """
     folder = Path(output_dir)
+    launches = sorted({each for each in gathered(launch_name(f"from {resume_from}")) if each})
     with ExitStack() as held:
-        (again,), holder, error = on_any_rank(restarts() > 0), _holder(), None
+        error, lock, restarted = None, None, False
         if dist.get_rank() == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(folder / ".lock", "a+"))
-                before = _read(file)
-                again |= holder["launch"] is not None and before.get("launch") == holder["launch"]
-                error = _lock(file, holder, patience=PATIENCE_S if again else 0)
+                lock = _Lock(held, folder / ".lock")
+                restarted = not set(launches).isdisjoint(lock.read().get("launches", []))
+                error = lock.take(patience=PATIENCE_S if restarted else 0)
             except OSError as failure:
                 error = f"cannot be written to: {failure}"
         if (error := first_error(error)) is None:
-            error = first_error(_not_shared(folder, gathered(holder)[0]))
+            written, restarted = gathered((lock.read() if lock else {}, restarted))[0]
+            error = first_error(_not_shared(folder, written))
         if error is not None:
             raise ConfigError(f"output_dir: {folder} {error}")
-        yield on_any_rank(again)[0]
+        yield OutputFolder(restarted, lock, launches)
 
 
-def _holder() -> dict[str, Any]:
-    return {"process": os.getpid(), "host": platform.node(), "launch": launch_id()}
+class _Lock:
+    """The file by which rank 0 holds a folder; its first line tells who does, and whose the folder is."""
+
+    def __init__(self, held: ExitStack, path: Path) -> None:
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        held.callback(os.close, self.file)
+
+    def read(self) -> dict[str, Any]:
+        return _first_line(os.pread(self.file, 1 << 20, 0))
+
+    def write(self, launches: list[str]) -> None:
+        who = {"process": os.getpid(), "host": platform.node(), "launches": launches}
+        line = json.dumps(who).encode() + b"\n"
+        os.pwrite(self.file, line, 0)  # in one go, so that a kill leaves the old line or the new one
+        os.ftruncate(self.file, len(line))
+        os.fsync(self.file)
+
+    def take(self, patience: float) -> str | None:
+        """Locks the file and writes this process into it; returns what prevents that."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    other = self.read()
+                    return (
+                        f"is in use by another run (process {other.get('process')} on {other.get('host')}); give each "
+                        "run a folder of its own"
+                    )
+                time.sleep(0.2)
+        self.write(self.read().get("launches", []))
+        return None
 
 
-def _lock(file: TextIO, holder: dict[str, Any], patience: float) -> str | None:
-    """Locks the file and writes this process into it; returns what prevents that."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                other = _read(file)
-                return (
-                    f"is in use by another run (process {other.get('process')} on {other.get('host')}); give each run "
-                    "a folder of its own"
-                )
-            time.sleep(0.2)
-    file.truncate(0)
-    print(json.dumps(holder), file=file, flush=True)
-    os.fsync(file.fileno())
-    return None
-
-
-def _read(file: TextIO) -> dict[str, Any]:
-    """Who has written itself into the file; nobody if it is new, or cannot be read."""
-    file.seek(0)
+def _first_line(content: bytes) -> dict[str, Any]:
+    """Who has written itself into a lock; nobody if it is new, or cannot be read."""
     try:
-        return dict(json.loads(file.read()))
+        return dict(json.loads(content.split(b"\n")[0]))
     except (ValueError, TypeError):
         return {}
 
 
-def _not_shared(folder: Path, holder: dict[str, Any]) -> str | None:
+def _not_shared(folder: Path, written: dict[str, Any]) -> str | None:
     """What is wrong if this rank does not see what rank 0 has written."""
-    try:
-        with open(folder / ".lock") as file:
-            seen = _read(file)
-    except OSError:
-        seen = {}
-    if seen == holder:
-        return None
-    return f"on {platform.node()} is not that of rank 0 on {holder['host']}; give a folder that all nodes share"
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        try:
+            if _first_line((folder / ".lock").read_bytes()) == written:
+                return None
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return f"on {platform.node()} is not that of rank 0 on {written['host']}; give one that all nodes share"
+        time.sleep(0.2)

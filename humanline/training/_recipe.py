@@ -88,6 +88,7 @@ class HumanlineRecipe(FTRecipeInterface):
         """Builds everything in the order in which it can fail cheaply: loss and data first, weights last."""
         settings = self.settings
         self.resume_from = self._resume_from()
+        self.mesh = mesh_of(self.device, settings.data_parallel_replicate_dim) if self.sharded else None
         self.objective = self.objective_type(component(cfg, "loss"))
         self.reference = component(cfg, "reference")
         tokenizer = component(cfg, "tokenizer")
@@ -142,6 +143,8 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.resume_from:
             self.step, progress = self.checkpoint.load(self.resume_from)
             self._load_progress(progress)
+            if self.rank == 0:
+                log.info(f"goes on from step {self.step}")
         if isinstance(self.source, OnlineSource) and not self.restarted:
             self.source.set_aside(after=self.step if self.checkpoint.last_saved == self.step else -1)
         profiler = component(cfg, "profiler")
@@ -159,7 +162,7 @@ class HumanlineRecipe(FTRecipeInterface):
     def _resume_from(self) -> bool | str:
         """What to resume from: what the config says, or after a restart by torchrun what the run itself has left."""
         asked = self.settings.resume_from_checkpoint
-        if not has_checkpoints(self.settings.output_dir):
+        if not gathered(has_checkpoints(self.settings.output_dir))[0]:
             return asked
         if self.restarted:
             return "latest"
@@ -247,7 +250,7 @@ class HumanlineRecipe(FTRecipeInterface):
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
         check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
-        check_adapter(shape, self.world_size)
+        check_adapter(shape, self.world_size, settings.data_parallel_replicate_dim)
         has_adapter = bool(adapter_modules(shape))
         if has_adapter:
             if settings.adapter:
@@ -263,7 +266,7 @@ class HumanlineRecipe(FTRecipeInterface):
             return build_model(
                 lambda: component(cfg, "model"),
                 state_dict,
-                mesh=mesh_of(self.device, settings.data_parallel_replicate_dim) if sharded else None,
+                mesh=self.mesh if sharded else None,
                 device=self.device,
                 compute_dtype=DTYPES[settings.dtype],
                 compile=settings.compile,
@@ -590,10 +593,14 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
             raise ConfigError(
                 "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
             )
-        with process_group(settings.torch_device), sole_use(settings.output_dir) as restarted:
-            recipe = recipe_type(cfg, restarted)
+        with (
+            process_group(settings.torch_device),
+            sole_use(settings.output_dir, settings.resume_from_checkpoint) as folder,
+        ):
+            recipe = recipe_type(cfg, folder.restarted)
             try:
                 recipe.setup(cfg)
+                folder.accept()
                 recipe.train()
             finally:
                 recipe.cleanup()

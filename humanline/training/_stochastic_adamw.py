@@ -2,12 +2,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from humanline.errors import ConfigError
+from humanline.training._draws import step_seed
 
 
 class StochasticAdamW(Optimizer):
@@ -25,8 +25,8 @@ class StochasticAdamW(Optimizer):
         betas (tuple[float, float]): decay of the first and second moment.
         eps (float): added to the root of the second moment.
         weight_decay (float): decoupled weight decay.
-        seed (int): seed of the rounding. The noise of a step depends on seed, rank and step alone, so a resumed run
-            rounds as it would have.
+        seed (int): seed of the rounding. The noise of a step depends on seed, step and shard alone, so a resumed run
+            rounds as it would have, and ranks that hold the same shard round it alike.
 
     Raises:
         ConfigError: if a setting is out of its range.
@@ -63,13 +63,15 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 step = int(state["step"])
-                noise = noise or self._noise(step, parameter.device)
+                noise = noise or self._noise(step, parameter)
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                 self._update(*map(_local, tensors), step=step, noise=noise, **group)
 
-    def _noise(self, step: int, device: torch.device) -> torch.Generator:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return torch.Generator(device).manual_seed((self.seed << 48) ^ (rank << 32) ^ step)
+    def _noise(self, step: int, parameter: Tensor) -> torch.Generator:
+        shard = 0
+        if isinstance(parameter, DTensor):  # the last dimension of the mesh shards; one before it repeats, alike
+            shard = parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)
+        return torch.Generator(parameter.device).manual_seed(step_seed(self.seed, step, shard))
 
     @staticmethod
     def _update(
