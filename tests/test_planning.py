@@ -143,7 +143,7 @@ def test_groups_of_ranks_each_hold_the_whole_model():
     two = rehearse(cfg, 2).peak
     two_and_two = rehearse(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
     for label in ("weights", "gradients", "optimizer"):
-        assert two_and_two[label] == two[label]
+        assert two_and_two[label] == pytest.approx(two[label], rel=0.01)
 
 
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
