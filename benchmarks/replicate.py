@@ -151,7 +151,8 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| | pass@1 of each seed, with its 95% interval | mean | CPU s of training | s of sampling, wall clock | tokens sampled |",
+        "| | pass@1 of each seed, with its 95% interval | mean | CPU s of training | s of sampling, by the clock | "
+        "tokens sampled |",
         "|---|---|---|---|---|---|",
     ]
     for method in METHODS:

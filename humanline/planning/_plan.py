@@ -34,7 +34,8 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
     lines += [
         "",
         f"a pass: {estimate.tokens:,} tokens, {estimate.flops / 1e12:.1f} TFLOP a rank",
-        f"a step: {estimate.passes} passes if a group takes a row, {flops / 1e12:.1f} TFLOP a rank, "
+        f"a step: {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} if a group takes a row, "
+        f"{flops / 1e12:.1f} TFLOP a rank, "
         f"{flops / 1e12 / tflops:.2f} s at {tflops:g} TFLOP/s",
         "",
         verdict(cfg, ranks, device_memory, estimate),
