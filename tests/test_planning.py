@@ -142,8 +142,8 @@ def test_groups_of_ranks_each_hold_the_whole_model():
     cfg.model = TINY
     two = rehearse(cfg, 2).peak
     two_and_two = rehearse(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
-    for label in ("weights", "gradients", "optimizer"):
-        assert two_and_two[label] == pytest.approx(two[label], rel=0.01)
+    assert two_and_two["gradients"] == two["gradients"] and two_and_two["optimizer"] == two["optimizer"]
+    assert two_and_two["weights"] == pytest.approx(two["weights"], abs=512)  # a block, of the mesh's second dimension
 
 
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
@@ -193,6 +193,7 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():
     assert "It does not fit" in checkpoint and "by enable_activation_checkpointing=True." in checkpoint
     fewer = ["enable_activation_checkpointing=True", "rows_per_pass=4"]
     half = rehearse(with_overrides(cfg, fewer), 1).total / 1e9
+    assert half < 0.7 * checkpointed
     assert f"by {' and '.join(fewer)}." in report(cfg, 1, device_memory=1.09 * half, tflops=400)
     lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
     overrides = f"enable_activation_checkpointing=True rows_per_pass=1 {lean}".split()

@@ -23,7 +23,7 @@ VISIBLE_S = 20
 class OutputFolder:
     """A run's folder, which this run alone holds.
 
-    Args:
+    Attributes:
         restarted (bool): whether torchrun has started this very run before, and the run had taken the folder for its
             own. One that was refused, and that torchrun starts again for it, is not restarted.
     """
