@@ -98,6 +98,13 @@ def test_the_policy_of_the_moment_samples(trajectory):
     assert sampled[2][:2] == sampled[0][:2] and sampled[2][-2:] != sampled[0][-2:]
 
 
+def test_a_rank_without_prompts_trains_as_the_others_do(trajectory):
+    run = online(trajectory("dpo_8_k4"), every=2, groups_per_round=1)
+    run.train_on(2)
+    assert {len(file.read_text().splitlines()) for file in rounds(run)} == {1}
+    assert len(run.log()) == 2 * len(rounds(run)) > 12
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("recipe", ["distributed", "single_device"])
 def test_whatever_trains_also_samples(trajectory, recipe, lora):
@@ -365,6 +372,7 @@ def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
         hold.unlink()
         run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == list(range(1, 13))
+    assert len(list((run.folder / "weights").iterdir())) == 1  # the process before left none behind
 
 
 def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):

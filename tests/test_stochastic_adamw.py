@@ -61,6 +61,22 @@ def test_in_bfloat16_it_moves_as_float32_does_where_rounding_to_nearest_stands_s
     assert train(torch.optim.AdamW, torch.bfloat16) == start
 
 
+def test_pieces_change_nothing_but_the_noise(monkeypatch):
+    whole = train_matrix()
+    monkeypatch.setattr("humanline.training._stochastic_adamw.PIECE", 100)
+    assert torch.equal(train_matrix(), whole)  # float32: no noise
+
+
+def train_matrix():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(30, 40).t())  # not contiguous
+    optimizer = StochasticAdamW([weight], lr=1e-3)
+    for _ in range(3):
+        weight.grad = torch.randn(40, 30)
+        optimizer.step()
+    return weight.detach().clone()
+
+
 @pytest.mark.parametrize(
     ("setting", "key"), [({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1e-8}, "eps")]
 )

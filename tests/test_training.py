@@ -296,6 +296,22 @@ MISTAKES = {
         "enable_activation_offloading: True does not work: needs a GPU",
     ),
     "finer compute than weights": ({"master_dtype": "bf16"}, "master_dtype: 'bf16' does not work"),
+    "a seed that torch does not take": ({"seed": 2**32}, "seed: 4294967296 does not work"),
+    "a number for an adapter": ({"adapter": 5}, "adapter: 5 does not work: it is a int; give a str or null"),
+    "no epochs": ({"epochs": 0}, "epochs: 0 does not work: give a whole number of at least 1"),
+    "a warm-up in steps": (
+        {"lr_scheduler": {"_component_": "humanline.training.get_constant_schedule_with_warmup", "warmup_ratio": 10}},
+        "lr_scheduler.warmup_ratio: 10 is no share of the steps",
+    ),
+    "a watch that is not kept": (
+        {"collapse_window": None, "stop_on_collapse": True},
+        "stop_on_collapse: True does not work: nothing watches",
+    ),
+    "a best of nothing": (
+        {"best_checkpoint_metric": "val/loss", "run_val_every_n_steps": 1, "save_every_n_steps": 1},
+        "best_checkpoint_metric: is measured on dataset_val",
+    ),
+    "a reward of nothing": ({"reward": {"_component_": "toys.MeanToken"}}, "reward: has nothing to do beside dataset"),
     "no such device": ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
 }
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from humanline.errors import ConfigError
@@ -30,6 +31,8 @@ __all__ = ["Completion", "TorchtuneEngine"]
 
 # Padded prompt tokens in one pass: enough to keep any device busy, while activations stay small beside the weights.
 _PREFILL_TOKENS = 8192
+# Not cuDNN's, which plans anew for each shape: a step's shape is new with each token.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,9 @@ class TorchtuneEngine:
                     "MultiHeadAttention only; sample from the HF folder with another engine"
                 )
         self._model = model
+        # Called by their forward alone, since what training has put around it (checkpointing, FSDP2's hooks, compiled
+        # code for training's shapes) has nothing to do here, and FSDP2 would take these calls for training's.
+        self._layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in model.layers]
         self._stop_tokens = frozenset(stop_tokens)
         self._batch_size = batch_size
 
@@ -114,8 +120,9 @@ class TorchtuneEngine:
             for start in range(0, params.samples_per_prompt, party)
         )
         capacity = max(map(len, prompts), default=0) + params.max_new_tokens
+        slots = min(self._batch_size, len(prompts) * params.samples_per_prompt)
         rows: list[_Row] = []
-        with attached(self._model, self._batch_size, capacity) as cache:
+        with attached(self._model, slots, capacity) as cache:
             while waiting or rows:
                 # Refilled in bulk: a prefill costs about as much as a step, however few its prompts.
                 if waiting and self._batch_size - len(rows) >= max(party, self._batch_size // 4):
@@ -179,8 +186,9 @@ class TorchtuneEngine:
     def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids ``[B, S]`` to hidden states ``[B, S, D]``, through the cache."""
         hidden = self._model.tok_embeddings(tokens)
-        for layer in self._model.layers:
-            hidden = layer(hidden, input_pos=positions)
+        with sdpa_kernel(_KERNELS):
+            for layer in self._layers:
+                hidden = layer.forward(hidden, input_pos=positions)
         return hidden
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of a running training: every rank writes its shards, and a folder only gets its name once it is whole."""
 
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -84,7 +86,10 @@ class TrainingCheckpoint:
         self.asynchronous = asynchronous
         # A group of its own, so that what the background sends does not mix with what training sends.
         self.group = dist.new_group(backend="gloo")
-        self.background = ThreadPoolExecutor(max_workers=1)
+        # A thread has a current device of its own, which would be the first for every rank.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        on_device = None if device is None else functools.partial(torch.cuda.set_device, device)
+        self.background = ThreadPoolExecutor(max_workers=1, initializer=on_device)
         self.pending: Future[None] | None = None
         self.last_saved: int | None = None
 
@@ -259,7 +264,7 @@ class TrainingCheckpoint:
         for step in gathered(self._best_first(), self.group)[0]:
             path = self.folder / f"step_{step}"
             if (damage := self._damage(path)) is None:
-                policy = self._state()["policy"]
+                policy = get_model_state_dict(self.policy, options=ONLY_TRAINED)
                 dcp.load({"policy": policy}, checkpoint_id=path)
                 set_model_state_dict(self.policy, policy, options=ONLY_TRAINED)
                 return step
@@ -320,13 +325,17 @@ class TrainingCheckpoint:
         return whole
 
     def _steps(self) -> list[int]:
-        names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
-        return sorted(int(name) for name in names if name.isdigit())
+        return _steps_in(self.folder)
 
 
 def has_checkpoints(output_dir: str) -> bool:
     """Whether a run left any checkpoint in its folder."""
-    return any(path.name.removeprefix("step_").isdigit() for path in (Path(output_dir) / "checkpoints").glob("step_*"))
+    return bool(_steps_in(Path(output_dir) / "checkpoints"))
+
+
+def _steps_in(folder: Path) -> list[int]:
+    names = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _damage(path: Path, rank: int, world_size: int) -> str | None:

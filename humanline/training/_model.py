@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
@@ -77,13 +77,16 @@ def build_model(
         activation_checkpointing=activation_checkpointing,
         compile=compile,
     )
-    if state_dict is None:
+    quantized = any(isinstance(local(parameter), NF4Tensor) for parameter in model.parameters())
+    if state_dict is None or (mesh is not None and not quantized):
         model.to_empty(device=device)
     with training.set_default_dtype(compute_dtype):
         fill_rotary_tables(model, device)
-    if state_dict is not None and mesh is not None:
+    if state_dict is not None and mesh is not None and quantized:
         # A copy of the dict, since torchtune's main branch empties the one it is given.
         training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
+    elif state_dict is not None and mesh is not None:
+        _load_shards(model, state_dict, device)
     elif state_dict is not None:
         _load(model, state_dict, device)
     training.validate_no_params_on_meta_device(model)
@@ -126,6 +129,15 @@ def _shard(model: LogProbDecoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which
     # would outlive the optimizer step or sync that changes their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def _load_shards(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:
+    """Copies this rank's shard of each weight. Nothing is sent and nothing cast whole, since each rank has the file."""
+    for name, sharded in model.state_dict().items():
+        weight = state_dict[name].to(device)
+        weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements, src_data_rank=None)
+        local(sharded).copy_(local(weight))
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:

@@ -2,10 +2,8 @@
 
 import math
 import os
-import shutil
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +40,7 @@ from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
 from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
+from humanline.training._hand_over import HandOver
 from humanline.training._held_out import HeldOut, kl_baseline
 from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
@@ -106,7 +105,6 @@ class HumanlineRecipe(FTRecipeInterface):
 
         self.policy = self._setup_models(cfg)
         self.engine: Any = None
-        self.handed_over: Path | None = None
         if isinstance(self.source, OnlineSource):
             self.engine = component(cfg, "engine")
             self.engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
@@ -114,7 +112,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 self.engine,
                 component(cfg, "reward"),
                 self.objective.examples,
-                self._hand_over,
+                HandOver(self.engine, lambda folder: self._write_to(folder, merged=True), settings.output_dir),
                 settings.output_dir,
                 total_steps=self.total_steps,
             )
@@ -186,6 +184,7 @@ class HumanlineRecipe(FTRecipeInterface):
             "reference": type(self.reference).__name__,
             "sync_every": self.reference.sync_every,
             "model": OmegaConf.to_container(cfg.model, resolve=True),
+            "loss": OmegaConf.to_container(cfg.loss, resolve=True),
         }
 
     def _setup_source(self, cfg: DictConfig, tokenizer: Any, shape: TransformerDecoder) -> OfflineSource | OnlineSource:
@@ -338,7 +337,8 @@ class HumanlineRecipe(FTRecipeInterface):
                 evaluated = _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps
                 held_out = self.evaluate() if evaluated else {}
                 # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
-                if self.step % self.source.steps_per_epoch == 0:
+                # One that is to stop resumes at it, and writes them then.
+                if self.step % self.source.steps_per_epoch == 0 and not stop:
                     self.save_checkpoint()
                 if _every(settings.save_every_n_steps, self.step):
                     self._save_state(held_out.get(settings.best_checkpoint_metric or ""))
@@ -515,33 +515,6 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _write_to(self, folder: Path, merged: bool) -> str | None:
         return write_weights(folder, self.policy, self.checkpointer, dtypes=self.weight_dtypes, merged=merged)
-
-    def _hand_over(self, round: int) -> None:
-        """Writes the policy for an engine outside of this process, and has it loaded; the round before goes."""
-        where = getattr(self.engine, "weights_dir", None)
-        if where is None:
-            return
-        assert isinstance(self.source, OnlineSource)
-        # Servers remember what they have loaded by its path, beyond the end of a run.
-        name = [f"round_{round}_{uuid.uuid4().hex[:8]}"]
-        dist.broadcast_object_list(name)
-        folder, before = Path(where) / name[0], self.handed_over
-        self.handed_over = folder
-        error = self._write_to(folder, merged=True)
-        if error is not None:
-            raise TrainingError(f"step {self.step}: the weights of round {round} could not be written: {error}")
-        for rank in (0, 1):  # rank 0 announces them; the others then only look
-            refusal: Exception | None = None
-            if (self.rank > 0) == (rank > 0):
-                try:
-                    self.engine.update(folder, announce=self.rank == 0)
-                except (ConfigError, TrainingError) as failure:
-                    refusal = failure
-            for each in gathered(refusal, self.source.ranks):
-                if each is not None:
-                    raise each
-        if self.rank == 0 and before is not None:
-            shutil.rmtree(before, ignore_errors=True)
 
     def _save_best(self) -> None:
         """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""

@@ -4,7 +4,8 @@ import inspect
 import os
 import sys
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -32,26 +33,6 @@ COMPONENTS = (
     "lr_scheduler",
     "metric_logger",
     "profiler",
-)
-SWITCHES = (
-    "shuffle",
-    "compile",
-    "enable_activation_checkpointing",
-    "enable_activation_offloading",
-    "log_peak_memory_stats",
-    "save_adapter_weights_only",
-    "enable_async_checkpointing",
-    "stop_on_collapse",
-    "optimizer_in_bwd",
-)
-POSITIVE = (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "epochs",
-    "data_parallel_replicate_dim",
-    "log_every_n_steps",
-    "keep_last_n_checkpoints",
-    "stop_after_nonfinite_steps",
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "loss", "reference", "optimizer", "metric_logger")
 OFFLINE, ONLINE = ("dataset",), ("source", "engine", "reward", "tokenizer")
@@ -146,7 +127,11 @@ class Settings:
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
-        """Reads the settings of a whole config, and checks that its components are there and that no key is unknown."""
+        """Reads the settings of a whole config, and checks that its components are there and that no key is unknown.
+
+        Raises:
+            ConfigError: naming a key that is unknown, missing, or contradicts another.
+        """
         known = {f.name: f for f in fields(cls)}
         values = {str(key): cfg[key] for key in cfg if key not in COMPONENTS}
         for key in values:
@@ -161,18 +146,21 @@ class Settings:
         for key in (*REQUIRED_COMPONENTS, *(ONLINE if online else OFFLINE)):
             if not is_given(cfg, key):
                 raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
+        for key in () if online else ("engine", "reward"):
+            if is_given(cfg, key):
+                raise ConfigError(f"{key}: has nothing to do beside dataset; remove it, or give source for dataset")
+        if values.get("best_checkpoint_metric") and not is_given(cfg, "dataset_val"):
+            raise ConfigError("best_checkpoint_metric: is measured on dataset_val, which is not given; add it")
         return cls(**values)
 
     def __post_init__(self) -> None:
-        for key, kind in (("output_dir", str), ("device", str), ("seed", int), *((key, bool) for key in SWITCHES)):
-            value = getattr(self, key)
-            self._check(key, type(value) is kind, f"it is a {type(value).__name__}; give a {kind.__name__}")
-        for key in POSITIVE:
-            self._check(key, _positive_int(getattr(self, key)), "give a whole number of at least 1")
-        self._check("seed", self.seed >= 0, "give a whole number of at least 0")
-        for key in ("max_steps_per_epoch", "run_val_every_n_steps", "save_every_n_steps", "collapse_window"):
-            value = getattr(self, key)
-            self._check(key, value is None or _positive_int(value), "give a whole number of at least 1, or null")
+        for field in fields(self):
+            key, value = field.name, getattr(self, field.name)
+            kinds = get_args(field.type) or (field.type,)
+            self._check(key, _is_one_of(value, kinds), f"it is a {type(value).__name__}; give a {_named(kinds)}")
+            if int in kinds and value is not None and key != "seed":
+                self._check(key, value >= 1, "give a whole number of at least 1")
+        self._check("seed", 0 <= self.seed < 2**32, "give a whole number of at least 0 and below 2^32")
         for key in ("dtype", "master_dtype"):
             value = getattr(self, key)
             remedy = "float16 has too narrow a range to train in" if value == "fp16" else "choose one"
@@ -192,12 +180,16 @@ class Settings:
         self._check(
             "collapse_window", window is None or window >= 8, "its two halves need 4 entries each; give 8 or more"
         )
+        self._check(
+            "stop_on_collapse",
+            window is not None or not self.stop_on_collapse,
+            "nothing watches for a collapse with collapse_window: null; set it to 50",
+        )
         modes = self.best_checkpoint_mode in ("max", "min")
         self._check("best_checkpoint_mode", modes, "choose max or min")
         self._check_best_checkpoint_metric()
         limit = self.clip_grad_norm
-        above = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0
-        self._check("clip_grad_norm", limit is None or above, "give a norm above 0, or null to only measure it")
+        self._check("clip_grad_norm", limit is None or limit > 0, "give a norm above 0, or null to only measure it")
         offload = self.enable_activation_offloading
         self._check(
             "enable_activation_offloading",
@@ -280,12 +272,15 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}; correct its arguments") from error
 
 
-def _positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value is of a type; an int is a float, but a bool is no int."""
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _named(kinds: tuple[Any, ...]) -> str:
+    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    from difflib import get_close_matches
-
     close = get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -9,15 +9,17 @@ from torch.optim import Optimizer
 from humanline.errors import ConfigError
 from humanline.training._draws import step_seed
 
+PIECE = 1 << 24  # elements; large enough to keep a GPU busy
+
 
 class StochasticAdamW(Optimizer):
     """AdamW whose weights and moments stay in their own dtype, bfloat16 rounded stochastically: 8 bytes a parameter
     with its gradient.
 
-    The update is computed in float32. Rounding up with a probability equal to the fraction cut off keeps updates far
-    below a bfloat16 step alive on average, where rounding to nearest loses them all. The moments are rounded in the
-    same way, since a second moment that changes by one part in a thousand a step would otherwise never change at all.
-    Works on FSDP2's sharded parameters, each rank on its own shard.
+    The update is computed in float32, a piece of a tensor at a time. Rounding up with a probability equal to the
+    fraction cut off keeps updates far below a bfloat16 step alive on average, where rounding to nearest loses them all.
+    The moments are rounded in the same way, since a second moment that changes by one part in a thousand a step would
+    otherwise never change at all. Works on FSDP2's sharded parameters, each rank on its own shard.
 
     Args:
         params (Iterable[Any]): parameters or parameter groups.
@@ -65,7 +67,8 @@ class StochasticAdamW(Optimizer):
                 step = int(state["step"])
                 noise = noise or self._noise(step, parameter)
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                self._update(*map(_local, tensors), step=step, noise=noise, **group)
+                for piece in zip(*map(_pieces, tensors), strict=True):
+                    self._update(*piece, step=step, noise=noise, **group)
 
     def _noise(self, step: int, parameter: Tensor) -> torch.Generator:
         shard = 0
@@ -122,5 +125,8 @@ def _store(target: Tensor, values: Tensor, noise: torch.Generator) -> None:
     target.copy_(stochastic_round(values.clone(), noise) if target.dtype == torch.bfloat16 else values)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of this rank's shard of at most about ``PIECE`` elements, rows of it: float32 copies are made of one."""
+    shard = torch.atleast_1d(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    rows = PIECE * len(shard) // max(1, shard.numel())
+    return shard.split(max(1, rows))
