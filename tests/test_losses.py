@@ -270,6 +270,31 @@ def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(o
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_sampling_keeps_every_loss_s_value_without_gradient_too(objective):
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    settings = {
+        "sample": BOUNDS | {"perception": "sample", "gamma_P": 2.0, "gamma_R": 5.0},
+        "none": {"perception": "none"},
+        "clip": BOUNDS,
+    }
+    with torch.no_grad():
+        value = {name: losses_of(each)[objective](policy, reference, mask, draws) for name, each in settings.items()}
+    assert value["sample"] == value["none"] != value["clip"]
+
+
+def test_sampling_keeps_the_kl_baseline():
+    policy, reference = torch.tensor([[2.0, 1.0], [0.5, 0.0]]), torch.zeros(2, 2)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    sample = BOUNDS | {"perception": "sample", "gamma_P": 2.0, "gamma_R": 5.0}
+    baseline = {
+        name: HumanlineKTOLoss(**settings).kl_baseline(policy, reference, mask).item()
+        for name, settings in (("sample", sample), ("none", {"perception": "none"}), ("clip", BOUNDS))
+    }
+    assert baseline == {"sample": 1.75, "none": 1.75, "clip": pytest.approx(0.6)}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
 def test_sampling_with_large_gammas_has_the_gradients_of_a_detached_clip(objective):
     policy, reference, mask = random_responses()
     draws = torch.rand(2, *policy.shape)

@@ -63,6 +63,8 @@ class PerceptualLoss(nn.Module):
             log_ratio (Tensor): ``l_t``, ``[B, S]``.
             draws (Tensor | None): for ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
         """
+        if self.perception == "clip":
+            return humanline_clip(log_ratio, *self.bounds)
         if self.perception == "sample" and log_ratio.requires_grad:  # it changes gradients only
             return humanline_sample(log_ratio, *self.bounds, self.gamma_P, self.gamma_R, draws)
-        return humanline_clip(log_ratio, *self.bounds)
+        return log_ratio
