@@ -16,9 +16,8 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base
+from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base, local_shard
 from humanline.models._adapter import quantized_like
-from humanline.reference._model_reference import local
 
 
 def mesh_of(device: torch.device, replicas: int) -> DeviceMesh:
@@ -206,7 +205,7 @@ def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtyp
     weights = model.state_dict()
     for name, dtype in dtypes.items():
         tensor = weights[name]
-        if isinstance(local(tensor), NF4Tensor):
+        if isinstance(local_shard(tensor), NF4Tensor):
             tensor = _dequantized(tensor)
         tensor = tensor.to(dtype)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -216,5 +215,5 @@ def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtyp
 
 
 def _dequantized(tensor: Tensor) -> Tensor:
-    weight: Tensor = local(tensor).get_original_weight()  # type: ignore[attr-defined]
+    weight: Tensor = local_shard(tensor).get_original_weight()  # type: ignore[attr-defined]
     return DTensor.from_local(weight, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else weight

@@ -34,7 +34,7 @@ from humanline.models import (
     log_probs,
     trainable_parameters,
 )
-from humanline.reference import Plan
+from humanline.reference import RunContext
 from humanline.rollout import OnlineSource, Stopped
 from humanline.training._adapter_files import read_adapter
 from humanline.training._agreement import gathered, on_any_rank
@@ -281,14 +281,14 @@ class HumanlineRecipe(FTRecipeInterface):
         )
         # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
         reference_weights = weights if has_adapter else None
-        plan = Plan(
+        context = RunContext(
             new_model=lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]),
             passes=None if isinstance(self.source, OnlineSource) else self.passes.of_step,
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
         )
-        self.reference.setup(policy, plan)
+        self.reference.setup(policy, context)
         if self.rank == 0:
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
