@@ -131,6 +131,15 @@ def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
     ]
 
 
+def test_several_values_a_token_are_scattered_as_each_alone():
+    budget = RowBudget(tokens_per_row=16)
+    groups = [Group(prompt=[1, 2], responses=([3, 4], [5, 6, 7])), Group(prompt=[8], responses=([9],))]
+    rows = lay_out(groups, pack(groups, budget)[0], budget)
+    values = torch.arange(1.0, 13.0).view(2, 6)
+    assert rows.per_response(values[0]).tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
+    assert torch.equal(rows.per_response(values), torch.stack([rows.per_response(each) for each in values]))
+
+
 def test_a_group_longer_than_a_row_repeats_its_prompt_within_one_pass():
     group = Group(prompt=[1] * 6, responses=([2] * 5, [3] * 5))
     (planned,) = pack([group], RowBudget(tokens_per_row=10, rows_per_pass=2))

@@ -115,8 +115,9 @@ class Rows:
         return visible(row, row, at[None, :, None], at[None, None, :])
 
     def per_response(self, values: Tensor) -> Tensor:
-        """Scatters one value a response token, ``[N]``, to ``[B, S]``, zero where ``mask`` is False. Differentiable."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+        """Scatters one value a response token to its response: ``[..., N]`` to ``[..., B, S]``, zero where ``mask`` is
+        False. Differentiable."""
+        return values.new_zeros(*values.shape[:-1], *self.mask.shape).masked_scatter(self.mask, values)
 
 
 def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:

@@ -42,7 +42,7 @@ from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
 from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
-from humanline.training._held_out import HeldOut, kl_baseline
+from humanline.training._held_out import HeldOut
 from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
@@ -366,7 +366,7 @@ class HumanlineRecipe(FTRecipeInterface):
         sums = MetricSums(self.device)
         for index, normalizer in enumerate(self.objective.normalizers(batch)):
             kl_passes = self._with_reference(self.passes.kl_share(batch[index]))
-            kl = kl_baseline(self.objective, self.policy, kl_passes)
+            kl = self.objective.kl_baseline(self.policy, kl_passes)
             draw = self._draws(batch[index], index)
             for rows, weight, reference_logps in self._with_reference(self.passes.share(batch[index])):
                 with self.activations:
