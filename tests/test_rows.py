@@ -121,7 +121,7 @@ def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
     assert rows.tokens.tolist() == [[1, 2, 3, 5, 6]]
     assert rows.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert rows.targets.tolist() == [3, 4, 5, 6, 7]
-    assert rows.sources.tolist() == [1, 2, 1, 3, 4]
+    assert rows.predictors.tolist() == [1, 2, 1, 3, 4]
     assert rows.attention_mask()[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
