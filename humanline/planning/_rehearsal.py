@@ -50,6 +50,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes of the peak, of all labels together."""
         return sum(self.peak.values())
 
 
