@@ -248,15 +248,15 @@ class KTO(Objective):
     def imbalance_warning(self, dataset: GroupDataset) -> str | None:
         desirable = sum(sum(group.labels or ()) for group in dataset)
         undesirable = self.num_terms(dataset.groups) - desirable
-        gains, losses = self.loss.desirable_weight * desirable, self.loss.undesirable_weight * undesirable
-        if losses <= gains <= losses * 4 / 3:
-            return None
         counts = f"{desirable:,} desirable and {undesirable:,} undesirable examples"
         if not (desirable and undesirable):
             return f"dataset: {counts}; KTO has nothing to set one kind against"
+        ratio = self.loss.desirable_weight * desirable / (self.loss.undesirable_weight * undesirable)
+        if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:  # 1.16 * 25 is below 29 in floating point
+            return None
         low = self.loss.undesirable_weight * undesirable / desirable
         return (
-            f"loss.desirable_weight: {counts} weigh {gains / losses:.3g} to 1, which is outside [1, 4/3]; set it "
+            f"loss.desirable_weight: {counts} weigh {ratio:.3g} to 1, which is outside [1, 4/3]; set it "
             f"between {math.ceil(low * 1e4) / 1e4} and {math.floor(low * 4e4 / 3) / 1e4}"
         )
 
