@@ -33,7 +33,6 @@ class ModelReference(Reference):
         """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
         return fixed_log_probs(self.model, rows)
 
-    @torch.no_grad()
     def sync(self, step: int) -> None:
         """Copies what trains in the policy, each rank its own shards."""
         self._copy(trainable_parameters(self.policy))
@@ -52,6 +51,7 @@ class ModelReference(Reference):
         weights = self.model.state_dict()
         return {name: weights[name] for name in trainable_parameters(self.policy)}
 
+    @torch.no_grad()
     def _copy(self, weights: Mapping[str, Tensor]) -> None:
         for name, mine in self._weights().items():
             local_shard(mine).copy_(local_shard(weights[name]))
