@@ -66,7 +66,7 @@ def humanline(steps: int, reference: Any) -> Iterator[float]:
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
     from humanline.losses import HumanlineDPOLoss
     from humanline.models import log_probs, smollm2_135m
-    from humanline.reference import Plan
+    from humanline.reference import RunContext
     from humanline.training import DPO
     from humanline.training._launch import process_group
     from humanline.training._model import build_model
@@ -95,14 +95,14 @@ def humanline(steps: int, reference: Any) -> Iterator[float]:
             return (lay_out(microbatch, planned, budget) for planned in pack(microbatch, budget))
 
         policy = model(torch.float32, smollm2_135m().state_dict(), checkpointing=True)
-        plan = Plan(
+        context = RunContext(
             new_model=lambda: model(torch.bfloat16),
             passes=passes,
             total_steps=steps + 1,  # so that the last step takes a window too
             resumes=False,
             fingerprint=lambda: "",
         )
-        reference.setup(policy, plan)
+        reference.setup(policy, context)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
         objective = DPO(HumanlineDPOLoss())
         for step in range(1, steps + 1):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from humanline.planning import rehearse
-from humanline.planning._plan import LABELS
+from humanline.planning import LABELS, rehearse
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"

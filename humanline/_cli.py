@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from humanline._tune_plugin import _HOME
+from humanline._home import HOME
 from humanline.errors import ConfigError, DataError
 
 
@@ -19,11 +19,18 @@ def main() -> None:
         help="what a config needs of each GPU, without one",
         description="Runs a step of the recipe on fake tensors, as one of N ranks, and prints what it takes.",
     )
-    plan.add_argument("--config", required=True, help="a config file, or the name of one of humanline's")
+    plan.add_argument(
+        "--config", required=True, help="a config file, or a name as tune ls lists it: humanline/llama3_8b_offline"
+    )
     plan.add_argument("--nproc", type=int, default=1, help="processes of the run (default: 1)")
     plan.add_argument("--device-memory", type=float, default=80.0, help="memory of a GPU in GB (default: 80)")
     plan.add_argument("--tflops", type=float, default=400.0, help="what a GPU reaches, TFLOP/s (default: 400)")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="as behind tune run")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config overrides, as for tune run: key=value, or ~key to remove a key",
+    )
     arguments = parser.parse_args()
     try:
         print(_plan(arguments))
@@ -32,8 +39,8 @@ def main() -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
-    from humanline.planning._plan import report, with_overrides
-    from humanline.training._launch import hide_known_warnings
+    from humanline.planning import report, with_overrides
+    from humanline.training import hide_known_warnings
 
     hide_known_warnings()
     for name in ("nproc", "device_memory", "tflops"):
@@ -41,7 +48,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             raise ConfigError(f"--{name.replace('_', '-')}: {value} is not above 0")
     path = Path(arguments.config)
     if arguments.config.startswith("humanline/") and not path.is_file():
-        path = _HOME / "configs" / f"{path.name}.yaml"
+        path = HOME / "configs" / f"{path.name}.yaml"
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}; tune cp hands out the configs that tune ls lists")
     cfg = with_overrides(OmegaConf.load(path), arguments.overrides)  # type: ignore[arg-type]

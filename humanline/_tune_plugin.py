@@ -27,11 +27,9 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-_REGISTRY = "torchtune._recipe_registry"
+from humanline._home import HOME
 
-# An installed wheel carries recipes/ and configs/ inside the package; in a clone they stand beside it.
-_PACKAGE = Path(__file__).parent
-_HOME = _PACKAGE / "_tune" if (_PACKAGE / "_tune").is_dir() else _PACKAGE.parent
+_REGISTRY = "torchtune._recipe_registry"
 
 
 class _RegistryFinder:
@@ -63,8 +61,8 @@ class _RegistryLoader(SourceFileLoader):
 def _extend(registry: ModuleType, argv: list[str]) -> None:
     """Registers the installed recipes and configs, and what the command line `argv` names in its own way."""
     command, arguments = "".join(argv[1:2]), argv[2:]
-    configs = {f"humanline/{path.stem}": path for path in sorted((_HOME / "configs").glob("*.yaml"))}
-    recipes = {path.stem: path for path in sorted((_HOME / "recipes").glob("humanline_*.py"))}
+    configs = {f"humanline/{path.stem}": path for path in sorted((HOME / "configs").glob("*.yaml"))}
+    recipes = {path.stem: path for path in sorted((HOME / "recipes").glob("humanline_*.py"))}
     if command == "run":
         recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
         if not recipes.keys().isdisjoint(arguments):

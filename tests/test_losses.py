@@ -129,19 +129,6 @@ def test_a_policy_equal_to_its_reference_has_loss_ln_2():
     assert not chosen.any() and not rejected.any()
 
 
-def test_what_stands_off_the_mask_changes_neither_loss_nor_gradient():
-    logps, mask = -torch.rand(2, 4), torch.tensor([[True, True, False, False], [True, True, True, False]])
-    junk = logps.masked_fill(~mask, float("nan"))
-    results = []
-    for policy in (logps, junk):
-        policy = policy.clone().requires_grad_()
-        losses, *_ = HumanlineDPOLoss()(policy, policy * 2, logps, logps, mask, mask)
-        losses.sum().backward()
-        results.append((losses.detach(), policy.grad))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1][mask], results[1][1][mask])
-
-
 def test_label_smoothing_mixes_the_losses_of_both_labels():
     chosen, rejected, zero = torch.tensor([[0.7]]), torch.tensor([[-0.4]]), torch.zeros(1, 1)
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -248,6 +235,36 @@ def losses_of(settings):
 BOUNDS = {"log_eps_P": -0.4, "log_eps_R": 0.4}
 
 
+PERCEPTIONS = {
+    "clip": BOUNDS,
+    "sample": BOUNDS | {"perception": "sample", "gamma_P": 2.0, "gamma_R": 5.0},
+    "none": {"perception": "none"},
+}
+
+
+@pytest.mark.parametrize("perception", PERCEPTIONS)
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -1e4])
+def test_what_stands_off_the_mask_changes_neither_loss_nor_gradient(objective, perception, junk):
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    loss = losses_of(PERCEPTIONS[perception])[objective]
+    results = []
+    for values in (policy, policy.detach().masked_fill(~mask, junk).requires_grad_()):
+        value = loss(values, reference, mask, draws)
+        results.append((value, *torch.autograd.grad(value, values)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1]) and not results[1][1][~mask].any()
+
+
+def test_what_stands_off_the_mask_does_not_change_the_kl_baseline():
+    policy, reference, mask = random_responses()
+    junk = policy.masked_fill(~mask, float("nan"))
+    for settings in PERCEPTIONS.values():
+        loss = HumanlineKTOLoss(**settings)
+        assert loss.kl_baseline(junk, reference, mask) == loss.kl_baseline(policy, reference, mask) > 0
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
 def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(objective):
     policy, reference, mask = random_responses()
@@ -267,6 +284,25 @@ def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(o
     ours, whole = (torch.autograd.grad(loss, policy)[0] for loss in (sampled, plain))
     torch.testing.assert_close(ours - kl, (whole - kl) * accepted, atol=1e-7, rtol=1e-5)
     assert 0 < accepted[mask].sum() < mask.sum()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_sampling_keeps_every_loss_s_value_without_gradient_too(objective):
+    policy, reference, mask = random_responses()
+    draws = torch.rand(2, *policy.shape)
+    with torch.no_grad():
+        value = {name: losses_of(each)[objective](policy, reference, mask, draws) for name, each in PERCEPTIONS.items()}
+    assert value["sample"] == value["none"] != value["clip"]
+
+
+def test_sampling_keeps_the_kl_baseline():
+    policy, reference = torch.tensor([[2.0, 1.0], [0.5, 0.0]]), torch.zeros(2, 2)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    baseline = {
+        name: HumanlineKTOLoss(**settings).kl_baseline(policy, reference, mask).item()
+        for name, settings in PERCEPTIONS.items()
+    }
+    assert baseline == {"sample": 1.75, "none": 1.75, "clip": pytest.approx(0.6)}
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])

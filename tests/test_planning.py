@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from humanline.errors import ConfigError
-from humanline.planning import rehearse
+from humanline.planning import rehearse, report, with_overrides
 from humanline.planning._meter import Meter
-from humanline.planning._plan import report, with_overrides
 
 CONFIGS = ROOT / "configs"
 
@@ -272,3 +271,8 @@ def test_a_mistake_is_one_line(arguments, message):
     done = plan(*arguments)
     assert done.returncode == 1 and f"humanline plan: {message}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_leaves_the_hook_of_tune_alone():
+    code = "import humanline._cli, sys; sys.exit('humanline._tune_plugin' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=180).returncode == 0

@@ -121,7 +121,7 @@ def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
     assert rows.tokens.tolist() == [[1, 2, 3, 5, 6]]
     assert rows.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert rows.targets.tolist() == [3, 4, 5, 6, 7]
-    assert rows.sources.tolist() == [1, 2, 1, 3, 4]
+    assert rows.predictors.tolist() == [1, 2, 1, 3, 4]
     assert rows.attention_mask()[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -129,6 +129,15 @@ def test_a_prompt_stands_once_and_every_token_sees_its_own_past_only():
         [1, 1, 0, 1, 0],
         [1, 1, 0, 1, 1],
     ]
+
+
+def test_several_values_a_token_are_scattered_as_each_alone():
+    budget = RowBudget(tokens_per_row=16)
+    groups = [Group(prompt=[1, 2], responses=([3, 4], [5, 6, 7])), Group(prompt=[8], responses=([9],))]
+    rows = lay_out(groups, pack(groups, budget)[0], budget)
+    values = torch.arange(1.0, 13.0).view(2, 6)
+    assert rows.per_response(values[0]).tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
+    assert torch.equal(rows.per_response(values), torch.stack([rows.per_response(each) for each in values]))
 
 
 def test_a_group_longer_than_a_row_repeats_its_prompt_within_one_pass():

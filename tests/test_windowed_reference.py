@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from humanline.errors import ConfigError
-from humanline.reference import Plan, WindowedReference
+from humanline.reference import RunContext, WindowedReference
 
 OBJECTIVES = ["dpo_8_k4", "kto_8_k4", "grpo_8_k4"]
 WINDOWED = "humanline.reference.WindowedReference"
@@ -194,6 +194,6 @@ def test_a_frozen_reference_of_other_weights_is_not_resumed_with(trajectory):
 
 
 def test_a_source_that_samples_after_the_sync_is_refused():
-    plan = Plan(new_model=nn.Module, passes=None, total_steps=1, resumes=False, fingerprint=str)
+    context = RunContext(new_model=nn.Module, passes=None, total_steps=1, resumes=False, fingerprint=str)
     with pytest.raises(ConfigError, match="this source samples their groups later; take humanline.reference.ModelRef"):
-        WindowedReference().setup(nn.Module(), plan)
+        WindowedReference().setup(nn.Module(), context)

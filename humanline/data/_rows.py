@@ -73,7 +73,7 @@ class Rows:
     positions: Tensor  # [R, L] int64, restarting after the prompt
     segments: Tensor  # [R, L] int64, which segment of the row; -1 is padding
     branches: Tensor  # [R, L] int64, which response of the segment; 0 is the prompt
-    sources: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
+    predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
     num_tokens: int  # that the model computes on, padding excluded
@@ -81,6 +81,8 @@ class Rows:
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Rows":
+        """The same rows with every tensor on ``device``; a copy to CUDA may still be under way, in the order of its
+        stream. Masks are made anew there."""
         here = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         ahead = device.type == "cuda"  # a copy to the host has to be complete when it is read
         moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
@@ -115,8 +117,9 @@ class Rows:
         return visible(row, row, at[None, :, None], at[None, None, :])
 
     def per_response(self, values: Tensor) -> Tensor:
-        """Scatters one value a response token, ``[N]``, to ``[B, S]``, zero where ``mask`` is False. Differentiable."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+        """Scatters one value a response token to its response: ``[..., N]`` to ``[..., B, S]``, zero where ``mask`` is
+        False. Differentiable."""
+        return values.new_zeros(*values.shape[:-1], *self.mask.shape).masked_scatter(self.mask, values)
 
 
 def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
@@ -144,7 +147,11 @@ def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
 
 
 def parts(group: Group, budget: RowBudget) -> list[Group]:
-    """Cuts a group into groups that each fit a row, for an objective whose responses need not meet in one pass."""
+    """Cuts a group into groups that each fit a row, for an objective whose responses need not meet in one pass.
+
+    Raises:
+        DataError: if the prompt with a single response is longer than a row.
+    """
     segments = split(0, group, budget)
     return [group] if len(segments) == 1 else [group.part(segment.responses) for segment in segments]
 
@@ -192,7 +199,16 @@ def _place(segments: list[Segment], rows: list[list[Segment]], budget: RowBudget
 
 
 def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudget) -> Rows:
-    """Builds the tensors of one pass from the rows that :func:`pack` planned."""
+    """Builds the tensors of one pass.
+
+    Args:
+        groups (Sequence[Group]): the microbatch.
+        rows (list[list[Segment]]): one of the passes that :func:`pack` planned for it.
+        budget (RowBudget): the budget that it was planned with.
+
+    Returns:
+        Rows: on the CPU, as wide as its longest row, or of the budget's shape where that is fixed.
+    """
     count, length = len(rows), max(sum(s.tokens for s in row) for row in rows)
     if budget.fixed_shape:
         count, length = budget.rows_per_pass, budget.tokens_per_row
@@ -203,7 +219,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
     positions = torch.zeros_like(tokens)
     segment_ids = torch.full_like(tokens, -1)
     branches = torch.zeros_like(tokens)
-    sources: dict[int, Tensor] = {}
+    predictors: dict[int, Tensor] = {}
     targets: dict[int, Tensor] = {}
     for r, row in enumerate(rows):
         start = 0
@@ -222,7 +238,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
                 positions[r, inputs] = len(prompt) + torch.arange(len(response) - 1)
                 branches[r, inputs] = branch
                 b = first_response[segment.group] + i
-                sources[b] = r * length + torch.tensor([last_of_prompt, *range(start, inputs.stop)])
+                predictors[b] = r * length + torch.tensor([last_of_prompt, *range(start, inputs.stop)])
                 targets[b] = response
                 start = inputs.stop
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
@@ -233,7 +249,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         positions=positions,
         segments=segment_ids,
         branches=branches,
-        sources=torch.cat([sources[b] for b in range(len(sources))]),
+        predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
         num_tokens=sum(segment.tokens for row in rows for segment in row),

@@ -4,11 +4,10 @@ Every loss is computed from the perceived log-ratio of :meth:`PerceptualLoss.per
 states it.
 """
 
-from humanline.losses._clip import humanline_clip, token_log_ratio, unclamped
 from humanline.losses._dpo import HumanlineDPOLoss
 from humanline.losses._grpo import HumanlineGRPOLoss, group_advantages
 from humanline.losses._kto import HumanlineKTOLoss
-from humanline.losses._perceptual import PerceptualLoss
+from humanline.losses._log_ratio import PerceptualLoss, humanline_clip, token_log_ratio, unclamped
 
 __all__ = [
     "HumanlineDPOLoss",

@@ -1,8 +1,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from humanline.losses._clip import check_number, token_log_ratio
-from humanline.losses._perceptual import PerceptualLoss
+from humanline.losses._checks import check_number
+from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 
 
 class HumanlineDPOLoss(PerceptualLoss):
@@ -79,4 +79,4 @@ class HumanlineDPOLoss(PerceptualLoss):
 
     def _reward(self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor, draws: Tensor | None) -> Tensor:
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
-        return self.beta * self.perceive(log_ratio, draws).where(mask, 0.0).sum(-1)
+        return self.beta * self.perceive(log_ratio, draws).sum(-1)

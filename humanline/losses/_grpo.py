@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from humanline.errors import ConfigError
-from humanline.losses._clip import check_number, token_log_ratio
-from humanline.losses._perceptual import PerceptualLoss
+from humanline.losses._checks import check_number
+from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 
 
 class HumanlineGRPOLoss(PerceptualLoss):

@@ -1,8 +1,8 @@
 import torch
 from torch import Tensor
 
-from humanline.losses._clip import check_number, token_log_ratio
-from humanline.losses._perceptual import PerceptualLoss
+from humanline.losses._checks import check_number
+from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 
 
 class HumanlineKTOLoss(PerceptualLoss):
@@ -72,7 +72,7 @@ class HumanlineKTOLoss(PerceptualLoss):
             tuple[Tensor, Tensor]: losses and rewards, each float32 ``[B]``; rewards carry no gradient.
         """
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
-        reward = self.perceive(log_ratio, draws).where(mask, 0.0).sum(-1)
+        reward = self.perceive(log_ratio, draws).sum(-1)
         gain = reward - kl.detach()
         desirable_loss = self.desirable_weight * (1 - (self.beta * gain).sigmoid())
         undesirable_loss = self.undesirable_weight * (1 - (-self.beta * gain).sigmoid())
@@ -94,14 +94,22 @@ class HumanlineKTOLoss(PerceptualLoss):
         return self.baseline(self.kl_sum(policy_kl_logps, reference_kl_logps, kl_mask))
 
     def kl_sum(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
-        """The sum of ``sum_t l~_t`` over KL sequences and how many are not empty, ``[2]``: what the parts of a
-        microbatch add up before :meth:`baseline`. Arguments as in :meth:`kl_baseline`."""
+        """What the parts of a microbatch add up before :meth:`baseline`; carries no gradient.
+
+        Args:
+            policy_kl_logps (Tensor): as in :meth:`kl_baseline`, ``[B, S]``.
+            reference_kl_logps (Tensor): as there.
+            kl_mask (Tensor): as there.
+
+        Returns:
+            Tensor: float32 ``[2]``: the sum of ``sum_t l~_t`` over the KL sequences, nats, and how many of them are not
+                empty.
+        """
         log_ratio = token_log_ratio(policy_kl_logps.detach(), reference_kl_logps.detach(), kl_mask)
-        total = self.perceive(log_ratio).where(kl_mask, 0.0).sum()
-        return torch.stack([total, kl_mask.any(-1).sum()])
+        return torch.stack([self.perceive(log_ratio).sum(), kl_mask.any(-1).sum()])
 
     @staticmethod
     def baseline(kl_sum: Tensor) -> Tensor:
-        """``z0`` from the ``[2]`` of :meth:`kl_sum`."""
+        """``z0``, scalar, nats, at least 0, from the ``[2]`` of :meth:`kl_sum`, or from a sum of them."""
         total, count = kl_sum
         return (total / count.clamp(min=1)).clamp(min=0)

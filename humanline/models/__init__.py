@@ -13,6 +13,7 @@ from humanline.models._adapter import (
 from humanline.models._load import check_architecture, fill_rotary_tables, load_decoder
 from humanline.models._log_probs import token_log_probs
 from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
+from humanline.models._shard import local_shard
 from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "has_quantized_base",
     "initial_adapter",
     "load_decoder",
+    "local_shard",
     "log_probs",
     "lora_smollm2_135m",
     "merge_adapter",

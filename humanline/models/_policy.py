@@ -54,7 +54,7 @@ class LogProbDecoder(nn.Module):
         *,
         masks: Mapping[int | None, _MaskType],
         positions: Tensor,
-        sources: Tensor,
+        predictors: Tensor,
         targets: Tensor,
     ) -> Tensor:
         """
@@ -63,8 +63,8 @@ class LogProbDecoder(nn.Module):
             masks (Mapping[int | None, _MaskType]): which token sees which, for each sliding window that a layer has
                 (None: without): bool ``[R, L, L]``, or a FlexAttention block mask.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
-            sources (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the flattened
-                ``[R * L]``.
+            predictors (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the
+                flattened ``[R * L]``.
             targets (Tensor): the predicted token ids, int64 ``[N]``.
 
         Returns:
@@ -74,7 +74,7 @@ class LogProbDecoder(nn.Module):
         for layer, window in zip(self.layers, self.windows, strict=True):
             hidden = layer(hidden, mask=masks[window], input_pos=positions)
         # Only the rows that predict a response token are normalised and projected.
-        hidden = self.norm(hidden.flatten(0, 1).index_select(0, sources))
+        hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
         return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -104,4 +104,4 @@ def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
 def log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
     """Log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
     masks = {window: rows.attention_mask(window) for window in set(model.windows)}
-    return model(rows.tokens, masks=masks, positions=rows.positions, sources=rows.sources, targets=rows.targets)
+    return model(rows.tokens, masks=masks, positions=rows.positions, predictors=rows.predictors, targets=rows.targets)

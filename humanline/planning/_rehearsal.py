@@ -20,7 +20,7 @@ from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, check_adapter, fill_rotary_tables, fixed_log_probs, trainable_parameters
 from humanline.models import _log_probs as head
 from humanline.planning._meter import Meter, blank
-from humanline.reference import Plan, WindowedReference
+from humanline.reference import Reference, RunContext, WindowedReference
 from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Settings, component
 from humanline.training._metrics import MetricSums
 from humanline.training._model import design_model, mesh_of
@@ -50,6 +50,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes of the peak, of all labels together."""
         return sum(self.peak.values())
 
 
@@ -113,7 +114,7 @@ class _Rehearsal(HumanlineRecipe):
         with self.meter.label("reference"):
             self.reference.setup(
                 self.policy,
-                Plan(
+                RunContext(
                     new_model=lambda: self._model(cfg, DTYPES[settings.dtype], checkpointing=False),
                     passes=None,
                     total_steps=2,
@@ -220,18 +221,16 @@ class _FakePasses(Passes):
                 self.recipe.meter.relabel(parameter.grad, "gradients")
 
 
-class _Window:
+class _Window(Reference):
     """A ``WindowedReference`` whose table, in host memory, is left out; what fills it is a forward a pass."""
 
-    sync_every = last_sync = 1
-
-    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
         self.policy = policy
 
     def log_probs(self, rows: Rows) -> Tensor:
         return fixed_log_probs(self.policy, rows)
 
-    def before_optimizer_step(self, step: int) -> None: ...
+    def sync(self, step: int) -> None: ...
 
 
 def _flash(scale: float | None) -> Any:

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, adapter_modules, fixed_log_probs, trainable_parameters
-from humanline.reference._model_reference import check_sync_every, local
-from humanline.reference._plan import Plan
+from humanline.models import LogProbDecoder, adapter_modules, fixed_log_probs, local_shard, trainable_parameters
+from humanline.reference._reference import Reference
+from humanline.reference._run_context import RunContext
 
 
-class AdapterReference:
+class AdapterReference(Reference):
     """The reference of a LoRA or QLoRA policy: it shares the frozen base, and only the adapter is kept twice.
 
     The reference starts as the policy's own adapter. A fresh adapter leaves the base model's function as it is, so the
-    reference is then the base model; a run that continues an adapter starts from that adapter. Syncing (timing as in
-    :class:`ModelReference`) copies the adapter, in place.
+    reference is then the base model; a run that continues an adapter starts from that adapter. Syncing copies
+    the adapter, in place.
 
     For its log-probs the two adapters change places for the length of one forward pass, in evaluation mode, so that
     LoRA dropout is off. That is before the policy's own forward pass, or after its backward: between the two autograd
@@ -30,12 +30,7 @@ class AdapterReference:
         ConfigError: if ``sync_every`` is not a positive whole number or None.
     """
 
-    def __init__(self, sync_every: int | None = 1) -> None:
-        check_sync_every(sync_every)
-        self.sync_every = sync_every
-        self.last_sync = 0
-
-    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
         """Takes the policy's adapter as the reference's.
 
         Raises:
@@ -55,20 +50,19 @@ class AdapterReference:
         with self._swapped():
             return fixed_log_probs(self.policy, rows)
 
-    def before_optimizer_step(self, step: int) -> None:
-        """The sync hook: call it at every step (1-based), after gradient clipping and before ``optimizer.step()``."""
-        if self.sync_every is not None and step % self.sync_every == 0:
-            with torch.no_grad():
-                torch._foreach_copy_(_shards(self.adapter), _shards(self.trained))
-            self.last_sync = step
+    @torch.no_grad()
+    def sync(self, step: int) -> None:
+        """Copies the policy's adapter, each rank its own shards."""
+        torch._foreach_copy_(_shards(self.adapter), _shards(self.trained))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: the reference's adapter and the step of the last sync."""
-        return {"adapter": self.adapter, "last_sync": self.last_sync}
+        return super().state_dict() | {"adapter": self.adapter}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the adapter and the step of the last sync from what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
         torch._foreach_copy_(_shards(self.adapter), _shards(state["adapter"]))
-        self.last_sync = state["last_sync"]
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -88,4 +82,4 @@ class AdapterReference:
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, in the order of their names."""
-    return [local(tensors[name]) for name in sorted(tensors)]
+    return [local_shard(tensors[name]) for name in sorted(tensors)]

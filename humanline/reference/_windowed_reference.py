@@ -19,20 +19,20 @@ from tqdm import tqdm
 from humanline.data import Group, Rows
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.reference._model_reference import check_sync_every
-from humanline.reference._plan import Plan
+from humanline.reference._reference import Reference
+from humanline.reference._run_context import RunContext
 
 log = utils.get_logger("INFO")
 
 SECONDS_BETWEEN_WRITES = 300.0
 
 
-class WindowedReference:
+class WindowedReference(Reference):
     """The reference without a model: at a sync the policy *is* the reference, so its log-probs are taken right then.
 
-    At a sync (timing as in :class:`ModelReference`), in passes without gradient and in evaluation mode, the policy
-    gives the log-probs of every response that the steps up to the next sync will ask for. They are kept on the host, 4
-    bytes a token. The first window is taken from the weights that the run starts from.
+    At a sync, in passes without gradient and in evaluation mode, the policy gives the log-probs of every response that
+    the steps up to the next sync will ask for. They are kept on the host, 4 bytes a token. The first window is taken
+    from the weights that the run starts from.
 
     A response's log-probs are a function of its prompt and itself, so they are kept under a digest of the two:
     whatever asks for them, in whatever order and packing, finds them, and none are taken twice.
@@ -50,47 +50,44 @@ class WindowedReference:
     """
 
     def __init__(self, sync_every: int | None = 1, cache_dir: str | None = None) -> None:
-        check_sync_every(sync_every)
-        self.sync_every = sync_every
+        super().__init__(sync_every)
         self.cache_dir = Path(
             cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "humanline"
         ).expanduser()
-        self.last_sync = 0
         self.window: dict[str, Tensor] = {}
         self.fingerprint = ""
         self.until = 0
 
-    def setup(self, policy: LogProbDecoder, plan: Plan) -> None:
+    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
         """Takes the first window.
 
         Raises:
             ConfigError: if the source samples groups after the sync whose reference they belong to.
         """
-        if plan.passes is None:
+        if context.passes is None:
             raise ConfigError(
                 "reference._component_: WindowedReference takes log-probs at a sync for all steps up to the next, and "
                 "this source samples their groups later; take humanline.reference.ModelReference, or AdapterReference "
                 "for a model with an adapter"
             )
         self.policy = policy
-        self.passes: Callable[[int], Iterable[Rows]] = plan.passes
-        self.total_steps = plan.total_steps
+        self.passes: Callable[[int], Iterable[Rows]] = context.passes
+        self.total_steps = context.total_steps
         if self.sync_every is None:
-            self.fingerprint = plan.fingerprint()
+            self.fingerprint = context.fingerprint()
             self._take_all(self.cache_dir / self.fingerprint)
-        elif not plan.resumes:
-            self._take(range(1, self.sync_every + 1))
+        elif not context.resumes:
+            self.sync(0)
 
     def log_probs(self, rows: Rows) -> Tensor:
         """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
         return torch.cat([self.window[key] for key in _keys(rows.groups)]).to(rows.targets.device)
 
-    def before_optimizer_step(self, step: int) -> None:
-        """The sync hook: call it at every step (1-based), after gradient clipping and before ``optimizer.step()``."""
-        if self.sync_every is not None and step % self.sync_every == 0:
-            self.window.clear()
-            self._take(range(step + 1, step + self.sync_every + 1))
-            self.last_sync = step
+    def sync(self, step: int) -> None:
+        """Takes the window of the steps after this one, up to the next sync."""
+        assert self.sync_every is not None  # or there is no sync
+        self.window.clear()
+        self._take(range(step + 1, step + self.sync_every + 1))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: the window (of a frozen reference only whose it is), and the step of the last sync.
@@ -98,10 +95,11 @@ class WindowedReference:
         Every rank gives its own part of the window.
         """
         window = {} if self.sync_every is None else dict(self.window)
-        return {"window": window, "until": self.until, "last_sync": self.last_sync, "fingerprint": self.fingerprint}
+        return super().state_dict() | {"window": window, "until": self.until, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Takes the window and the step of the last sync from what :meth:`state_dict` gave.
+
         Raises:
             ConfigError: if a frozen reference was of other weights, or the window ends before this run does.
         """
@@ -117,7 +115,7 @@ class WindowedReference:
                     "the last of that run; a longer one (more epochs) starts anew, or takes ModelReference"
                 )
             self.window, self.until = dict(state.get("window", {})), state["until"]
-        self.last_sync = state["last_sync"]
+        super().load_state_dict(state)
 
     def _take(self, steps: Iterable[int], known: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Adds to the window what the steps will ask for: what is known, and what the policy says now."""

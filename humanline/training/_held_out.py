@@ -1,7 +1,6 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from humanline.data import Group, GroupDataset, Rows
@@ -43,7 +42,7 @@ class HeldOut:
     def metrics(self) -> dict[str, float]:
         """The means over all groups under the policy as it is now; a collective."""
         sums = MetricSums(self.device)
-        kl = kl_baseline(self.objective, self.policy, self._here(self.kl_passes))
+        kl = self.objective.kl_baseline(self.policy, self._here(self.kl_passes))
         for rows, weight, initial_logps in self._here(self.passes):
             logps = fixed_log_probs(self.policy, rows)
             loss, metrics = self.objective(logps, initial_logps, rows, draws=None, kl=kl)
@@ -53,28 +52,6 @@ class HeldOut:
 
     def _here(self, passes: list[tuple[Rows, int, Tensor]]) -> Iterator[tuple[Rows, int, Tensor]]:
         return ((rows.to(self.device), weight, logps.to(self.device)) for rows, weight, logps in passes)
-
-
-def kl_baseline(
-    objective: Objective, policy: LogProbDecoder, passes: Iterable[tuple[Rows, int, Tensor]]
-) -> Tensor | None:
-    """KTO's z0 over the KL sequences of all ranks, from passes without gradient; None where there are none.
-
-    Args:
-        objective (Objective): the objective.
-        policy (LogProbDecoder): the policy.
-        passes (Iterable[tuple[Rows, int, Tensor]]): this rank's KL sequences, with weight and reference log-probs.
-    """
-    sums = [
-        weight * objective.kl_sum(fixed_log_probs(policy, rows), reference_logps, rows)
-        for rows, weight, reference_logps in passes
-    ]
-    if not sums:
-        return None
-    total = torch.stack(sums).sum(0)
-    dist.all_reduce(total)
-    baseline: Tensor = objective.loss.baseline(total)
-    return baseline
 
 
 def _shared_out(groups: list[Group], passes: Passes) -> Iterator[tuple[Rows, int]]:

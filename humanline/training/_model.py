@@ -16,9 +16,8 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base
+from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base, local_shard
 from humanline.models._adapter import quantized_like
-from humanline.reference._model_reference import local
 
 
 def mesh_of(device: torch.device, replicas: int) -> DeviceMesh:
@@ -77,7 +76,7 @@ def build_model(
         activation_checkpointing=activation_checkpointing,
         compile=compile,
     )
-    quantized = any(isinstance(local(parameter), NF4Tensor) for parameter in model.parameters())
+    quantized = any(isinstance(local_shard(parameter), NF4Tensor) for parameter in model.parameters())
     if state_dict is None or (mesh is not None and not quantized):
         model.to_empty(device=device)
     with training.set_default_dtype(compute_dtype):
@@ -137,7 +136,7 @@ def _load_shards(model: nn.Module, state_dict: dict[str, Tensor], device: torch.
     for name, sharded in model.state_dict().items():
         weight = state_dict[name].to(device)
         weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements, src_data_rank=None)
-        local(sharded).copy_(local(weight))
+        local_shard(sharded).copy_(local_shard(weight))
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:
@@ -218,7 +217,7 @@ def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtyp
     weights = model.state_dict()
     for name, dtype in dtypes.items():
         tensor = weights[name]
-        if isinstance(local(tensor), NF4Tensor):
+        if isinstance(local_shard(tensor), NF4Tensor):
             tensor = _dequantized(tensor)
         tensor = tensor.to(dtype)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -228,5 +227,5 @@ def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtyp
 
 
 def _dequantized(tensor: Tensor) -> Tensor:
-    weight: Tensor = local(tensor).get_original_weight()  # type: ignore[attr-defined]
+    weight: Tensor = local_shard(tensor).get_original_weight()  # type: ignore[attr-defined]
     return DTensor.from_local(weight, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else weight

@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from humanline.data import Group, GroupDataset, Rows, TokenBudget, as_labelled, as_pairs, as_scored, best_and_worst
@@ -20,6 +21,7 @@ from humanline.losses import (
     token_log_ratio,
     unclamped,
 )
+from humanline.models import LogProbDecoder, fixed_log_probs
 from humanline.training._metrics import Metrics
 
 
@@ -34,12 +36,10 @@ class Objective(ABC):
     """
 
     loss_type: ClassVar[type[PerceptualLoss]]
-    signal: ClassVar[str] = "rewards/margins"
+    signal: ClassVar[str]
     """The metric that training raises."""
     whole_groups: ClassVar[bool] = False
     """Whether the loss needs a group's responses in one pass."""
-    smallest_microbatch: ClassVar[int] = 1
-    """Groups, of all ranks."""
 
     def __init__(self, loss: Any) -> None:
         if not isinstance(loss, self.loss_type):
@@ -61,7 +61,6 @@ class Objective(ABC):
         """What the loss of each microbatch of a batch is divided by: the batch's loss is the mean of theirs."""
         return [self.num_terms(microbatch) * len(batch) for microbatch in batch]
 
-    @abstractmethod
     def __call__(
         self,
         policy_logps: Tensor,
@@ -73,59 +72,74 @@ class Objective(ABC):
     ) -> tuple[Tensor, Metrics]:
         """The sum of the losses of a pass (scalar), and what to log of it.
 
+        Every objective logs ``kl``, the mean over tokens of ``exp(-l_t) + l_t - 1``, and ``unclamped``, the share of
+        the tokens with non-zero ``l_t`` that lie inside the bounds (absent when no token moved).
+
         Args:
             policy_logps (Tensor): token log-probs under the policy, nats, ``[N]``.
             reference_logps (Tensor): the same under the reference, ``[N]``.
             rows (Rows): the pass.
             draws (Tensor | None): uniforms for humanline sampling, ``[2, N]``.
-            kl (Tensor | None): KTO's baseline, scalar.
+            kl (Tensor | None): what :meth:`kl_baseline` gave, scalar, nats.
+        """
+        policy, reference = rows.per_response(policy_logps), rows.per_response(reference_logps)
+        draws = None if draws is None else rows.per_response(draws)
+        loss, metrics = self.loss_and_metrics(policy, reference, rows, draws, kl)
+        log_ratio = token_log_ratio(policy.detach(), reference, rows.mask)
+        return loss, metrics | {
+            "kl": (((-log_ratio).exp() + log_ratio - 1).sum(), rows.mask.sum()),
+            "unclamped": unclamped(log_ratio, rows.mask, *self.loss.bounds),
+        }
+
+    @abstractmethod
+    def loss_and_metrics(
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        """The sum of the losses of a pass (scalar), and what this objective alone logs of it, without gradient.
+
+        Args:
+            policy (Tensor): token log-probs of the pass's responses under the policy, nats, ``[B, S]``; zero where
+                ``rows.mask`` is False.
+            reference (Tensor): the same under the reference, ``[B, S]``.
+            rows (Rows): the pass.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+            kl (Tensor | None): what :meth:`kl_baseline` gave, scalar, nats.
         """
 
-    # What KTO's baseline needs, and no other objective.
+    # What an objective may say besides; so far only KTO does.
 
     def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
-        """The KL sequences of a microbatch, cut to the budget, in a group for each of its groups; most objectives have
-        none."""
+        """The KL sequences of a microbatch, cut to the budget, in a group for each of its groups."""
         return []
 
     def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
         """A group as long as any that :meth:`kl_groups` can make."""
         return None
 
-    def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
-        """Sum and count of the KL sequences of a pass, ``[2]``."""
-        raise NotImplementedError
+    def kl_baseline(self, policy: LogProbDecoder, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor | None:
+        """What the rewards of a microbatch are compared with, of all ranks alike: a scalar, nats, without gradient.
+
+        Args:
+            policy (LogProbDecoder): the policy.
+            passes (Iterable[tuple[Rows, int, Tensor]]): this rank's part of :meth:`kl_groups` as passes, each with its
+                weight (0 where it only keeps the other ranks company) and its reference log-probs, ``[N]``.
+        """
+        return None
 
     def check_microbatch(self, groups: int, key: str) -> None:
-        """Raises ConfigError, naming ``key``, if a microbatch of so many groups is too small."""
-        if groups < self.smallest_microbatch:
-            raise ConfigError(
-                f"{key}: {groups} group in a microbatch is too few; {type(self).__name__} pairs each prompt with the "
-                "response to another one, so give 2 or more (gradient accumulation does not help)"
-            )
+        """Raises ConfigError, naming ``key``, if a microbatch of so many groups, of all ranks, is too small."""
+        return None
 
     def imbalance_warning(self, dataset: GroupDataset) -> str | None:
         """What to say of a dataset that leans to one side."""
         return None
-
-    def _per_response(self, policy: Tensor, reference: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        return rows.per_response(policy), rows.per_response(reference), rows.mask
-
-    def _reference_metrics(self, policy: Tensor, reference: Tensor, mask: Tensor) -> Metrics:
-        """What every objective logs of policy against reference, from token log-probs ``[B, S]``.
-
-        ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``; ``unclamped`` the share of the tokens with non-zero
-        ``l_t`` that lie inside the bounds (absent when no token moved).
-        """
-        log_ratio = token_log_ratio(policy, reference, mask)
-        inside, moved = unclamped(log_ratio, mask, *self.loss.bounds)
-        return {"kl": (((-log_ratio).exp() + log_ratio - 1).sum(), mask.sum()), "unclamped": (inside, moved)}
 
 
 class DPO(Objective):
     """Pairs: the chosen response of a group stands before the rejected one."""
 
     loss_type = HumanlineDPOLoss
+    signal = "rewards/margins"
     whole_groups = True
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
@@ -134,42 +148,32 @@ class DPO(Objective):
     def num_terms(self, groups: Sequence[Group]) -> int:
         return len(groups)
 
-    def __call__(
-        self,
-        policy_logps: Tensor,
-        reference_logps: Tensor,
-        rows: Rows,
-        *,
-        draws: Tensor | None = None,
-        kl: Tensor | None = None,
+    def loss_and_metrics(
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-        noise = _draws_per_response(draws, rows)
         losses, chosen_rewards, rejected_rewards = self.loss(
-            *(policy[chosen], policy[rejected], reference[chosen], reference[rejected], mask[chosen], mask[rejected]),
-            *((None, None) if noise is None else (noise[:, chosen], noise[:, rejected])),
+            *(logps[side] for logps in (policy, reference, rows.mask) for side in (chosen, rejected)),
+            *(None if draws is None else draws[:, side] for side in (chosen, rejected)),
         )
-        with torch.no_grad():
-            margins = chosen_rewards - rejected_rewards
-            metrics: Metrics = {
-                "rewards/chosen": (chosen_rewards.sum(), len(losses)),
-                "rewards/rejected": (rejected_rewards.sum(), len(losses)),
-                "rewards/margins": (margins.sum(), len(losses)),
-                "rewards/accuracies": ((margins > 0).sum(), len(losses)),
-                "log_probs/chosen": (policy[chosen].sum(), len(losses)),
-                "log_probs/rejected": (policy[rejected].sum(), len(losses)),
-                "log_probs/accuracies": _accuracy(policy, [(1.0, 0.0)] * len(losses)),
-                **self._reference_metrics(policy, reference, mask),
-            }
-        return losses.sum(), metrics
+        margins = chosen_rewards - rejected_rewards
+        log_probs = policy.detach().sum(1)
+        return losses.sum(), {
+            "rewards/chosen": (chosen_rewards.sum(), len(losses)),
+            "rewards/rejected": (rejected_rewards.sum(), len(losses)),
+            "rewards/margins": (margins.sum(), len(losses)),
+            "rewards/accuracies": ((margins > 0).sum(), len(losses)),
+            "log_probs/chosen": (log_probs[chosen].sum(), len(losses)),
+            "log_probs/rejected": (log_probs[rejected].sum(), len(losses)),
+            "log_probs/accuracies": ((log_probs[chosen] > log_probs[rejected]).sum(), len(losses)),
+        }
 
 
 class KTO(Objective):
     """Labelled responses: each is an example, those of one group share its prompt."""
 
     loss_type = HumanlineKTOLoss
-    smallest_microbatch = 2
+    signal = "rewards/gain"
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
         return as_labelled(dataset)
@@ -177,35 +181,25 @@ class KTO(Objective):
     def num_terms(self, groups: Sequence[Group]) -> int:
         return sum(len(group.responses) for group in groups)
 
-    def __call__(
-        self,
-        policy_logps: Tensor,
-        reference_logps: Tensor,
-        rows: Rows,
-        *,
-        draws: Tensor | None = None,
-        kl: Tensor | None = None,
+    def loss_and_metrics(
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor | None
     ) -> tuple[Tensor, Metrics]:
         assert kl is not None
-        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
         labels = [group.labels or () for group in rows.groups]
-        desirable = torch.tensor([label for group in labels for label in group], device=mask.device)
-        losses, rewards = self.loss(policy, reference, mask, desirable, kl, _draws_per_response(draws, rows))
-        with torch.no_grad():
-            margins = torch.where(desirable, rewards - kl, kl - rewards)
-            log_probs = policy.sum(1)
-            metrics: Metrics = {
-                "rewards/desirable": (rewards.where(desirable, 0).sum(), desirable.sum()),
-                "rewards/undesirable": (rewards.where(~desirable, 0).sum(), (~desirable).sum()),
-                "rewards/margins": (margins.sum(), len(losses)),
-                "rewards/accuracies": ((margins > 0).sum(), len(losses)),
-                "kl_baseline": (kl * len(losses), len(losses)),
-                "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
-                "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
-                "log_probs/accuracies": _accuracy(policy, labels),
-                **self._reference_metrics(policy, reference, mask),
-            }
-        return losses.sum(), metrics
+        desirable = torch.tensor([label for group in labels for label in group], device=policy.device)
+        losses, rewards = self.loss(policy, reference, rows.mask, desirable, kl, draws)
+        gains = torch.where(desirable, rewards - kl, kl - rewards)
+        log_probs = policy.detach().sum(1)
+        return losses.sum(), {
+            "rewards/desirable": (rewards.where(desirable, 0).sum(), desirable.sum()),
+            "rewards/undesirable": (rewards.where(~desirable, 0).sum(), (~desirable).sum()),
+            "rewards/gain": (gains.sum(), len(losses)),
+            "rewards/accuracies": ((gains > 0).sum(), len(losses)),
+            "kl_baseline": (kl * len(losses), len(losses)),
+            "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
+            "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
+            "log_probs/accuracies": _accuracy(log_probs, labels),
+        }
 
     def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
         """The prompt of each example with the response of the next one, the last with the first's.
@@ -230,21 +224,39 @@ class KTO(Objective):
         response = longest[: dataset.budget.max_tokens - len(group.prompt)]
         return Group(group.prompt, (response,), id=f"{group.id} with the longest response (a KL sequence of KTO)")
 
-    def kl_sum(self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows) -> Tensor:
-        return self.loss.kl_sum(*self._per_response(policy_logps, reference_logps, rows))
+    def kl_baseline(self, policy: LogProbDecoder, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor:
+        """``z0`` over the KL sequences of all ranks, in passes without gradient; a collective."""
+        sums = [
+            weight
+            * self.loss.kl_sum(
+                rows.per_response(fixed_log_probs(policy, rows)), rows.per_response(reference_logps), rows.mask
+            )
+            for rows, weight, reference_logps in passes
+        ]
+        total = torch.stack(sums).sum(0)
+        dist.all_reduce(total)
+        baseline: Tensor = self.loss.baseline(total)
+        return baseline
+
+    def check_microbatch(self, groups: int, key: str) -> None:
+        if groups < 2:
+            raise ConfigError(
+                f"{key}: {groups} group in a microbatch is too few; KTO pairs each prompt with the response to another "
+                "one, so give 2 or more (gradient accumulation does not help)"
+            )
 
     def imbalance_warning(self, dataset: GroupDataset) -> str | None:
         desirable = sum(sum(group.labels or ()) for group in dataset)
         undesirable = self.num_terms(dataset.groups) - desirable
-        gains, losses = self.loss.desirable_weight * desirable, self.loss.undesirable_weight * undesirable
-        if losses <= gains <= losses * 4 / 3:
-            return None
         counts = f"{desirable:,} desirable and {undesirable:,} undesirable examples"
         if not (desirable and undesirable):
             return f"dataset: {counts}; KTO has nothing to set one kind against"
+        ratio = self.loss.desirable_weight * desirable / (self.loss.undesirable_weight * undesirable)
+        if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:  # 1.16 * 25 is below 29 in floating point
+            return None
         low = self.loss.undesirable_weight * undesirable / desirable
         return (
-            f"loss.desirable_weight: {counts} weigh {gains / losses:.3g} to 1, which is outside [1, 4/3]; set it "
+            f"loss.desirable_weight: {counts} weigh {ratio:.3g} to 1, which is outside [1, 4/3]; set it "
             f"between {math.ceil(low * 1e4) / 1e4} and {math.floor(low * 4e4 / 3) / 1e4}"
         )
 
@@ -269,29 +281,19 @@ class GRPO(Objective):
             return [sum(map(self.num_terms, batch))] * len(batch)
         return super().normalizers(batch)
 
-    def __call__(
-        self,
-        policy_logps: Tensor,
-        reference_logps: Tensor,
-        rows: Rows,
-        *,
-        draws: Tensor | None = None,
-        kl: Tensor | None = None,
+    def loss_and_metrics(
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        policy, reference, mask = self._per_response(policy_logps, reference_logps, rows)
         scores = [group.scores or () for group in rows.groups]
-        advantages = torch.tensor([a for group in rows.groups for a in group.advantages or ()], device=mask.device)
-        noise = _draws_per_response(draws, rows)
-        loss = self.loss(policy, reference, mask, advantages, noise, normalizer=1)
-        with torch.no_grad():
-            metrics: Metrics = {
-                "rewards/mean": (sum(map(sum, scores)), len(advantages)),
-                "advantages/abs": (advantages.abs().sum(), len(advantages)),
-                "advantages/gain": ((advantages * (policy - reference).sum(1)).sum(), len(advantages)),
-                "log_probs/accuracies": _accuracy(policy, scores),
-                **self._reference_metrics(policy, reference, mask),
-            }
-        return loss, metrics
+        advantages = torch.tensor([a for group in rows.groups for a in group.advantages or ()], device=policy.device)
+        loss = self.loss(policy, reference, rows.mask, advantages, draws, normalizer=1)
+        log_probs = policy.detach().sum(1)
+        return loss, {
+            "rewards/mean": (sum(map(sum, scores)), len(advantages)),
+            "advantages/abs": (advantages.abs().sum(), len(advantages)),
+            "advantages/gain": ((advantages * (log_probs - reference.sum(1))).sum(), len(advantages)),
+            "log_probs/accuracies": _accuracy(log_probs, scores),
+        }
 
 
 def _with_advantages(group: Group) -> Group:
@@ -299,16 +301,11 @@ def _with_advantages(group: Group) -> Group:
     return replace(group, advantages=tuple(group_advantages(scores, torch.zeros(len(scores))).tolist()))
 
 
-def _draws_per_response(draws: Tensor | None, rows: Rows) -> Tensor | None:
-    """``[2, N]`` to ``[2, B, S]``."""
-    return None if draws is None else torch.stack([rows.per_response(side) for side in draws])
-
-
-def _accuracy(policy: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
+def _accuracy(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
     """In how many groups the best response is likelier than the worst, and in how many there is a best and a worst.
 
-    ``policy`` has the token log-probs ``[B, S]`` of all the groups' responses, ``values`` says what each is worth. The
-    parts of a group that was cut count as groups.
+    ``log_probs`` has those of all the groups' responses, ``[B]``, ``values`` says what each is worth. The parts of a
+    group that was cut count as groups.
     """
     best, worst, start = [], [], 0
     for group in values:
@@ -316,5 +313,4 @@ def _accuracy(policy: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor
             best.append(start + found[0])
             worst.append(start + found[1])
         start += len(group)
-    log_probs = policy.sum(1)
     return (log_probs[best] > log_probs[worst]).sum(), len(best)

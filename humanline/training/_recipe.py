@@ -32,7 +32,7 @@ from humanline.models import (
     log_probs,
     trainable_parameters,
 )
-from humanline.reference import Plan
+from humanline.reference import RunContext
 from humanline.rollout import OnlineSource, Stopped
 from humanline.training._adapter_files import read_adapter
 from humanline.training._agreement import gathered, on_any_rank
@@ -41,7 +41,7 @@ from humanline.training._collapse import CollapseWatch
 from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._hand_over import HandOver
-from humanline.training._held_out import HeldOut, kl_baseline
+from humanline.training._held_out import HeldOut
 from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
@@ -280,14 +280,14 @@ class HumanlineRecipe(FTRecipeInterface):
         )
         # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
         reference_weights = weights if has_adapter else None
-        plan = Plan(
+        context = RunContext(
             new_model=lambda: model(reference_weights, param_dtype=DTYPES[settings.dtype]),
             passes=None if isinstance(self.source, OnlineSource) else self.passes.of_step,
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
         )
-        self.reference.setup(policy, plan)
+        self.reference.setup(policy, context)
         if self.rank == 0:
             log.info(f"Loading the models took {time.perf_counter() - start:.1f} s")
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
@@ -366,7 +366,7 @@ class HumanlineRecipe(FTRecipeInterface):
         sums = MetricSums(self.device)
         for index, normalizer in enumerate(self.objective.normalizers(batch)):
             kl_passes = self._with_reference(self.passes.kl_share(batch[index]))
-            kl = kl_baseline(self.objective, self.policy, kl_passes)
+            kl = self.objective.kl_baseline(self.policy, kl_passes)
             draw = self._draws(batch[index], index)
             for rows, weight, reference_logps in self._with_reference(self.passes.share(batch[index])):
                 with self.activations:

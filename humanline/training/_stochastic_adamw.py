@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from humanline.errors import ConfigError
+from humanline.models import local_shard
 from humanline.training._draws import step_seed
 
 PIECE = 1 << 24  # elements; large enough to keep a GPU busy
@@ -127,6 +128,6 @@ def _store(target: Tensor, values: Tensor, noise: torch.Generator) -> None:
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """Views of this rank's shard of at most about ``PIECE`` elements, rows of it: float32 copies are made of one."""
-    shard = torch.atleast_1d(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    shard = torch.atleast_1d(local_shard(tensor))
     rows = PIECE * len(shard) // max(1, shard.numel())
     return shard.split(max(1, rows))

@@ -6,7 +6,7 @@ from humanline.models import LogProbDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunContext:
     """What a run has for its reference to set itself up with.
 
     Attributes:

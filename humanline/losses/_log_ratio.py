@@ -1,0 +1,115 @@
+"""The token log-ratio ``l_t``, and ``l~_t``, as it is perceived: what every loss is computed from."""
+
+from torch import Tensor, nn
+
+from humanline.losses._checks import check_bounds, check_perception
+from humanline.perception import humanline_sample
+
+
+def token_log_ratio(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+    """``l_t = log pi_theta(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)``.
+
+    Args:
+        policy_logps (Tensor): token log-probs under the policy, nats, ``[B, S]``.
+        reference_logps (Tensor): the same under the reference, ``[B, S]``.
+        mask (Tensor): True at response tokens, bool ``[B, S]``.
+
+    Returns:
+        Tensor: float32 nats, ``[B, S]``; zero where ``mask`` is False, whatever stands there, NaN included.
+    """
+    return (policy_logps.float() - reference_logps.float()).where(mask, 0.0)
+
+
+def humanline_clip(log_ratio: Tensor, log_eps_P: float | None, log_eps_R: float | None) -> Tensor:
+    """Clips the token log-ratio to the asymmetric interval ``[log_eps_P, log_eps_R]``, upstream of any loss.
+
+    ``l~_t = clamp(l_t, log_eps_P, log_eps_R)``. A token outside the interval keeps the bound as its value and gets no
+    gradient. It is the limit of humanline sampling in which acceptance is certain inside the interval and impossible
+    outside (Theorem 4.3 of https://arxiv.org/abs/2509.24207).
+
+    Args:
+        log_ratio (Tensor): ``l_t`` in nats, any shape.
+        log_eps_P (float | None): lower bound in nats; None leaves that side open.
+        log_eps_R (float | None): upper bound in nats; None leaves that side open.
+
+    Returns:
+        Tensor: ``l~_t``, shape of ``log_ratio``.
+    """
+    if log_eps_P is None and log_eps_R is None:
+        return log_ratio
+    return log_ratio.clamp(log_eps_P, log_eps_R)
+
+
+def unclamped(
+    log_ratio: Tensor, mask: Tensor, log_eps_P: float | None, log_eps_R: float | None
+) -> tuple[Tensor, Tensor]:
+    """Counts the tokens whose log-ratio is non-zero, and those of them that the clip leaves alone.
+
+    Args:
+        log_ratio (Tensor): ``l_t`` in nats, ``[B, S]``.
+        mask (Tensor): True at response tokens, ``[B, S]``.
+        log_eps_P (float | None): lower bound of the clip.
+        log_eps_R (float | None): upper bound of the clip.
+
+    Returns:
+        tuple[Tensor, Tensor]: scalars ``(inside, moved)``; the logged ``unclamped`` is their quotient, which
+            does not exist where nothing moved.
+    """
+    moved = mask & (log_ratio != 0)
+    inside = moved & (humanline_clip(log_ratio, log_eps_P, log_eps_R) == log_ratio)
+    return inside.sum(), moved.sum()
+
+
+class PerceptualLoss(nn.Module):
+    """What the humanline losses share: the token log-ratio as it is perceived, upstream of everything else.
+
+    Args:
+        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
+        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
+        perception (str): ``clip`` clamps the log-ratio to the bounds; ``sample`` detaches tokens by humanline sampling
+            with the same bounds; ``none`` leaves the log-ratio as it is, whatever the bounds.
+        gamma_P (float | None): with ``sample``, the shape of ``B_P ~ Beta(gamma_P, 1)``, > 0; towards infinity sampling
+            accepts exactly what clipping leaves alone.
+        gamma_R (float | None): with ``sample``, the shape of ``B_R ~ Beta(gamma_R, 1)``, > 0.
+
+    Raises:
+        ConfigError: if a setting is out of its range or contradicts another.
+    """
+
+    def __init__(
+        self,
+        log_eps_P: float | None,
+        log_eps_R: float | None,
+        perception: str,
+        gamma_P: float | None,
+        gamma_R: float | None,
+    ) -> None:
+        super().__init__()
+        check_bounds(log_eps_P, log_eps_R)
+        check_perception(perception, log_eps_P, log_eps_R, gamma_P, gamma_R)
+        self.log_eps_P = log_eps_P
+        self.log_eps_R = log_eps_R
+        self.perception = perception
+        self.gamma_P = gamma_P
+        self.gamma_R = gamma_R
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The bounds that are in force, ``(log_eps_P, log_eps_R)``; ``(None, None)`` with ``perception: none``."""
+        return (None, None) if self.perception == "none" else (self.log_eps_P, self.log_eps_R)
+
+    def perceive(self, log_ratio: Tensor, draws: Tensor | None = None) -> Tensor:
+        """``l~_t`` of ``l_t``; zero stays zero, so what is off the mask stays off it.
+
+        Args:
+            log_ratio (Tensor): ``l_t`` in nats, ``[B, S]``.
+            draws (Tensor | None): for ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
+
+        Returns:
+            Tensor: ``l~_t`` in nats, ``[B, S]``.
+        """
+        if self.perception == "clip":
+            return humanline_clip(log_ratio, *self.bounds)
+        if self.perception == "sample" and log_ratio.requires_grad:  # it changes gradients only
+            return humanline_sample(log_ratio, *self.bounds, self.gamma_P, self.gamma_R, draws)
+        return log_ratio
