@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -62,6 +63,11 @@ RIGHT_NUMBERS = [
     (2.5, "2.5"),
     ("70000", "#### 70,000 dollars after 2 years"),
     ("5", "#### 4\nNo, wait.\n#### 5"),
+    ("18", "#### Step 2: money\nShe makes 9 * 2 dollars: \\boxed{18}"),
+    ("18", "#### Step 2: money\n9 * 2 is 18"),
+    ("18", "#### 18\n#### Check: 9 + 9"),
+    ("18", "#### **$18**, for 2 days"),
+    ("-18", "####-\\$18"),
     ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
 ]
 WRONG_NUMBERS = [
@@ -220,6 +226,18 @@ def test_maths_an_endless_answer_is_given_up_and_the_others_are_scored(response,
     assert not caplog.records
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_maths_a_signal_to_idle_workers_costs_no_right_answer(number, caplog):
+    reward = MathReward(timeout=20, workers=1)
+    assert reward([prompt("7")], [["7"]]) == [[1]]
+    worker = reward._idle.get()
+    reward._idle.put(worker)
+    worker._process.send_signal(number)
+    with caplog.at_level(logging.WARNING):
+        assert reward([prompt("7")], [["7", "8", "7"]]) == [[1, 0, 1]]
+    assert not caplog.records
+
+
 def test_maths_what_a_response_says_is_not_run(maths, tmp_path):
     mark = tmp_path / "mark"
     attack = f"__import__('pathlib').Path('{mark}').touch()"
@@ -254,7 +272,7 @@ def test_maths_a_setting_that_cannot_work_is_named(key, value):
 def test_maths_without_math_verify_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     monkeypatch.delitem(sys.modules, "math_verify", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'humanline\[math\]'$"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints.txt -e '.\[math\]'$"):
         MathReward()
 
 
