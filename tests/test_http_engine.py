@@ -78,12 +78,21 @@ class Server:
 
 
 class Heard(logging.Handler):
-    """What the engine logs, and a way to wait for it."""
+    """What is logged of a server within the block, and a way to wait for it."""
+
+    logger = logging.getLogger("humanline.rollout._connection")
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
         self.gone = threading.Event()
+
+    def __enter__(self) -> "Heard":
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.logger.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
@@ -98,10 +107,8 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def heard():
-    handler, logger = Heard(), logging.getLogger("humanline.rollout._connection")
-    logger.addHandler(handler)
-    yield handler
-    logger.removeHandler(handler)
+    with Heard() as heard:
+        yield heard
 
 
 @pytest.fixture
@@ -204,6 +211,18 @@ def test_what_fails_in_passing_is_repeated(folder, tokenizer, prompts):
         undisturbed = engine_for(server, tokenizer).generate(prompts, PARAMS, SEEDS)
     with Server(folder, "--fail", "500", "429", "503") as server:
         assert engine_for(server, tokenizer).generate(prompts, PARAMS, SEEDS) == undisturbed
+
+
+def test_a_server_that_is_only_busy_is_neither_waited_for_as_gone_nor_given_its_weights_again(
+    folder, tokenizer, prompts, heard
+):
+    with Server(folder, "--fail", *["503"] * 4) as server:
+        reload_url = server.url.replace("/v1", "/reload")
+        engine = engine_for(server, tokenizer, weights_dir=str(folder.parent), reload_url=reload_url)
+        engine.update(folder)
+        engine.generate(prompts, PARAMS, SEEDS)
+        assert [line["weights"] for line in server.answered() if "weights" in line] == [str(folder)]
+    assert heard.lines == []
 
 
 def test_a_request_without_an_answer_in_time_is_repeated(folder, tokenizer, prompts):

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_http_engine import SECONDS, Heard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rewards import (
     FormatReward,
     GSM8KReward,
@@ -34,7 +36,7 @@ from humanline.rewards import (
     SequenceClassifierReward,
     TagCountReward,
 )
-from humanline.rollout import Prompt
+from humanline.rollout import Prompt, Stopped
 
 
 def prompt(answer=None, text="What is it?", **fields):
@@ -490,7 +492,7 @@ def test_a_folder_without_a_classifier_or_without_a_chat_template_is_refused(cla
 
 
 @contextmanager
-def judge(answer, **settings):
+def judge(answer, port=0, **settings):
     """A judge at a real server: ``answer(request, nth)`` gives the status and the content of what it replies."""
     counter, requests = itertools.count(), []
 
@@ -507,7 +509,7 @@ def judge(answer, **settings):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -559,10 +561,36 @@ def test_a_reply_without_a_rating_scores_zero_and_is_counted(reply, caplog):
 
 
 @pytest.mark.parametrize("failure", [(503, {"error": "loading"}), (429, {}), (200, b"<html>")])
-def test_a_server_that_does_not_answer_is_asked_again(failure, caplog):
+def test_a_server_that_does_not_answer_is_asked_again(failure):
     with judge(lambda _, nth: failure if nth == 0 else says("Rating: 5"), retries=1) as (reward, requests):
         assert reward(PROMPTS[:1], [["a"]]) == [[0.5]]
-    assert len(requests) == 2 and "asking again in 1 s" in caplog.text
+    assert len(requests) == 2
+
+
+def test_a_judge_that_is_gone_is_waited_for():
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        pass
+    port = int(reward._url.split(":")[2].removesuffix("/v1"))
+    with Heard() as heard, ThreadPoolExecutor() as pool:
+        scores = pool.submit(reward, PROMPTS, RESPONSES)
+        assert heard.gone.wait(SECONDS)
+        with judge(lambda *_: says("Rating: 5"), port=port):
+            assert scores.result(SECONDS) == [[0.5] * 3, [0.5], []]
+    assert ["is gone" in line for line in heard.lines] == [True, False]
+
+
+def test_the_wait_for_a_judge_ends_in_time_or_when_it_is_stopped():
+    with judge(lambda *_: says("Rating: 5"), wait=0) as (reward, _):
+        pass
+    with pytest.raises(TrainingError, match="^http://127.0.0.1:.* has been gone for 0 s; start it again"):
+        reward(PROMPTS, RESPONSES)
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        pass
+    with Heard() as heard, ThreadPoolExecutor() as pool:
+        scores = pool.submit(reward, PROMPTS, RESPONSES)
+        assert heard.gone.wait(SECONDS)
+        reward.stop()
+        assert isinstance(scores.exception(SECONDS), Stopped)
 
 
 @pytest.mark.parametrize(
@@ -570,23 +598,23 @@ def test_a_server_that_does_not_answer_is_asked_again(failure, caplog):
     [
         ((404, {"error": "The model `judge-1` does not exist"}), "reward.model: .* has no model 'judge-1'.*not exist"),
         ((401, {"error": "bad key"}), r"reward.api_key_env: .* refuses the key in \$OPENAI_API_KEY"),
-        ((400, {"error": "no\ntemperature"}), r"reward: .* refuses the request \(400"),
+        ((400, {"error": "no\ntemperature"}), r"reward: .* refuses the request \(HTTP 400"),
         ((200, {"hello": "there"}), "reward.base_url: .* is no chat API"),
-        ((503, {"error": "loading"}), "reward.base_url: .* does not answer .*503.* asked 1 times; start the server"),
+        ((500, {"error": "no memory"}), r"http://.* failed 1 times at one request \(HTTP 500 .*no memory"),
     ],
 )
 def test_a_server_that_refuses_ends_it_with_one_line(answer, message):
     with judge(lambda *_: answer, retries=0, max_concurrency=2) as (reward, requests):
-        with pytest.raises(ConfigError, match=f"^{message}") as error:
+        with pytest.raises((ConfigError, TrainingError), match=f"^{message}") as error:
             reward(PROMPTS[:1], [["a"] * 500])
     assert "\n" not in str(error.value) and len(requests) < 500
 
 
-def test_a_server_that_is_not_there_is_named():
-    with judge(lambda *_: says("Rating: 5"), retries=0) as (reward, _):
-        pass
+def test_a_server_that_is_not_there_is_named_before_anything_is_sampled():
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        reward(PROMPTS, [[] for _ in PROMPTS])
     with pytest.raises(ConfigError, match="^reward.base_url: http://127.0.0.1:.*refused.*start the server"):
-        reward(PROMPTS[:1], [["a"]])
+        reward(PROMPTS, [[] for _ in PROMPTS])
 
 
 def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():
@@ -618,6 +646,7 @@ def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():
         ({"timeout": 0}, "reward.timeout: 0 is not"),
         ({"retries": -1}, "reward.retries: -1 is not"),
         ({"max_concurrency": 0}, "reward.max_concurrency: 0 is not"),
+        ({"wait": -1}, "reward.wait: -1 is not"),
     ],
 )
 def test_a_judge_s_setting_that_cannot_work_is_named(changes, message):
