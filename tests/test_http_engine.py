@@ -329,6 +329,21 @@ def test_new_weights_are_announced_and_again_to_a_server_that_has_forgotten_them
             assert [line["weights"] for line in again.answered() if "weights" in line] == [str(folder)] * 2
 
 
+def test_a_server_that_started_anew_between_requests_has_its_weights_before_any_rank_asks(folder, tokenizer, prompts):
+    with Server(folder) as server:
+        settings = {"weights_dir": str(folder.parent), "reload_url": server.url.replace("/v1", "/reload")}
+        first, second = (engine_for(server, tokenizer, **settings) for _ in range(2))
+        first.update(folder)
+        second.update(folder, announce=False)
+        for engine in (first, second):
+            engine.generate(prompts, PARAMS, SEEDS)
+    server.log.unlink()
+    with Server(folder, port=server.port) as again:
+        first.ready()
+        completions = second.generate(prompts, PARAMS, SEEDS)
+        assert as_sets(completions) == as_sets(expected(again, tokenizer, prompts, weights=str(folder)))
+
+
 def test_a_server_that_cannot_reload_is_refused(folder, tokenizer):
     with Server(folder) as server:
         engine = engine_for(server, tokenizer, weights_dir=str(folder.parent), reload_url=f"{server.url}/nowhere")
