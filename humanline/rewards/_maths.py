@@ -85,6 +85,8 @@ class MathReward:
 class _Worker:
     """A process that checks one answer at a time. It starts with its first check, and ends with this object."""
 
+    _end: "weakref.finalize[..., _Worker]"
+
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._process: subprocess.Popen[str] | None = None
