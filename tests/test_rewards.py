@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -615,6 +617,27 @@ def test_a_server_that_is_not_there_is_named_before_anything_is_sampled():
         reward(PROMPTS, [[] for _ in PROMPTS])
     with pytest.raises(ConfigError, match="^reward.base_url: http://127.0.0.1:.*refused.*start the server"):
         reward(PROMPTS, [[] for _ in PROMPTS])
+
+
+def test_requests_under_way_do_not_keep_the_process():
+    script = """if True:
+        import sys, threading
+        from humanline.rewards import JudgeReward
+        from humanline.rollout import Prompt
+        reward = JudgeReward(sys.argv[1], "judge-1", max_concurrency=2)
+        prompts = [Prompt("", [{"role": "user", "content": "?"}], {})]
+        threading.Thread(target=reward, args=(prompts, [["a"] * 20]), daemon=True).start()
+        sys.stdin.read()
+    """
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(SECONDS)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        process = subprocess.Popen([sys.executable, "-c", script, url], cwd=ROOT, stdin=subprocess.PIPE)
+        asked = [silent.accept()[0] for _ in range(2)]
+        process.communicate(timeout=SECONDS // 2)  # its stdin closes; a request may take a minute
+        for connection in asked:
+            connection.close()
+    assert process.returncode == 0
 
 
 def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():

@@ -348,7 +348,8 @@ class OnlineSource:
                 break
         if not usable:
             raise DataError(
-                f"round {round}: the responses of every prompt are scored equal; nothing can be learnt from them"
+                f"round {round}: the responses of every prompt are scored equal, or leave the objective nothing to "
+                "compare; nothing can be learnt from them"
             )
         found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
         found.metrics = {
@@ -398,7 +399,7 @@ class OnlineSource:
         mine: T | Exception | None
         try:
             mine = None if on_rank_0 and dist.get_rank() else call()
-        except (ConfigError, DataError, TrainingError) as error:
+        except (ConfigError, DataError, TrainingError, OSError) as error:
             mine = error
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine, self.ranks)
