@@ -633,8 +633,11 @@ def test_requests_under_way_do_not_keep_the_process():
         silent.settimeout(SECONDS)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         process = subprocess.Popen([sys.executable, "-c", script, url], cwd=ROOT, stdin=subprocess.PIPE)
-        asked = [silent.accept()[0] for _ in range(2)]
-        process.communicate(timeout=SECONDS // 2)  # its stdin closes; a request may take a minute
+        try:
+            asked = [silent.accept()[0] for _ in range(2)]
+            process.communicate(timeout=SECONDS // 2)  # its stdin closes; a request may take a minute
+        finally:
+            process.kill()
         for connection in asked:
             connection.close()
     assert process.returncode == 0
