@@ -16,7 +16,9 @@ Results go into results.json, and into results.png where matplotlib is there.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -109,16 +111,25 @@ def sampling(folder: Path) -> dict[str, float]:
 def dataset(output: Path) -> Path:
     """The offline runs' groups: what a run of one step has sampled for it."""
     folder = output / "dataset"
-    result = folder / "result.json"
-    if not result.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        for half_done in ("checkpoints", "rounds", "logs"):
-            shutil.rmtree(folder / half_done, ignore_errors=True)
-        one_step = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS, "source.groups_per_round": DATASET}
-        train(folder, 0, one_step | {"save_every_n_steps": None})
-        result.write_text(json.dumps({"method": "dataset", **sampling(folder)}, indent=2) + "\n")
-        _remove_weights(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".replicate.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process, with other seeds, may be making it
+        if not (folder / "result.json").is_file():
+            for half_done in ("checkpoints", "rounds", "logs"):
+                shutil.rmtree(folder / half_done, ignore_errors=True)
+            one_step = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
+            one_step |= {"source.groups_per_round": DATASET, "save_every_n_steps": None}
+            train(folder, 0, one_step)
+            _write(folder / "result.json", {"method": "dataset", **sampling(folder)})
+            _remove_weights(folder)
     return folder / "rounds" / "round_0.jsonl"
+
+
+def _write(file: Path, value: Any) -> None:
+    """A file of this name is whole or not there, for other processes too."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, file)
 
 
 def run(folder: Path, method: str, seed: int, data: Path) -> None:
@@ -134,7 +145,7 @@ def run(folder: Path, method: str, seed: int, data: Path) -> None:
         costs.write_text(json.dumps({key: spent.get(key, 0) + value for key, value in new.items()}))
     evaluated = measure(folder / "epoch_7", folder / "eval.json", seed)
     found = {"method": method, "seed": seed, **json.loads(costs.read_text()), **sampling(folder), **evaluated}
-    result.write_text(json.dumps(found, indent=2) + "\n")
+    _write(result, found)
     _remove_weights(folder)
 
 
@@ -207,7 +218,7 @@ def main() -> None:
         for method in METHODS:
             run(output / f"{method.replace(' + ', '_')}_{seed}", method, seed, data)
             found = results(output)
-            (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+            _write(output / "results.json", found)
             print(table(found), flush=True)
     draw(results(output), output / "results.png")
 

@@ -4,12 +4,14 @@ One process samples `samples_per_prompt` responses to each prompt, as `humanline
 them. It reports, each as a mean over the prompts with a 95% bootstrap interval over the prompts:
 
 - pass@k: the probability that one of k responses or more is solved, by the unbiased estimator. A response is solved if
-  its score is above `correct_above`; null is for a reward without right and wrong, such as a reward model;
+  its score is above `correct_above`, which `k` needs: 0.5 for a reward of 0 and 1, 5 for `OpenR1Reward`, which adds up
+  to 2 for form to the 8 of a right answer, and null for a reward without right and wrong, such as a reward model;
 - the reward, the length of a response in tokens (its end of turn included), the share cut at `max_new_tokens`.
 
 `output` gets settings and figures as JSON; beside it, in a .jsonl of the same name, are the samples with their scores,
 a dataset for `humanline.data.scored_groups`. The samples are written before they are scored. So a reward that fails
-costs no sampling: `samples=FILE.jsonl` scores what is there already, and needs no model.
+costs no sampling: `samples=FILE.jsonl` scores what is there already, and needs no model. A run that was cut short goes
+on, when it is started again, with the prompts that it has not sampled yet, and those that it has not scored yet.
 
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml output=eval/again.json samples=FILE.jsonl
@@ -24,19 +26,26 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, utils
-from tqdm import tqdm
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rewards import read_samples
-from humanline.rollout import Prompt, checked_scores, read_prompts
+from humanline.rollout import Prompt
 from humanline.tools.statistics import bootstrap_interval, pass_at_k
-from humanline.training import Sampler, check_keys, component, hide_known_warnings, write_json, write_jsonl
+from humanline.training import (
+    PartialFile,
+    Sampler,
+    check_keys,
+    component,
+    hide_known_warnings,
+    scored_rows,
+    write_json,
+    write_jsonl,
+)
 
 REQUIRED = ("reward", "output")
 OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")
-OF_THE_MODEL = (*Sampler.REQUIRED, "prompts")
 
-PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while the progress bar moves
+PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while what is scored is soon written
 
 log = utils.get_logger("INFO")
 
@@ -53,9 +62,14 @@ class HumanlineEvalRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         sampling = cfg.get("samples") is None
-        optional = (*OPTIONAL, *Sampler.OPTIONAL, *OF_THE_MODEL)
-        check_keys(cfg, (*REQUIRED, *OF_THE_MODEL) if sampling else REQUIRED, optional)
-        self.correct_above = cfg.get("correct_above", 0.5)
+        optional = (*OPTIONAL, *Sampler.OPTIONAL, *Sampler.REQUIRED)
+        check_keys(cfg, (*REQUIRED, *Sampler.REQUIRED) if sampling else REQUIRED, optional)
+        if "correct_above" not in cfg and cfg.get("k") is not None:
+            raise ConfigError(
+                f"correct_above: is missing, and k: {cfg.k} counts the responses scored above it; add the score that "
+                "only right ones exceed, or null for a reward without right and wrong"
+            )
+        self.correct_above = cfg.get("correct_above")
         if isinstance(self.correct_above, bool) or not isinstance(self.correct_above, int | float | None):
             raise ConfigError(f"correct_above: {self.correct_above!r} is not a score; give a number, or null")
         self.k = read_k(cfg) if self.correct_above is not None else []
@@ -77,7 +91,7 @@ class HumanlineEvalRecipe:
         if self.sampler is not None:
             return given | own | self.sampler.settings
         # What the config says of a model did not make these samples.
-        return {key: given[key] for key in given if key not in (*OF_THE_MODEL, *Sampler.OPTIONAL)} | own
+        return {key: given[key] for key in given if key not in (*Sampler.REQUIRED, *Sampler.OPTIONAL)} | own
 
     def _check_k(self, count: int, source: str) -> None:
         for k in self.k:
@@ -93,29 +107,25 @@ class HumanlineEvalRecipe:
                 self._check_k(len(texts), f"the {len(texts)} responses of {prompt.where}")
                 check_facts(prompt, len(texts))
         else:
-            self.prompts = read_prompts(cfg.prompts)
+            self.prompts = self.sampler.read(cfg)
         self.reward(self.prompts, [[] for _ in self.prompts])
         if self.sampler is not None:
-            self.sampler.setup(cfg, self.prompts)
+            self.sampler.setup(cfg)
 
     def sample(self) -> list[dict[str, Any]]:
         """The samples of each prompt: those of the file, or newly drawn ones, which are written down first."""
         if self.sampler is None:
             return [dict(prompt.fields) for prompt in self.prompts]
-        rows = self.sampler.sample()
+        rows = self.sampler.sample(self.output)
         write_jsonl(self.output.with_suffix(".jsonl"), rows)
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The samples with the reward's scores in ``all_rm_scores``."""
-        scores: list[list[float]] = []
-        with tqdm(total=len(rows), desc="scoring", unit="prompt", dynamic_ncols=True) as bar:
-            for start in range(0, len(rows), PROMPTS_PER_CALL):
-                part = slice(start, start + PROMPTS_PER_CALL)
-                responses = [row["all_generated_responses"] for row in rows[part]]
-                scores += checked_scores(self.reward, self.prompts[part], responses)
-                bar.update(len(rows[part]))
-        return [row | {"all_rm_scores": each} for row, each in zip(rows, scores, strict=True)]
+        made_of = [self.settings["reward"], rows]
+        self.scored = PartialFile(self.output.with_suffix(".jsonl"), made_of)
+        with self.scored as partial:
+            return scored_rows(self.reward, self.prompts, rows, partial, PROMPTS_PER_CALL)
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         """Each figure's mean over the prompts, and the ends of its interval."""
@@ -147,6 +157,9 @@ class HumanlineEvalRecipe:
             form = ".1%" if name.startswith("pass@") or name == "cut" else ".4g"
             middle, low, high = (format(figure[key], form) for key in ("mean", "low", "high"))
             print(f"{name:12}{middle:>8}  [{low}, {high}]")
+        if self.sampler is not None:
+            self.sampler.forget()
+        self.scored.path.unlink()
         print(f"\nWrote {self.output} and {self.output.with_suffix('.jsonl')}")
 
     def cleanup(self) -> None:
@@ -193,7 +206,7 @@ def recipe_main(cfg: DictConfig) -> None:
         rows = recipe.score(recipe.sample())
         recipe.save(rows, recipe.evaluate(rows))
         recipe.cleanup()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TrainingError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
 

@@ -12,25 +12,18 @@ Lines are written as they are scored, to a file beside the output that gets its 
 cut short goes on with the lines it lacks when it is started again; with another reward or other samples it starts anew.
 """
 
-import fcntl
-import hashlib
-import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, utils
-from tqdm import tqdm
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rewards import read_samples
-from humanline.rollout import checked_scores
-from humanline.training import check_keys, component, hide_known_warnings
+from humanline.training import PartialFile, check_keys, component, hide_known_warnings, scored_rows
 
 REQUIRED = ("samples", "output", "reward")
 OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to
@@ -57,36 +50,21 @@ class HumanlineLabelRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples and builds the reward: what is wrong with a line or with the reward shows at once."""
-        self.prompts, self.responses = read_samples(cfg.samples)
+        self.prompts, _ = read_samples(cfg.samples)
+        self.rows = [dict(prompt.fields) for prompt in self.prompts]
         self.reward = component(cfg, "reward")
         self.reward(self.prompts, [[] for _ in self.prompts])  # with nothing to score, it checks the prompts
-        self.partial = self.output.with_name(f"{self.output.name}.{fingerprint(cfg)}.partial")
+        self.partial = PartialFile(self.output, [OmegaConf.to_container(cfg.reward, resolve=True), self.rows])
 
-    def label(self) -> list[list[float]]:
-        """Scores the lines that are not scored yet; returns the scores of all."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with sole_use(self.partial) as file:
-            scores = [json.loads(line)["all_rm_scores"] for line in whole_lines(file)]
-            if scores:
-                log.info(f"{len(scores):,} of {len(self.prompts):,} prompts are scored already, in {self.partial}")
-            with tqdm(total=len(self.prompts), initial=len(scores), unit="prompt", dynamic_ncols=True) as bar:
-                while len(scores) < len(self.prompts):
-                    batch = self._score(len(scores))
-                    lines = zip(self.prompts[len(scores) :], batch, strict=False)
-                    rows = [{**prompt.fields, "all_rm_scores": new} for prompt, new in lines]
-                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-                    file.flush()
-                    scores += batch
-                    bar.update(len(batch))
-            os.replace(self.partial, self.output)
-        return scores
+    def label(self) -> list[dict[str, Any]]:
+        """The lines with their scores, of which those are scored that are not yet."""
+        with self.partial as partial:
+            rows = scored_rows(self.reward, self.prompts, self.rows, partial, self.batch_size)
+            os.replace(partial.path, self.output)
+        return rows
 
-    def _score(self, start: int) -> list[list[float]]:
-        """The scores of the batch of prompts that begins with ``start``."""
-        responses = self.responses[start : start + self.batch_size]
-        return checked_scores(self.reward, self.prompts[start : start + self.batch_size], responses)
-
-    def report(self, scores: list[list[float]]) -> None:
+    def report(self, rows: list[dict[str, Any]]) -> None:
+        scores = [row["all_rm_scores"] for row in rows]
         flat = [score for group in scores for score in group]
         equal = sum(len(set(group)) == 1 for group in scores)
         log.info(
@@ -98,33 +76,6 @@ class HumanlineLabelRecipe:
         """Nothing to close: what torchtune's recipes end with."""
 
 
-def fingerprint(cfg: DictConfig) -> str:
-    """Of what the scores depend on: the reward's config and the samples."""
-    reward = json.dumps(OmegaConf.to_container(cfg.reward, resolve=True), sort_keys=True)
-    samples = Path(cfg.samples).expanduser().read_bytes()
-    return hashlib.sha256(reward.encode() + b"\n" + samples).hexdigest()[:12]
-
-
-@contextmanager
-def sole_use(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to read and append, for this process alone. The lock goes with the process, however that ends."""
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output: {path} is being written by another run; wait for it, or name another") from None
-        yield file
-
-
-def whole_lines(file: BinaryIO) -> list[bytes]:
-    """The lines of a file, which loses what stands behind the last line end: a line that was being written."""
-    file.seek(0)
-    content = file.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    file.truncate(len(whole))
-    return whole.splitlines()
-
-
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Scores sampled responses. A mistake in config or data ends it with one line."""
@@ -134,7 +85,7 @@ def recipe_main(cfg: DictConfig) -> None:
         recipe.setup(cfg)
         recipe.report(recipe.label())
         recipe.cleanup()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TrainingError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
 

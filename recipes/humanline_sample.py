@@ -12,6 +12,9 @@ one device (split the prompt file, and start one process on each), and scoring, 
     tune run recipes/humanline_sample --config configs/smollm2_135m_sample.yaml prompts=alpaca_eval.json \
         format=alpaca_eval output=model_outputs.json
 
+Prompts are written down as they are answered, in a file beside the output. A run that was cut short goes on with those
+it lacks when it is started again; with other prompts, weights or settings it starts anew.
+
 The batching itself is in `humanline.rollout.TorchtuneEngine`.
 """
 
@@ -23,10 +26,10 @@ from omegaconf import DictConfig
 from torchtune import config, utils
 
 from humanline.errors import ConfigError, DataError
-from humanline.rollout import Prompt, read_prompts
+from humanline.rollout import Prompt
 from humanline.training import Sampler, check_keys, hide_known_warnings, one_of, write_json, write_jsonl
 
-REQUIRED = (*Sampler.REQUIRED, "prompts", "output")
+REQUIRED = (*Sampler.REQUIRED, "output")
 OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")
 
 log = utils.get_logger("INFO")
@@ -52,24 +55,26 @@ class HumanlineSampleRecipe:
                 f"samples_per_prompt: {samples_per_prompt} does not work with format: alpaca_eval, which "
                 "has one output an instruction; set 1, or format: jsonl"
             )
+        self.output = str(cfg.output)
         self.generator = cfg.get("generator") or Path(cfg.checkpointer.checkpoint_dir).name
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the prompts and loads the model."""
-        self.prompts = read_prompts(cfg.prompts)
-        self.sampler.setup(cfg, self.prompts)
+        self.prompts = self.sampler.read(cfg)
+        self.sampler.setup(cfg)
 
     def sample(self) -> list[dict[str, Any]]:
-        """Draws the responses of every prompt, with a progress bar."""
-        return self.sampler.sample()
+        """Draws the responses of every prompt that has none yet, with a progress bar."""
+        return self.sampler.sample(self.output)
 
-    def save(self, rows: list[dict[str, Any]], output: str) -> None:
-        """Writes the responses; what bears the name ``output`` is whole."""
+    def save(self, rows: list[dict[str, Any]]) -> None:
+        """Writes the responses; what bears the name of ``output`` is whole."""
         if self.alpaca_eval:
-            write_json(output, [self._output(prompt, row) for prompt, row in zip(self.prompts, rows, strict=True)])
+            write_json(self.output, [self._output(prompt, row) for prompt, row in zip(self.prompts, rows, strict=True)])
         else:
-            write_jsonl(output, rows)
-        log.info(f"Wrote {output}")
+            write_jsonl(self.output, rows)
+        self.sampler.forget()
+        log.info(f"Wrote {self.output}")
 
     def _output(self, prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
         dataset = {key: prompt.fields[key] for key in ("dataset",) if key in prompt.fields}
@@ -91,7 +96,7 @@ def recipe_main(cfg: DictConfig) -> None:
     try:
         recipe = HumanlineSampleRecipe(cfg)
         recipe.setup(cfg)
-        recipe.save(recipe.sample(), cfg.output)
+        recipe.save(recipe.sample())
         recipe.cleanup()
     except (ConfigError, DataError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")

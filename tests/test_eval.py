@@ -159,6 +159,18 @@ class Broken:
         return [[self.value for _ in texts] for texts in responses]
 
 
+class FailsOnce(EvenLength):
+    """Fails at the third of all calls."""
+
+    calls = 0
+
+    def __call__(self, prompts, responses):
+        FailsOnce.calls += 1
+        if FailsOnce.calls == 3:
+            raise ConfigError("reward.base_url: does not answer")
+        return super().__call__(prompts, responses)
+
+
 LINES = [{"prompt": f"{a} + 1 = ?", "answer": a + 1, "all_rm_scores": [9.0]} for a in range(5)]
 
 # Correct: 2 of 4, 0 of 4, 1 of 4.
@@ -210,6 +222,7 @@ def of_a_model(folder, model_folder, lines=LINES, **changes):
         "prompts": write_lines(folder / "prompts.jsonl", lines),
         "output": str(folder / "eval" / "figures.json"),
         "reward": {"_component_": "test_eval.EvenLength"},
+        "correct_above": 0.5,
         "k": [1, 2, 4],
         "bootstrap": 200,
         "samples_per_prompt": 4,
@@ -235,6 +248,7 @@ def of_samples(folder, lines=SAMPLES, **changes):
         "samples": write_lines(folder / "samples.jsonl", lines),
         "output": str(folder / "eval" / "figures.json"),
         "reward": {"_component_": "humanline.rewards.GSM8KReward"},
+        "correct_above": 0.5,
         "k": [1, 4],
         "bootstrap": 200,
     } | changes
@@ -277,7 +291,7 @@ def test_the_figures_are_those_of_the_samples_that_are_written_beside_them(tmp_p
 def test_the_samples_are_those_of_the_sampling_recipe_and_a_dataset_of_scored_groups(tmp_path, model_folder):
     cfg = of_a_model(tmp_path, model_folder)
     written, rows = evaluate(cfg)
-    own = ("reward", "k", "bootstrap")
+    own = ("reward", "correct_above", "k", "bootstrap")
     sample_cfg = OmegaConf.create({key: value for key, value in cfg.items() if key not in own})
     sampler = runpy.run_path(str(SAMPLE_RECIPE))["HumanlineSampleRecipe"](sample_cfg)
     sampler.setup(sample_cfg)
@@ -343,13 +357,45 @@ def test_samples_that_say_nothing_of_length_and_end_have_no_figures_of_them(tmp_
 
 def test_a_reward_that_fails_costs_no_samples(tmp_path, model_folder):
     cfg = of_a_model(tmp_path, model_folder)
+    from_anew, rows = evaluate(cfg)
     with pytest.raises(ConfigError, match="does not answer"):
         evaluate(cfg | {"reward": {"_component_": "test_eval.Broken"}})
     kept = tmp_path / "eval" / "figures.jsonl"
-    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
-    rescued, rows = evaluate(cfg | {"samples": str(kept)})
-    again, from_anew = evaluate(cfg)
-    assert rescued["figures"] == again["figures"] and rows == from_anew
+    assert read_lines(kept) == without_scores(rows)
+    rescued, again = evaluate(cfg | {"samples": str(kept)})
+    assert rescued["figures"] == from_anew["figures"] and again == rows
+
+
+def test_an_evaluation_that_was_cut_short_goes_on_with_what_it_lacks(tmp_path, model_folder, caplog):
+    lines = [{"prompt": f"{a} + 1 = ?"} for a in range(70)]  # of which the reward gets 64 at first
+    cfg = of_a_model(tmp_path, model_folder, lines, k=[1], samples_per_prompt=1, max_new_tokens=4)
+    from_anew, rows = evaluate(cfg)
+    cfg |= {"reward": {"_component_": "test_eval.FailsOnce"}}
+    FailsOnce.calls = 0
+    with pytest.raises(ConfigError, match="does not answer"):
+        evaluate(cfg)
+    FailsOnce.calls = 3
+    again, its_rows = evaluate(cfg)
+    assert again["figures"] == from_anew["figures"] and its_rows == rows
+    assert FailsOnce.calls == 5  # the check of the prompts, and one batch
+    assert "70 of 70 prompts are sampled already" in caplog.text
+    assert "64 of 70 prompts are scored already" in caplog.text
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == ["figures.json", "figures.jsonl"]
+
+
+def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_prompt_they_were_trained_with(
+    tmp_path, model_folder
+):
+    lines = [{"problem": f"{a} + 1 = ?", "solution": a + 1} for a in range(4)]
+    own = {"split": "train[2:]", "column_map": {"prompt": "problem", "answer": "solution"}, "system_prompt": "Add."}
+    written, rows = evaluate(of_a_model(tmp_path, model_folder, lines, **own))
+    assert [row["answer"] for row in rows] == [3, 4] and written["settings"].items() >= own.items()
+    asked = [
+        {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": line["problem"]}]}
+        for line in lines[2:]
+    ]
+    _, same = evaluate(of_a_model(tmp_path, model_folder, asked))
+    assert [row["all_generated_responses"] for row in rows] == [row["all_generated_responses"] for row in same]
 
 
 # ---- Mistakes
@@ -369,6 +415,10 @@ def test_a_reward_that_fails_costs_no_samples(tmp_path, model_folder):
         ({"bootstrap": 0}, "bootstrap: 0 is not a whole number of at least 1"),
         ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
         ({"correct_above": "high"}, "correct_above: 'high' is not a score"),
+        (
+            {"correct_above": ...},
+            "correct_above: is missing, and k: [1, 2, 4] counts the responses scored above it",
+        ),
         ({"output": "figures.txt"}, "output: 'figures.txt' does not end in .json"),
         ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
         ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
@@ -384,7 +434,8 @@ def test_a_reward_that_fails_costs_no_samples(tmp_path, model_folder):
     ],
 )
 def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, changes, message):
-    cfg = OmegaConf.create(of_a_model(tmp_path, model_folder, **changes))
+    given = of_a_model(tmp_path, model_folder, **changes)
+    cfg = OmegaConf.create({key: value for key, value in given.items() if value is not ...})
     with pytest.raises((ConfigError, DataError)) as error:
         runpy.run_path(str(RECIPE))["HumanlineEvalRecipe"](cfg).setup(cfg)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -399,7 +450,6 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
         ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is absent"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
-        ({}, {"reward": {"_component_": "test_eval.Broken", "value": math.nan}}, "did not give each response"),
     ],
 )
 def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line, changes, message):
@@ -407,6 +457,12 @@ def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line
         evaluate(of_samples(tmp_path, [*SAMPLES, SAMPLES[0] | line], **changes))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "eval").exists()
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="^reward: Broken did not give each response a finite score"):
+        evaluate(of_samples(tmp_path, reward={"_component_": "test_eval.Broken", "value": math.nan}))
+    assert not (tmp_path / "eval" / "figures.json").exists()
 
 
 def test_a_mistake_ends_the_recipe_with_one_line(tmp_path):

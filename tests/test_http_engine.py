@@ -78,12 +78,21 @@ class Server:
 
 
 class Heard(logging.Handler):
-    """What the engine logs, and a way to wait for it."""
+    """What is logged of a server within the block, and a way to wait for it."""
+
+    logger = logging.getLogger("humanline.rollout._connection")
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
         self.gone = threading.Event()
+
+    def __enter__(self) -> "Heard":
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.logger.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
@@ -98,10 +107,8 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def heard():
-    handler, logger = Heard(), logging.getLogger("humanline.rollout._connection")
-    logger.addHandler(handler)
-    yield handler
-    logger.removeHandler(handler)
+    with Heard() as heard:
+        yield heard
 
 
 @pytest.fixture
@@ -206,6 +213,18 @@ def test_what_fails_in_passing_is_repeated(folder, tokenizer, prompts):
         assert engine_for(server, tokenizer).generate(prompts, PARAMS, SEEDS) == undisturbed
 
 
+def test_a_server_that_is_only_busy_is_neither_waited_for_as_gone_nor_given_its_weights_again(
+    folder, tokenizer, prompts, heard
+):
+    with Server(folder, "--fail", *["503"] * 4) as server:
+        reload_url = server.url.replace("/v1", "/reload")
+        engine = engine_for(server, tokenizer, weights_dir=str(folder.parent), reload_url=reload_url)
+        engine.update(folder)
+        engine.generate(prompts, PARAMS, SEEDS)
+        assert [line["weights"] for line in server.answered() if "weights" in line] == [str(folder)]
+    assert heard.lines == []
+
+
 def test_a_request_without_an_answer_in_time_is_repeated(folder, tokenizer, prompts):
     with Server(folder, "--together=2") as server:  # the first attempt waits there for a second
         engine = engine_for(server, tokenizer, timeout=3)
@@ -308,6 +327,21 @@ def test_new_weights_are_announced_and_again_to_a_server_that_has_forgotten_them
             completions = round.result(SECONDS)
             assert as_sets(completions) == as_sets(expected(again, tokenizer, prompts, weights=str(folder)))
             assert [line["weights"] for line in again.answered() if "weights" in line] == [str(folder)] * 2
+
+
+def test_a_server_that_started_anew_between_requests_has_its_weights_before_any_rank_asks(folder, tokenizer, prompts):
+    with Server(folder) as server:
+        settings = {"weights_dir": str(folder.parent), "reload_url": server.url.replace("/v1", "/reload")}
+        first, second = (engine_for(server, tokenizer, **settings) for _ in range(2))
+        first.update(folder)
+        second.update(folder, announce=False)
+        for engine in (first, second):
+            engine.generate(prompts, PARAMS, SEEDS)
+    server.log.unlink()
+    with Server(folder, port=server.port) as again:
+        first.ready()
+        completions = second.generate(prompts, PARAMS, SEEDS)
+        assert as_sets(completions) == as_sets(expected(again, tokenizer, prompts, weights=str(folder)))
 
 
 def test_a_server_that_cannot_reload_is_refused(folder, tokenizer):

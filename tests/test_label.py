@@ -13,6 +13,7 @@ from test_configs import write_chat_tokenizer
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
+from humanline.training import PartialFile
 
 RECIPE = ROOT / "recipes" / "humanline_label.py"
 
@@ -210,10 +211,9 @@ def test_a_reward_that_does_not_score_each_response_is_named(label, body):
 
 
 def test_two_runs_do_not_write_one_file(label):
-    recipe = runpy.run_path(str(RECIPE))
-    with recipe["sole_use"](label.folder / "one"):
-        with pytest.raises(ConfigError, match="^output: .*/one is being written by another run"):
-            with recipe["sole_use"](label.folder / "one"):
+    with PartialFile(label.output, "these"), PartialFile(label.output, "others"):
+        with pytest.raises(ConfigError, match=r"^output: .*/scored.jsonl.\w+.partial is being written by another run"):
+            with PartialFile(label.output, "these"):
                 pass
 
 

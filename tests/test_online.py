@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from toys import Letters
 
 from humanline.data import ChatTokenizer, Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.rollout import OnlineSource, SamplingParams, TorchtuneEngine
+from humanline.rollout import InProcessEngine, OnlineSource, SamplingParams, Stopped, TorchtuneEngine
 
 
 def online(run: TrajectoryRun, **source) -> TrajectoryRun:
@@ -188,7 +189,21 @@ def test_a_round_that_cannot_be_read_is_named(trajectory):
     rounds(run)[1].write_text('{"prompt": [1]}\n')
     shutil.rmtree(run.folder / "out" / "checkpoints" / "step_12")
     message = run.train("resume_from_checkpoint=latest")
-    assert "round_1.jsonl: cannot be read as a round (KeyError('responses')); delete it" in message
+    assert "round_1.jsonl: cannot be read as a round (KeyError('policy_step')); delete it" in message
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_round_that_cannot_be_written_is_trained_on_all_the_same(trajectory, nproc):
+    whole = online(trajectory("grpo_8_k4"), every=3)
+    whole.config["batch_size"] = 2 // nproc
+    whole.train_on(nproc)
+    run = whole.again("unwritable")
+    (run.folder / "out").mkdir()
+    (run.folder / "out" / "rounds").touch()
+    run.train_on(nproc)
+    assert run.log() == whole.log()
+    output = (run.folder / "output.txt").read_text()
+    assert "round 3 could not be written (" in output and "a run that resumes in it samples it anew" in output
 
 
 def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
@@ -249,6 +264,77 @@ def test_when_nothing_is_left_to_learn_the_run_ends_with_what_it_has(trajectory)
     assert "round 2: the responses of every prompt are scored equal" in message
     assert "resume_from_checkpoint: latest goes on from step 6" in message
     assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_6"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("grpo_8_k4", {"desirable_above": 0.5}), ("dpo_8_k4", {"max_new_tokens": 1, "temperature": 0.05})],
+)
+def test_groups_of_which_the_objective_makes_nothing_are_dropped_like_those_of_equal_scores(trajectory, name, source):
+    """Labels of one kind for GRPO, and for DPO a best and a worst response of the same tokens."""
+    run = online(trajectory(name), every=3, **source)
+    run.config["reward"]["_component_"] = "toys.Vowels" if "desirable_above" in source else "toys.Place"
+    assert run.train() is None
+    found = lines(run)
+    assert 0 < len(found) < 24 and len(run.log()) == 12
+    if "desirable_above" in source:
+        assert all(len({score > 0.5 for score in line["scores"]}) == 2 for line in found)
+    else:
+        assert all(line["responses"][0] != line["responses"][-1] for line in found)
+    kept = [len(file.read_text().splitlines()) for file in rounds(run)]
+    assert list(run.log("rounds/dropped").values()) == [6 - count for count in kept]
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_with_what_they_have(trajectory):
+    run = online(trajectory("grpo_8_k4"), every=3)
+    run.config |= {"batch_size": 1, "reward": {"_component_": "toys.Failing"}}
+    with run.start(nproc=2) as ranks:
+        assert ranks.wait() == [1, 1], ranks.output()
+        ends = [line for line in ranks.output().splitlines() if line.startswith("humanline_grpo_distributed.py: ")]
+    assert len(ends) == 2 and len(set(ends)) == 1
+    assert "reward: Failing failed at " in ends[0] and "(KeyError('solution')); correct the reward" in ends[0]
+    assert "resume_from_checkpoint: latest goes on from step 3" in ends[0]
+    assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_3"]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_ends_sampling_in_the_process(trajectory, nproc):
+    run = online(trajectory("grpo_8_k4"), every=3, equal_scores="resample")
+    run.config |= {"batch_size": 2 // nproc, "reward": {"_component_": "toys.Interrupting"}}
+    with run.start(nproc=nproc) as ranks:
+        assert ranks.wait() == [0] * nproc, ranks.output()
+        assert "stopped after step 3 by " in ranks.output()
+    assert [file.name for file in rounds(run)] == ["round_0.jsonl"]
+    assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_3"]
+    run.config["reward"]["_component_"] = "toys.MeanToken"
+    run.train_on(nproc, "resume_from_checkpoint=latest")
+    assert logged_steps(run) == list(range(1, 13))
+
+
+def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_policy_as_it_was():
+    torch.manual_seed(0)
+    model, ids = llama3(256, 2, 4, 2, 64, 128), torch.tensor([[5, 6, 7]])
+    before, passes, left = model(ids), [], []
+    engine = InProcessEngine(batch_size=4)
+
+    def note(*_):
+        passes.append(1)
+        if len(passes) == 5:
+            engine.stop()
+
+    @contextmanager
+    def whole():
+        try:
+            yield
+        finally:
+            left.append((len(passes), model(ids)))
+
+    model.tok_embeddings.register_forward_pre_hook(note)
+    engine.setup(Letters(), model, whole)
+    with pytest.raises(Stopped):
+        engine.generate([[1, 2]], SamplingParams(max_new_tokens=100), seeds=[1])
+    [(passed, after)] = left
+    assert passed == 5 and torch.equal(after, before)
 
 
 def test_a_reward_that_leaves_responses_out_is_refused(trajectory):

@@ -3,8 +3,12 @@
 import itertools
 import json
 import logging
+import signal
+import socket
+import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +18,7 @@ import torch
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_http_engine import SECONDS, Heard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rewards import (
     FormatReward,
     GSM8KReward,
@@ -33,7 +38,7 @@ from humanline.rewards import (
     SequenceClassifierReward,
     TagCountReward,
 )
-from humanline.rollout import Prompt
+from humanline.rollout import Prompt, Stopped
 
 
 def prompt(answer=None, text="What is it?", **fields):
@@ -62,6 +67,11 @@ RIGHT_NUMBERS = [
     (2.5, "2.5"),
     ("70000", "#### 70,000 dollars after 2 years"),
     ("5", "#### 4\nNo, wait.\n#### 5"),
+    ("18", "#### Step 2: money\nShe makes 9 * 2 dollars: \\boxed{18}"),
+    ("18", "#### Step 2: money\n9 * 2 is 18"),
+    ("18", "#### 18\n#### Check: 9 + 9"),
+    ("18", "#### **$18**, for 2 days"),
+    ("-18", "####-\\$18"),
     ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
 ]
 WRONG_NUMBERS = [
@@ -220,6 +230,18 @@ def test_maths_an_endless_answer_is_given_up_and_the_others_are_scored(response,
     assert not caplog.records
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_maths_a_signal_to_idle_workers_costs_no_right_answer(number, caplog):
+    reward = MathReward(timeout=20, workers=1)
+    assert reward([prompt("7")], [["7"]]) == [[1]]
+    worker = reward._idle.get()
+    reward._idle.put(worker)
+    worker._process.send_signal(number)
+    with caplog.at_level(logging.WARNING):
+        assert reward([prompt("7")], [["7", "8", "7"]]) == [[1, 0, 1]]
+    assert not caplog.records
+
+
 def test_maths_what_a_response_says_is_not_run(maths, tmp_path):
     mark = tmp_path / "mark"
     attack = f"__import__('pathlib').Path('{mark}').touch()"
@@ -254,7 +276,7 @@ def test_maths_a_setting_that_cannot_work_is_named(key, value):
 def test_maths_without_math_verify_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     monkeypatch.delitem(sys.modules, "math_verify", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'humanline\[math\]'$"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints.txt -e '.\[math\]'$"):
         MathReward()
 
 
@@ -472,7 +494,7 @@ def test_a_folder_without_a_classifier_or_without_a_chat_template_is_refused(cla
 
 
 @contextmanager
-def judge(answer, **settings):
+def judge(answer, port=0, **settings):
     """A judge at a real server: ``answer(request, nth)`` gives the status and the content of what it replies."""
     counter, requests = itertools.count(), []
 
@@ -489,7 +511,7 @@ def judge(answer, **settings):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -541,10 +563,36 @@ def test_a_reply_without_a_rating_scores_zero_and_is_counted(reply, caplog):
 
 
 @pytest.mark.parametrize("failure", [(503, {"error": "loading"}), (429, {}), (200, b"<html>")])
-def test_a_server_that_does_not_answer_is_asked_again(failure, caplog):
+def test_a_server_that_does_not_answer_is_asked_again(failure):
     with judge(lambda _, nth: failure if nth == 0 else says("Rating: 5"), retries=1) as (reward, requests):
         assert reward(PROMPTS[:1], [["a"]]) == [[0.5]]
-    assert len(requests) == 2 and "asking again in 1 s" in caplog.text
+    assert len(requests) == 2
+
+
+def test_a_judge_that_is_gone_is_waited_for():
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        pass
+    port = int(reward._url.split(":")[2].removesuffix("/v1"))
+    with Heard() as heard, ThreadPoolExecutor() as pool:
+        scores = pool.submit(reward, PROMPTS, RESPONSES)
+        assert heard.gone.wait(SECONDS)
+        with judge(lambda *_: says("Rating: 5"), port=port):
+            assert scores.result(SECONDS) == [[0.5] * 3, [0.5], []]
+    assert ["is gone" in line for line in heard.lines] == [True, False]
+
+
+def test_the_wait_for_a_judge_ends_in_time_or_when_it_is_stopped():
+    with judge(lambda *_: says("Rating: 5"), wait=0) as (reward, _):
+        pass
+    with pytest.raises(TrainingError, match="^http://127.0.0.1:.* has been gone for 0 s; start it again"):
+        reward(PROMPTS, RESPONSES)
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        pass
+    with Heard() as heard, ThreadPoolExecutor() as pool:
+        scores = pool.submit(reward, PROMPTS, RESPONSES)
+        assert heard.gone.wait(SECONDS)
+        reward.stop()
+        assert isinstance(scores.exception(SECONDS), Stopped)
 
 
 @pytest.mark.parametrize(
@@ -552,23 +600,47 @@ def test_a_server_that_does_not_answer_is_asked_again(failure, caplog):
     [
         ((404, {"error": "The model `judge-1` does not exist"}), "reward.model: .* has no model 'judge-1'.*not exist"),
         ((401, {"error": "bad key"}), r"reward.api_key_env: .* refuses the key in \$OPENAI_API_KEY"),
-        ((400, {"error": "no\ntemperature"}), r"reward: .* refuses the request \(400"),
+        ((400, {"error": "no\ntemperature"}), r"reward: .* refuses the request \(HTTP 400"),
         ((200, {"hello": "there"}), "reward.base_url: .* is no chat API"),
-        ((503, {"error": "loading"}), "reward.base_url: .* does not answer .*503.* asked 1 times; start the server"),
+        ((500, {"error": "no memory"}), r"http://.* failed 1 times at one request \(HTTP 500 .*no memory"),
     ],
 )
 def test_a_server_that_refuses_ends_it_with_one_line(answer, message):
     with judge(lambda *_: answer, retries=0, max_concurrency=2) as (reward, requests):
-        with pytest.raises(ConfigError, match=f"^{message}") as error:
+        with pytest.raises((ConfigError, TrainingError), match=f"^{message}") as error:
             reward(PROMPTS[:1], [["a"] * 500])
     assert "\n" not in str(error.value) and len(requests) < 500
 
 
-def test_a_server_that_is_not_there_is_named():
-    with judge(lambda *_: says("Rating: 5"), retries=0) as (reward, _):
-        pass
+def test_a_server_that_is_not_there_is_named_before_anything_is_sampled():
+    with judge(lambda *_: says("Rating: 5")) as (reward, _):
+        reward(PROMPTS, [[] for _ in PROMPTS])
     with pytest.raises(ConfigError, match="^reward.base_url: http://127.0.0.1:.*refused.*start the server"):
-        reward(PROMPTS[:1], [["a"]])
+        reward(PROMPTS, [[] for _ in PROMPTS])
+
+
+def test_requests_under_way_do_not_keep_the_process():
+    script = """if True:
+        import sys, threading
+        from humanline.rewards import JudgeReward
+        from humanline.rollout import Prompt
+        reward = JudgeReward(sys.argv[1], "judge-1", max_concurrency=2)
+        prompts = [Prompt("", [{"role": "user", "content": "?"}], {})]
+        threading.Thread(target=reward, args=(prompts, [["a"] * 20]), daemon=True).start()
+        sys.stdin.read()
+    """
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(SECONDS)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        process = subprocess.Popen([sys.executable, "-c", script, url], cwd=ROOT, stdin=subprocess.PIPE)
+        try:
+            asked = [silent.accept()[0] for _ in range(2)]
+            process.communicate(timeout=SECONDS // 2)  # its stdin closes; a request may take a minute
+        finally:
+            process.kill()
+        for connection in asked:
+            connection.close()
+    assert process.returncode == 0
 
 
 def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():
@@ -600,6 +672,7 @@ def test_no_more_requests_than_allowed_are_under_way_and_as_many_are():
         ({"timeout": 0}, "reward.timeout: 0 is not"),
         ({"retries": -1}, "reward.retries: -1 is not"),
         ({"max_concurrency": 0}, "reward.max_concurrency: 0 is not"),
+        ({"wait": -1}, "reward.wait: -1 is not"),
     ],
 )
 def test_a_judge_s_setting_that_cannot_work_is_named(changes, message):

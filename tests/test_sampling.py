@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -408,6 +410,20 @@ def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path, name, content, e
         read_prompts(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_slice_of_a_prompt_file_is_taken_and_another_split_refused(tmp_path, name):
+    words = ["a", "b", "c", "d"]
+    line = "{}\n" if name.endswith("txt") else '{{"prompt": "{}"}}\n'
+    (tmp_path / name).write_text("".join(map(line.format, words)))
+    prompts = read_prompts(str(tmp_path / name), split="train[1:3]")
+    assert [(prompt.where.rpartition(" ")[2], prompt.fields["prompt"]) for prompt in prompts] == [
+        ("2", "b"),
+        ("3", "c"),
+    ]
+    with pytest.raises(ConfigError, match="^split: 'test' cannot be taken from local files"):
+        read_prompts(str(tmp_path / name), split="test")
+
+
 def test_a_prompt_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="^prompts: there is no file"):
         read_prompts(str(tmp_path / "none.jsonl"))
@@ -521,6 +537,54 @@ def test_the_recipe_samples_what_the_engine_samples(sample, model_folder, llama)
     [[completion]] = engine.generate([prompt], SamplingParams(max_new_tokens=16, seed=3))
     assert isinstance(completion, Completion)
     assert json.loads(output.read_text())["all_generated_responses"] == [tokenizer.decode(completion.tokens)]
+
+
+# Notes what it decodes. Where a file `kill_at` says so, it kills its process at that call.
+TOKENIZER = """
+import os, signal
+from pathlib import Path
+from humanline.data import ChatTokenizer
+
+class Killing(ChatTokenizer):
+    def decode(self, *arguments, **settings):
+        with open("decoded", "a") as file:
+            file.write(".")
+        kill_at = Path("kill_at")
+        if kill_at.exists() and os.path.getsize("decoded") == int(kill_at.read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decode(*arguments, **settings)
+"""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "alpaca_eval"])
+def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, form, monkeypatch):
+    lines = [{"prompt": f"{a} + 1 = ?"} for a in range(9)]
+    config = recipe_config(tmp_path, model_folder, lines, format=form, batch_size=2)
+    config["tokenizer"]["_component_"] = "killing_tokenizer.Killing"
+    (tmp_path / "killing_tokenizer.py").write_text(TOKENIZER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    def start(**changes):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | changes))
+        (tmp_path / "decoded").unlink(missing_ok=True)
+        process = run([sys.executable, str(RECIPE), "--config", "config.yaml"], cwd=tmp_path, check=False)
+        return process, len((tmp_path / "decoded").read_text())
+
+    output = Path(config["output"])
+    process, decoded = start()
+    assert (process.returncode, decoded) == (0, 9), process.stderr
+    whole = output.read_text()
+    output.unlink()
+    (tmp_path / "kill_at").write_text("6")
+    assert start()[0].returncode == -signal.SIGKILL and not output.exists()
+    (tmp_path / "kill_at").unlink()
+    other = start(seed=1, output=f"{output}_other")
+    assert other[1] == 9
+    process, decoded = start()
+    assert (process.returncode, decoded) == (0, 4), process.stderr
+    assert "5 of 9 prompts are sampled already" in process.stderr + process.stdout
+    assert output.read_text() == whole
+    assert sorted(path.name for path in output.parent.iterdir()) == ["responses", "responses_other"]
 
 
 @pytest.mark.parametrize(

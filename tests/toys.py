@@ -1,5 +1,8 @@
 """A tokenizer, and rewards, for the golden models, whose 256 tokens mean nothing."""
 
+import os
+import signal
+
 from humanline.rollout import Prompt
 
 
@@ -30,6 +33,13 @@ class Vowels:
         return [[float(130 <= ord(text[0]) < 165) for text in texts] for texts in responses]
 
 
+class Place:
+    """A response's place in its group."""
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        return [[float(place) for place in range(len(texts))] for texts in responses]
+
+
 class Solved(MeanToken):
     """After some calls with responses everything is right."""
 
@@ -49,3 +59,29 @@ class TooFew(MeanToken):
         if any(scores):
             scores[0], scores[-1] = scores[0][:-1], [*scores[-1], 0.5]
         return scores
+
+
+class Failing(MeanToken):
+    """Fails on the last of two ranks when it is called for the second time with responses."""
+
+    calls = 0
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        self.calls += any(responses)
+        if self.calls == 2 and os.environ.get("RANK", "1") == "1":
+            raise KeyError("solution")
+        return super().__call__(prompts, responses)
+
+
+class Interrupting(MeanToken):
+    """When it is called for the second time with responses, the last of two ranks gets SIGTERM, and all are equal."""
+
+    calls = 0
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        self.calls += any(responses)
+        if self.calls < 2:
+            return super().__call__(prompts, responses)
+        if os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [[0.0] * len(texts) for texts in responses]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from humanline.data._record import Record
 from humanline.errors import ConfigError, DataError
 
-__all__ = ["read_records"]
+__all__ = ["read_records", "take"]
 
 Row = tuple[str, Any]
 """Where a row stands, for people, and what stands there."""
@@ -50,7 +50,7 @@ def read_records(
         name, rows = str(source), _load_dataset(source, split, data_files)
     else:
         name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        rows = _take(split, chain.from_iterable(_READERS[Path(file).suffix](file) for file in files))
+        rows = take(split, chain.from_iterable(_READERS[Path(file).suffix](file) for file in files))
     return name, (_record(where, row, column_map) for where, row in rows)
 
 
@@ -105,7 +105,7 @@ def _expand(key: str, pattern: str) -> list[str]:
     return files
 
 
-def _take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
+def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
     """The rows of "train", or of slices of it in the notation of ``datasets``."""
     if split == "train":
         return rows

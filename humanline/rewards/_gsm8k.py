@@ -10,10 +10,11 @@ from humanline.rollout import Prompt
 
 __all__ = ["GSM8KReward"]
 
-_MARK = "####"
 _BOXED = re.compile(r"\\boxed\s*\{")
 # A minus that something stands before is no sign: 16-3 ends with 3.
 _NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+# In Markdown the mark is a heading's too, and any number may come later in that.
+_MARKED = re.compile(rf"####[\s$*]*{_NUMBER.pattern}")
 
 
 class GSM8KReward:
@@ -23,7 +24,7 @@ class GSM8KReward:
     The answer is the number after ``####`` in the prompt's ``answer_field``, or the field's only number. A response's
     number is, by the first of these marks that it has:
 
-    1. ``####``: the first number after the last of them;
+    1. ``####`` with a number directly behind it, but for ``$`` and ``*``: the last such number;
     2. ``\\boxed{}``: the only number in the last of them, so that a fraction there is no number;
     3. neither: the last number.
 
@@ -47,18 +48,19 @@ class GSM8KReward:
 
     def _answer(self, prompt: Prompt) -> Decimal:
         text = known_answer(prompt, self._answer_field)
-        number = _after_mark(text) if _MARK in text else _only_number(text)
+        marked = _numbers(text, _MARKED)
+        number = marked[-1] if marked else _only_number(text)
         if number is None:
             raise DataError(
-                f"{prompt.where}: field '{self._answer_field}' holds no number after {_MARK}, and is no number; "
+                f"{prompt.where}: field '{self._answer_field}' holds no number after ####, and is no number; "
                 "correct it, or use humanline.rewards.MathReward"
             )
         return number
 
 
 def _response_number(text: str) -> Decimal | None:
-    if _MARK in text:
-        return _after_mark(text)
+    if marked := _numbers(text, _MARKED):
+        return marked[-1]
     boxed = list(_BOXED.finditer(text))
     if boxed:
         return _only_number(_braced(text[boxed[-1].end() :]))
@@ -66,19 +68,14 @@ def _response_number(text: str) -> Decimal | None:
     return numbers[-1] if numbers else None
 
 
-def _after_mark(text: str) -> Decimal | None:
-    numbers = _numbers(text.rpartition(_MARK)[2])
-    return numbers[0] if numbers else None
-
-
 def _only_number(text: str) -> Decimal | None:
     numbers = _numbers(text)
     return numbers[0] if len(numbers) == 1 else None
 
 
-def _numbers(text: str) -> list[Decimal]:
+def _numbers(text: str, form: re.Pattern[str] = _NUMBER) -> list[Decimal]:
     plain = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("\N{MINUS SIGN}", "-")
-    signed = (("-" if sign else "") + digits.replace(",", "") for sign, digits in _NUMBER.findall(plain))
+    signed = (("-" if sign else "") + digits.replace(",", "") for sign, digits in form.findall(plain))
     return [Decimal(number) for number in signed]
 
 

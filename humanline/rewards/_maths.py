@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import logging
+import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -47,7 +48,7 @@ class MathReward:
         check_count("workers", workers)
         if importlib.util.find_spec("math_verify") is None:
             raise ConfigError(
-                "reward: math-verify, which checks the answers, is missing; pip install 'humanline[math]'"
+                "reward: math-verify, which checks the answers, is missing; pip install -c constraints.txt -e '.[math]'"
             )
         self._answer_field = answer_field
         self._timeout = timeout
@@ -63,8 +64,8 @@ class MathReward:
         """
         answers = [known_answer(prompt, self._answer_field) for prompt in prompts]
         checks = [(answer, text) for answer, texts in zip(answers, responses, strict=True) for text in texts]
-        with ThreadPoolExecutor(self._workers) as threads:
-            verdicts = list(threads.map(self._check, checks))
+        with ThreadPool(self._workers) as threads:  # its threads end with the process, whatever is left to check
+            verdicts = list(threads.imap(self._check, checks))
         unfinished = verdicts.count(None)
         if unfinished:
             log.warning(
@@ -84,30 +85,40 @@ class MathReward:
 class _Worker:
     """A process that checks one answer at a time. It starts with its first check, and ends with this object."""
 
+    _end: "weakref.finalize[..., _Worker]"
+
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._process: subprocess.Popen[str] | None = None
 
     def check(self, answer: str, response: str) -> bool | None:
-        """Whether the response has the answer; None if the process did not live to tell."""
-        if self._process is None:
-            self._process = self._start()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            print(json.dumps([answer, response]), file=self._process.stdin, flush=True)
-            verdict = self._process.stdout.readline()
-        except BrokenPipeError:
-            verdict = ""
-        if verdict:
-            return json.loads(verdict)
-        self._end()
-        self._process = None
+        """Whether the response has the answer; None if the process did not live to tell, twice or by its alarm: once
+        may have been a signal that was meant for the whole run."""
+        for _ in range(2):
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                print(json.dumps([answer, response]), file=self._process.stdin, flush=True)
+                verdict = self._process.stdout.readline()
+            except BrokenPipeError:
+                verdict = ""
+            if verdict:
+                return json.loads(verdict)
+            self._end()
+            if self._process.returncode == -signal.SIGALRM:
+                break
         return None
 
     def _start(self) -> subprocess.Popen[str]:
+        if self._process is not None:
+            self._end()
         command = [sys.executable, str(_WORKER), str(self._timeout)]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        # In a session of its own, since signals to the run's process group are not meant for it.
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
         self._end = weakref.finalize(self, _end, process)
         assert process.stdout is not None
         if not process.stdout.readline():

@@ -50,7 +50,8 @@ def main(timeout: float) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY or MEMORY < most:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to the parent as well, whose end is the end here
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them as well, and its end is the end here
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
     print("ready", file=verdicts, flush=True)

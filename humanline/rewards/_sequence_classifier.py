@@ -82,7 +82,8 @@ class SequenceClassifierReward:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError as error:
             raise ConfigError(
-                "reward: transformers, which runs reward models, is missing; pip install 'humanline[reward]'"
+                "reward: transformers, which runs reward models, is missing; "
+                "pip install -c constraints.txt -e '.[reward]'"
             ) from error
         if not self._path.is_dir():
             raise ConfigError(

@@ -111,27 +111,37 @@ class Connection:
             except Gone as gone:
                 if tries == self._retries:
                     raise TrainingError(f"{self._url} was lost {tries + 1} times during one request ({gone})") from None
-                self._await_server(outages, gone)
+                if not self._was_away(outages):
+                    self._pause(tries)
         raise AssertionError("unreachable")
 
-    def _await_server(self, outages: int, gone: Gone) -> None:
-        """Returns once the server is back; one caller asks, the others wait."""
+    def _was_away(self, outages: int) -> bool:
+        """Whether the server is gone, or has been since there were ``outages``. Returns once it is back; one caller
+        asks, the others wait."""
         with self._gate:
-            if self._outages != outages or self._stopped.is_set():  # another has seen to it meanwhile
-                return
-            log.warning(f"{self._url} is gone ({gone}); what is finished is kept, and the rest goes on when it is back")
+            self.check()
+            if self._outages != outages:  # another has seen to it meanwhile
+                return True
             deadline = None if self._wait is None else time.monotonic() + self._wait
             for tries in itertools.count():
                 try:
                     self.greet(_POLL_SECONDS)
                     break
-                except Gone:
+                except Gone as gone:
+                    if tries == 0:
+                        log.warning(
+                            f"{self._url} is gone ({gone}); what is finished is kept, and the rest goes on when it is "
+                            "back"
+                        )
                     if deadline is not None and time.monotonic() >= deadline:
                         raise TrainingError(f"{self._url} has been gone for {self._wait:g} s; start it again") from None
                     self._pause(min(tries, 4))
+            if tries == 0:  # it is merely busy
+                return False
             self._outages += 1
             self.is_introduced = False
             log.warning(f"{self._url} is back")
+            return True
 
     def _pause(self, tries: int) -> None:
         """Exponential back-off, spread so that not all come back at once."""

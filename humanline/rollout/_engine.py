@@ -5,8 +5,8 @@
 3. Retire: finished rows leave, and rows from the end take their slots, so that a step costs what its live rows cost.
 
 Token t of sample j of prompt i is drawn with the t-th number of a generator of its own, seeded by (seed, i, j) or what
-the caller gives in the place of i. So
-neither the batch size nor a row's neighbours change a completion, up to the rounding of the logits.
+the caller gives in the place of i. So neither the batch size nor a row's neighbours change a completion, up to the
+rounding of the logits.
 
 Left out: more than one device, and paging (a slot is as long as the longest sequence can get).
 """
@@ -24,6 +24,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder
+from humanline.rollout._connection import Stopped
 from humanline.rollout._kv_cache import KVCache, Prefill, Step, attached
 from humanline.rollout._sampling import SamplingParams, draw
 
@@ -80,6 +81,7 @@ class TorchtuneEngine:
         self._layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in model.layers]
         self._stop_tokens = frozenset(stop_tokens)
         self._batch_size = batch_size
+        self._stopped = False
 
     @property
     def _device(self) -> torch.device:
@@ -93,6 +95,10 @@ class TorchtuneEngine:
         for prompt, sample, completion in self.stream(prompts, params, seeds):
             completions[prompt][sample] = completion
         return [[samples[j] for j in range(params.samples_per_prompt)] for samples in completions]
+
+    def stop(self) -> None:
+        """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped` at its next step."""
+        self._stopped = True
 
     @torch.no_grad()
     def stream(
@@ -108,6 +114,7 @@ class TorchtuneEngine:
 
         Raises:
             ConfigError: if a prompt is empty, or the model's ``max_seq_len`` leaves no room for ``max_new_tokens``.
+            Stopped: if :meth:`stop` was called.
         """
         self._check(prompts, params)
         # Long prompts first: what is prefilled together is of like length, and a lack of memory shows at once.
@@ -124,6 +131,8 @@ class TorchtuneEngine:
         rows: list[_Row] = []
         with attached(self._model, slots, capacity) as cache:
             while waiting or rows:
+                if self._stopped:
+                    raise Stopped("sampling was stopped")
                 # Refilled in bulk: a prefill costs about as much as a step, however few its prompts.
                 if waiting and self._batch_size - len(rows) >= max(party, self._batch_size // 4):
                     self._admit(waiting, rows, params, cache)

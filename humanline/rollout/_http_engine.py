@@ -105,7 +105,7 @@ class HTTPEngine:
         self._max_concurrency = max_concurrency
         self._folder: str | None = None
         self._salt = ""
-        self._announces = self._has_sampled = False
+        self._has_sampled = False
         self._server = Connection(
             self._url, headers, timeout=timeout, retries=retries, wait=wait, introduce=self._announce
         )
@@ -144,7 +144,7 @@ class HTTPEngine:
         self._folder, self._salt = str(folder.absolute()), uuid.uuid4().hex
         self._server.is_introduced = not announce
         self._server.start()
-        self._announces, self._has_sampled = announce, False
+        self._has_sampled = False
         self._probe()
 
     def _announce(self) -> None:
@@ -200,6 +200,21 @@ class HTTPEngine:
 
     # ---- Sampling
 
+    def ready(self) -> None:
+        """Tells the server of the weights once more if it may have started anew, unseen, since it was last asked.
+
+        Raises:
+            ConfigError: if the server cannot load them.
+            TrainingError: if the server stays away, or fails again and again.
+        """
+        self._server.start()
+        if self._has_sampled:
+            self._server.is_introduced = False
+        try:
+            self._server.persist(self._server.greet)
+        except Refused as error:
+            raise self._failed(error) from None
+
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
@@ -216,8 +231,6 @@ class HTTPEngine:
             TrainingError: if the server stays away, or fails again and again.
         """
         self._server.start()
-        if self._announces and self._has_sampled:
-            self._server.is_introduced = False  # it may have started anew while nothing was asked
         self._has_sampled = True
         count = params.samples_per_prompt
         inputs = [list(prompt) if self._takes_ids else self._text(prompt) for prompt in prompts]
@@ -266,7 +279,7 @@ class HTTPEngine:
             choice = self._server.persist(lambda: self._sample(prompt, params, seed))["choices"][0]
         except Refused as error:
             if error.passes:
-                raise TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})") from None
+                raise self._failed(error) from None
             raise ConfigError(f"engine.base_url: {self._url} refuses a request ({error})") from None
         tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if tokens is None:
@@ -278,6 +291,9 @@ class HTTPEngine:
         if logps is not None and (len(logps) != len(tokens) or None in logps):
             logps = None
         return Completion(tokens, "stop" if tokens and tokens[-1] in stops else "length", logps)
+
+    def _failed(self, error: Refused) -> TrainingError:
+        return TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})")
 
     def _sample(self, prompt: str | list[int], params: SamplingParams, seed: int) -> dict[str, Any]:
         """One attempt at a completion; the whole reply."""

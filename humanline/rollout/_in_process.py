@@ -33,3 +33,7 @@ class InProcessEngine:
         """The completions of each prompt, which are this rank's; all ranks call it together, and one may have none."""
         with self.whole():
             return self.engine.generate(prompts, params, seeds)
+
+    def stop(self) -> None:
+        """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped`."""
+        self.engine.stop()

@@ -12,13 +12,13 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torchtune import utils
 
-from humanline.data import Group, GroupDataset, TokenBudget, best_and_worst
+from humanline.data import Group, GroupDataset, TokenBudget
 from humanline.data._record import Message
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rollout._engine import Completion
@@ -30,6 +30,7 @@ from humanline.rollout._sampling import SamplingParams
 log = utils.get_logger("INFO")
 
 Derive = Callable[[GroupDataset], GroupDataset]
+T = TypeVar("T")
 
 MOST_ATTEMPTS = 8
 
@@ -37,8 +38,13 @@ MOST_ATTEMPTS = 8
 class Engine(Protocol):
     """What draws completions: token ids in, token ids out.
 
-    One with an attribute ``weights_dir`` that is not None is also told of each round's weights, by
-    ``update(folder, announce=)``; one with a method ``stop`` is told when the run has been asked to end.
+    What an engine may have besides, for a server or what else takes long:
+
+    - ``weights_dir``, a folder: each round's weights are written into it, and each rank's engine is told of them by
+      ``update(folder, announce=)``, first that of rank 0, with ``announce=True``;
+    - ``ready()``: called on rank 0 before the ranks ask together, who wait until it returns;
+    - ``stop()``: called when the run has been asked to end, in a signal handler: ``generate`` then raises
+      :class:`Stopped` soon, instead of returning.
     """
 
     def setup(self, tokenizer: Any, policy: Any, whole: Callable[[], Any]) -> None:
@@ -57,12 +63,14 @@ class OnlineSource:
     ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
 
     Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
-    (``equal_scores``). A round that then has fewer groups than its steps take goes through them again, and has fewer of
+    (``equal_scores``); so are others of which the objective can make nothing, such as a best and a worst response of
+    the same tokens. A round that then has fewer groups than its steps take goes through them again, and has fewer of
     them in a step than it should if that would take one twice: where many are dropped, give it more prompts
-    (``groups_per_round``). With ``desirable_above`` each response has a label of its own, for KTO, and all groups stay.
+    (``groups_per_round``). With ``desirable_above`` each response has a label of its own, and KTO drops no group.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
     run reads it, and samples only what is not there yet or was sampled later than the checkpoint that it goes on from.
+    A round that cannot be written is trained on all the same.
 
     Args:
         prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset.
@@ -190,7 +198,7 @@ class OnlineSource:
         prompt = max(self.prompt_ids, key=len)
         count = self.params.samples_per_prompt
         responses = tuple([i] * self.params.max_new_tokens for i in range(count))
-        scores = tuple(map(float, range(count)))
+        scores = tuple((self.desirable_above or 0.0) + i for i in range(count))
         return self._labelled(Group(prompt, responses, scores, id="source: the longest prompt and responses"))
 
     def digest(self) -> str:
@@ -234,14 +242,22 @@ class OnlineSource:
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.folder = Path(output_dir) / "rounds"
 
+    def stop(self) -> None:
+        """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises
+        :class:`~humanline.rollout.Stopped`."""
+        for each in (self.engine, self.reward):
+            getattr(each, "stop", lambda: None)()
+
     def set_aside(self, after: int) -> None:
         """Rounds of a policy of more than ``after`` optimizer steps are not of the run that goes on from there: another
         name keeps them from it."""
-        if dist.get_rank() == 0:
+
+        def rename() -> None:
             for file in self.folder.glob("round_*.jsonl"):
-                if _read(file).policy_step > after:
+                if _policy_step(file) > after:
                     file.rename(file.with_suffix(".abandoned"))
-        dist.barrier(self.ranks)
+
+        self._together(rename, on_rank_0=True)
 
     # --------------------------------------------------------------------------------------------------------- rounds
 
@@ -326,13 +342,14 @@ class OnlineSource:
             for prompt, group in self._answer(open_, round, attempt).items():
                 tokens += sum(map(len, group.responses))
                 rewards += group.scores or ()
-                if self.desirable_above is not None or best_and_worst(group.scores or ()) is not None:
+                if self._is_usable(group):
                     usable[prompt] = group
             if len(usable) == len(chosen) or (self.equal_scores == "drop" and usable):
                 break
         if not usable:
             raise DataError(
-                f"round {round}: the responses of every prompt are scored equal; nothing can be learnt from them"
+                f"round {round}: the responses of every prompt are scored equal, or leave the objective nothing to "
+                "compare; nothing can be learnt from them"
             )
         found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
         found.metrics = {
@@ -342,30 +359,54 @@ class OnlineSource:
             "rounds/seconds": time.perf_counter() - start,
         }
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             log.info(
                 f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward "
                 f"{fmean(rewards):.3f}, {len(chosen) - len(usable)} prompts with equal scores left out"
             )
-            _write(self._file(round), found)
-        dist.barrier(self.ranks)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write(self._file(round), found)
+            except OSError as error:
+                log.warning(
+                    f"round {round} could not be written ({error}); training goes on with it, and a run that resumes "
+                    "in it samples it anew"
+                )
         return found
+
+    def _is_usable(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
+        try:
+            return len(self.derive(GroupDataset([self._labelled(group)])).groups) > 0
+        except DataError:
+            return False
 
     def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         """Scored groups of some prompts, by prompt, the same on all ranks. A response without a token is left out."""
+        self._together(getattr(self.engine, "ready", lambda: None), on_rank_0=True)
         mine = chosen[dist.get_rank() :: self.world_size]
-        answer: dict[int, Group] | Exception
+        parts = self._together(lambda: self._answer_mine(mine, round, attempt))
+        together = {i: group for part in parts for i, group in part.items()}
+        return {i: together[i] for i in chosen if i in together}
+
+    def _together(self, call: Callable[[], T], *, on_rank_0: bool = False) -> list[T]:
+        """What each rank's call returns, on all ranks. An error of any is raised on all, so that all end alike, with
+        what they have.
+
+        Args:
+            call (Callable[[], T]): this rank's.
+            on_rank_0 (bool): only rank 0 makes it, and the others wait.
+        """
+        mine: T | Exception | None
         try:
-            answer = self._answer_mine(mine, round, attempt)
-        except (ConfigError, DataError, TrainingError) as error:  # all ranks end alike, with what they have
-            answer = error
+            mine = None if on_rank_0 and dist.get_rank() else call()
+        except (ConfigError, DataError, TrainingError, OSError) as error:
+            mine = error
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, answer, self.ranks)
+        dist.all_gather_object(everyone, mine, self.ranks)
         for each in everyone:
             if isinstance(each, Exception):
                 raise each
-        together = {i: group for part in everyone for i, group in part.items()}
-        return {i: together[i] for i in chosen if i in together}
+        return everyone
 
     def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         seeds = [_seed(self.seed, round, prompt, attempt) for prompt in mine]
@@ -411,7 +452,7 @@ def _seed(*parts: int) -> int:
 
 
 def _write(file: Path, round: _Round) -> None:
-    partial = file.with_suffix(".partial")
+    partial = file.with_name("round.partial")
     with open(partial, "w") as lines:
         for group in round.groups:
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
@@ -421,10 +462,24 @@ def _write(file: Path, round: _Round) -> None:
     partial.rename(file)
 
 
+def _policy_step(file: Path) -> int:
+    """That of a round's file, by its first line alone."""
+    try:
+        with open(file) as lines:
+            step: int = json.loads(next(lines, ""))["policy_step"]
+            return step
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(file, error) from None
+
+
 def _read(file: Path) -> _Round:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
         return _Round(groups, rows[0]["policy_step"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as a round ({error!r}); delete it, to have it sampled again") from None
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: cannot be read as a round ({error!r}); delete it, to have it sampled again")

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from humanline.data._read import read_records
+from humanline.data._read import read_records, take
 from humanline.data._record import Message, Record
 from humanline.errors import ConfigError, DataError
 
@@ -53,7 +53,8 @@ def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] 
         _, records = read_records(path if on_hub else str(file), split, None, column_map or {})
         prompts = [_from_record(record, column_map or {}) for record in records]
     elif file.suffix == ".txt":
-        prompts = list(_from_lines(file))
+        lines = ((prompt.where, prompt) for prompt in _from_lines(file))
+        prompts = [prompt for _, prompt in take(split, lines)]
     else:
         raise ConfigError(f"prompts: '{path}' is of no known kind; convert it to one of {', '.join(_TABLES)}, .txt")
     if not prompts:

@@ -5,8 +5,10 @@ from humanline.training._launch import hide_known_warnings
 from humanline.training._lr_schedule import get_constant_schedule_with_warmup
 from humanline.training._objectives import DPO, GRPO, KTO, Objective
 from humanline.training._output_file import write_json, write_jsonl
+from humanline.training._partial_file import PartialFile
 from humanline.training._recipe import HumanlineRecipe, run
 from humanline.training._sampler import Sampler
+from humanline.training._scored_rows import scored_rows
 from humanline.training._settings import Settings, component
 from humanline.training._stochastic_adamw import StochasticAdamW, stochastic_round
 from humanline.training._weights import read_weights
@@ -17,6 +19,7 @@ __all__ = [
     "HumanlineRecipe",
     "KTO",
     "Objective",
+    "PartialFile",
     "Sampler",
     "Settings",
     "StochasticAdamW",
@@ -27,6 +30,7 @@ __all__ = [
     "one_of",
     "read_weights",
     "run",
+    "scored_rows",
     "stochastic_round",
     "write_json",
     "write_jsonl",

@@ -1,24 +1,27 @@
 """A model from its folder, and what it answers to the prompts of a file: what the recipes that sample share."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
-from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine
+from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
 from humanline.training._keys import one_of
+from humanline.training._partial_file import PartialFile
 from humanline.training._settings import DTYPES, component
 from humanline.training._weights import read_weights
 
 log = utils.get_logger("INFO")
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class Sampler:
@@ -35,9 +38,9 @@ class Sampler:
         ConfigError: if a setting cannot work.
     """
 
-    REQUIRED = ("model", "checkpointer", "tokenizer", "max_new_tokens")
+    REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
     PARAMS = tuple(field.name for field in fields(SamplingParams))
-    OPTIONAL = (*PARAMS, "device", "dtype", "batch_size")
+    OPTIONAL = (*PARAMS, "split", "column_map", "system_prompt", "device", "dtype", "batch_size")
 
     def __init__(self, cfg: DictConfig) -> None:
         self.params = SamplingParams(**{key: cfg[key] for key in self.PARAMS if key in cfg})
@@ -50,16 +53,21 @@ class Sampler:
             ) from error
         self.settings = asdict(self.params) | {"device": self.device.type, "dtype": cfg.get("dtype", "bf16")}
 
-    def setup(self, cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
-        """Encodes the prompts, then loads the model: what is wrong with a prompt shows at once.
+    def read(self, cfg: DictConfig) -> list[Prompt]:
+        """The prompts; see :func:`~humanline.rollout.read_prompts`."""
+        self.prompts = read_prompts(cfg.prompts, cfg.get("split", "train"), cfg.get("column_map"))
+        return self.prompts
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Encodes the prompts that were read, then loads the model: what is wrong with a prompt shows at once.
 
         Raises:
             ConfigError: if the model, its tokenizer and its weights are not those of one model.
             DataError: if a prompt leaves no room for ``max_new_tokens``, naming it.
         """
-        self.prompts = prompts
+        system = [{"role": "system", "content": cfg.system_prompt}] if cfg.get("system_prompt") else []
         self.tokenizer = component(cfg, "tokenizer")
-        self.prompt_ids = [self.tokenizer.encode_prompt(prompt.messages) for prompt in prompts]
+        self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
         with torch.device("meta"):
             model = component(cfg, "model")
         self._check_fit(model)
@@ -70,6 +78,12 @@ class Sampler:
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=cfg.get("batch_size", 64),
         )
+        files = sorted(file for file in Path(cfg.checkpointer.checkpoint_dir).iterdir() if file.suffix in _WEIGHTS)
+        self.made_of = [
+            *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
+            *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
+            [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        ]
 
     def _check_fit(self, model: TransformerDecoder) -> None:
         rows = model.tok_embeddings.num_embeddings
@@ -85,8 +99,11 @@ class Sampler:
                     f"are more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
                 )
 
-    def sample(self) -> list[dict[str, Any]]:
+    def sample(self, output: str | Path) -> list[dict[str, Any]]:
         """Draws the responses of every prompt, with a progress bar.
+
+        A prompt with all its responses is written down, in a file beside ``output``. A run that was cut short goes on
+        with the prompts that it lacks; :meth:`forget` removes the file.
 
         Returns:
             list[dict[str, Any]]: for each prompt all that its file says of it, with its responses under
@@ -94,25 +111,46 @@ class Sampler:
             ("stop") or at ``max_new_tokens`` ("length"), and under ``response_lengths`` its tokens, the end of turn
             included.
         """
-        completions: list[dict[int, Completion]] = [{} for _ in self.prompts]
-        total = len(self.prompts) * self.params.samples_per_prompt
-        tokens, start = 0, time.perf_counter()
-        with tqdm(total=total, unit="response", dynamic_ncols=True) as bar:
-            for prompt, sample, completion in self.engine.stream(self.prompt_ids, self.params):
-                completions[prompt][sample] = completion
+        self.partial = PartialFile(output, self.made_of)
+        with self.partial as partial:
+            rows = {done["index"]: done["row"] for done in partial.rows}
+            if rows:
+                log.info(f"{len(rows):,} of {len(self.prompts):,} prompts are sampled already, in {partial.path}")
+            self._sample_rest(rows, partial)
+        return [rows[i] for i in range(len(self.prompts))]
+
+    def _sample_rest(self, rows: dict[int, dict[str, Any]], partial: PartialFile) -> None:
+        """Adds the rows that are not there, by the prompt's index."""
+        count = self.params.samples_per_prompt
+        rest = [i for i in range(len(self.prompts)) if i not in rows]
+        completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
+        tokens = cut = 0
+        start = time.perf_counter()
+        with tqdm(
+            total=len(self.prompts) * count, initial=len(rows) * count, unit="response", dynamic_ncols=True
+        ) as bar:
+            # Its own index seeds a prompt, whatever else is left.
+            stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
+            for place, sample, completion in stream:
+                i = rest[place]
+                completions[i][sample] = completion
+                if len(completions[i]) == count:
+                    samples = completions.pop(i)
+                    rows[i] = self._row(self.prompts[i], [samples[j] for j in range(count)])
+                    partial.add([{"index": i, "row": rows[i]}])
                 tokens += len(completion.tokens)
+                cut += completion.finish_reason == "length"
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
                 bar.update()
         seconds = time.perf_counter() - start
-        cut = sum(c.finish_reason == "length" for samples in completions for c in samples.values())
         log.info(
-            f"{total:,} responses, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); "
-            f"{cut:,} cut at max_new_tokens: {self.params.max_new_tokens}"
+            f"{len(rest) * count:,} responses, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} "
+            f"tokens/s); {cut:,} cut at max_new_tokens: {self.params.max_new_tokens}"
         )
-        return [
-            self._row(prompt, [samples[j] for j in range(self.params.samples_per_prompt)])
-            for prompt, samples in zip(self.prompts, completions, strict=True)
-        ]
+
+    def forget(self) -> None:
+        """Removes what :meth:`sample` has written down."""
+        self.partial.path.unlink(missing_ok=True)
 
     def _row(self, prompt: Prompt, samples: list[Completion]) -> dict[str, Any]:
         # Scores that the line may have come with are those of other responses.
