@@ -12,6 +12,7 @@ import torch
 from conftest import TrajectoryRun, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from test_http_engine import Server, write_tokenizer
+from test_rewards import judge, says
 from torchtune.models.llama3 import llama3
 from toys import Letters
 
@@ -459,6 +460,18 @@ def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
         run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == list(range(1, 13))
     assert len(list((run.folder / "weights").iterdir())) == 1  # the process before left none behind
+
+
+def test_a_signal_ends_the_wait_for_a_judge(trajectory):
+    run = online(trajectory("grpo_8_k4"), every=3)
+    with judge(lambda _, nth: says(f"Rating: {nth % 7}") if nth < 24 else (503, {})) as (reward, requests):
+        judged = {"_component_": "humanline.rewards.JudgeReward", "base_url": reward._url, "model": "judge-1"}
+        run.config["reward"] = judged | {"retries": 10_000}
+        with run.start() as ranks:
+            wait_until(lambda: len(requests) > 24, ranks)
+            os.kill(ranks.processes[0].pid, signal.SIGTERM)
+            assert ranks.wait() == [0], ranks.output()
+            assert "stopped after step 3 by SIGTERM; resume_from_checkpoint: latest goes on" in ranks.output()
 
 
 def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):

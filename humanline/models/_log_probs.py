@@ -62,14 +62,16 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[piece])
             if grad_weight is not None:
-                grad_weight += _mm(grad_logits.t(), hidden[piece])
+                for part in _pieces(grad_weight, hidden.t()):  # not a second matrix of the weight's size
+                    grad_weight[part] += _mm(grad_logits[:, part].t(), hidden[piece])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    budget = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS_ON_ACCELERATOR
-    tokens = max(1, budget // weight.size(0))
-    return (slice(i, i + tokens) for i in range(0, len(hidden), tokens))
+def _pieces(left: Tensor, right: Tensor) -> Iterator[slice]:
+    """Which rows of ``left`` to multiply at a time with ``right.t()``."""
+    budget = _LOGITS_ON_CPU if left.device.type == "cpu" else _LOGITS_ON_ACCELERATOR
+    rows = max(1, budget // right.size(0))
+    return (slice(i, i + rows) for i in range(0, len(left), rows))
 
 
 def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None) -> Tensor:

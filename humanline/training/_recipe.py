@@ -104,15 +104,14 @@ class HumanlineRecipe(FTRecipeInterface):
         self.passes = Passes(self.source, self.objective, budget, self.device)
 
         self.policy = self._setup_models(cfg)
-        self.engine: Any = None
         if isinstance(self.source, OnlineSource):
-            self.engine = component(cfg, "engine")
-            self.engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
+            engine = component(cfg, "engine")
+            engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
             self.source.use(
-                self.engine,
+                engine,
                 component(cfg, "reward"),
                 self.objective.examples,
-                HandOver(self.engine, lambda folder: self._write_to(folder, merged=True), settings.output_dir),
+                HandOver(engine, lambda folder: self._write_to(folder, merged=True), settings.output_dir),
                 settings.output_dir,
                 total_steps=self.total_steps,
             )
@@ -312,7 +311,7 @@ class HumanlineRecipe(FTRecipeInterface):
         elif self.step % self.source.steps_per_epoch == 0:
             self.save_checkpoint()  # in case that the run died over it
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
-        with bar, StopRequest(getattr(self.engine, "stop", lambda: None)) as request:
+        with bar, StopRequest(getattr(self.source, "stop", lambda: None)) as request:
             while self.step < self.total_steps:
                 batch = self._next_batch()
                 if batch is None:
