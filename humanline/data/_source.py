@@ -12,7 +12,7 @@ class OfflineSource:
 
     An optimizer step takes ``accumulation`` microbatches of ``world_size * batch_size`` groups each. The source gives
     every rank the whole of them, so that what an objective needs to know of all ranks' groups is known without
-    communication; each rank then trains on its own slice. Any number of ranks sees the same microbatches as one rank
+    communication; each rank then trains on its share. Any number of ranks sees the same microbatches as one rank
     with ``world_size * batch_size`` groups.
 
     The position is the step number and nothing else: resuming needs no iterator state. The groups that do not fill a
@@ -62,8 +62,7 @@ class OfflineSource:
         return f"{len(self.dataset)} groups {self.dataset.digest()}"
 
     def batch(self, step: int) -> list[list[Group]]:
-        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; rank ``r`` has the ``r``-th
-        slice of ``batch_size`` of each."""
+        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         order = self._order(epoch)[index * self.groups_per_step : (index + 1) * self.groups_per_step]
         return [[self.dataset[i] for i in microbatch] for microbatch in order.view(self.accumulation, -1).tolist()]

@@ -1,6 +1,7 @@
 """From the groups of a step to the passes of one rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,20 @@ class Passes:
 
     def share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's groups of a global microbatch, cut to rows."""
-        return self.cut(microbatch[self.first(microbatch) : self.first(microbatch, self.rank + 1)])
+        return self.cut([microbatch[i] for i in self._mine(microbatch)])
 
-    def first(self, microbatch: list[Group], rank: int | None = None) -> int:
-        """Where a rank's groups begin in a global microbatch, this rank's if none is named."""
-        return len(microbatch) * (self.rank if rank is None else rank) // self.world_size
+    def places(self, microbatch: list[Group]) -> list[int]:
+        """For each group of :meth:`share`, the place of its first response among those of the global microbatch."""
+        firsts = list(accumulate((len(group.responses) for group in microbatch), initial=0))
+        places = []
+        for i in self._mine(microbatch):
+            sizes = (len(part.responses) for part in self.cut([microbatch[i]]))
+            places += list(accumulate(sizes, initial=firsts[i]))[:-1]
+        return places
+
+    def _mine(self, microbatch: list[Group]) -> list[int]:
+        sizes = [len(group.prompt) + sum(len(response) - 1 for response in group.responses) for group in microbatch]
+        return deal(sizes, self.world_size)[self.rank]
 
     def kl_share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's KL sequences of a global microbatch; none for an objective without them."""
@@ -67,3 +77,24 @@ class Passes:
         for microbatch in self.source.batch(step):
             for groups in (self.kl_share(microbatch), self.share(microbatch)):
                 yield from (rows for rows, _ in self.over(groups))
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of some groups each rank takes: the largest first, each to the rank with the fewest tokens so far.
+
+    Ranks wait for the one that makes the most passes. No two of them differ by more than the largest group.
+
+    Args:
+        sizes (Sequence[int]): the tokens of each group, at least 1.
+        ranks (int): how many ranks there are.
+
+    Returns:
+        list[list[int]]: for each rank the indices of its groups, in order.
+    """
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        rank = tokens.index(min(tokens))
+        hands[rank].append(index)
+        tokens[rank] += sizes[index]
+    return [sorted(hand) for hand in hands]

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -387,9 +386,7 @@ class HumanlineRecipe(FTRecipeInterface):
         """Draws humanline sampling's uniforms for the passes of this rank's share of a global microbatch."""
         if self.objective.loss.perception != "sample":
             return lambda rows: None
-        before = sum(len(group.responses) for group in microbatch[: self.passes.first(microbatch)])
-        sizes = (len(group.responses) for group in self.passes.share(microbatch))
-        places = list(accumulate(sizes, initial=before))
+        places = self.passes.places(microbatch)
         return lambda rows: uniform_draws(rows, self.settings.seed, self.step, index, places).to(self.device)
 
     def _clip_gradients(self) -> Tensor:
