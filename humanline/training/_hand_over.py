@@ -20,8 +20,8 @@ class HandOver:
     Args:
         engine (Any): the engine.
         write (Callable[[Path], str | None]): writes the policy into a folder; a collective, which returns its error.
-        output_dir (str): the run's folder. A note in it tells which folder the last round's weights are in, so that
-            they go even if another process takes the next round.
+        output_dir (str): the run's folder. A note in it tells which folders there are, so that the next round's
+            process removes them even if it is another one.
     """
 
     def __init__(self, engine: Any, write: Callable[[Path], str | None], output_dir: str) -> None:
@@ -45,6 +45,9 @@ class HandOver:
         name = [f"round_{round}_{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
         folder = Path(self.where) / name[0]
+        if dist.get_rank() == 0:
+            with suppress(OSError):
+                self._take_note(folder)
         error = self.write(folder)
         if error is not None:
             raise TrainingError(f"the weights of round {round} could not be written: {error}")
@@ -62,8 +65,13 @@ class HandOver:
             with suppress(OSError):
                 self._keep_only(folder)
 
-    def _keep_only(self, folder: Path) -> None:
-        if self.note.exists():
-            shutil.rmtree(self.note.read_text(), ignore_errors=True)
+    def _take_note(self, folder: Path) -> None:
         self.note.parent.mkdir(parents=True, exist_ok=True)
-        self.note.write_text(str(folder.resolve()))
+        with open(self.note, "a") as lines:
+            lines.write(f"{folder.resolve()}\n")
+
+    def _keep_only(self, folder: Path) -> None:
+        for other in self.note.read_text().splitlines():
+            if other != str(folder.resolve()):
+                shutil.rmtree(other, ignore_errors=True)
+        self.note.write_text(f"{folder.resolve()}\n")
