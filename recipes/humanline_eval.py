@@ -159,7 +159,7 @@ class HumanlineEvalRecipe:
             print(f"{name:12}{middle:>8}  [{low}, {high}]")
         if self.sampler is not None:
             self.sampler.forget()
-        self.scored.path.unlink()
+        self.scored.path.unlink(missing_ok=True)
         print(f"\nWrote {self.output} and {self.output.with_suffix('.jsonl')}")
 
     def cleanup(self) -> None:

@@ -225,6 +225,15 @@ def test_a_server_that_is_only_busy_is_neither_waited_for_as_gone_nor_given_its_
     assert heard.lines == []
 
 
+def test_a_server_that_may_have_started_anew_unseen_gets_its_weights_again(folder, tokenizer, prompts):
+    with Server(folder, "--fail", "502") as server:
+        reload_url = server.url.replace("/v1", "/reload")
+        engine = engine_for(server, tokenizer, weights_dir=str(folder.parent), reload_url=reload_url)
+        engine.update(folder)
+        engine.generate(prompts, PARAMS, SEEDS)
+        assert [line["weights"] for line in server.answered() if "weights" in line] == [str(folder)] * 2
+
+
 def test_a_request_without_an_answer_in_time_is_repeated(folder, tokenizer, prompts):
     with Server(folder, "--together=2") as server:  # the first attempt waits there for a second
         engine = engine_for(server, tokenizer, timeout=3)

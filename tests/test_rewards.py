@@ -53,6 +53,10 @@ def score(reward, answer, response):
 # ---- GSM8K
 
 RIGHT_NUMBERS = [
+    ("18", "#### 1. Eggs\n16-7=9\n#### Answer\n18"),
+    ("18", "#### 2. Money\n9*2 = \\boxed{18}"),
+    ("18", "####\n\n2 eggs cost 4, so \\boxed{18}"),
+    ("1.5", "#### 1.5\nThat is 9 eggs."),
     ("2 + 2 = <<2+2=4>>4\n#### 4", "So it is 4."),
     ("18", "She makes $18.00 every day."),
     ("#### 1,234", "1234"),

@@ -13,8 +13,8 @@ __all__ = ["GSM8KReward"]
 _BOXED = re.compile(r"\\boxed\s*\{")
 # A minus that something stands before is no sign: 16-3 ends with 3.
 _NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-# In Markdown the mark is a heading's too, and any number may come later in that.
-_MARKED = re.compile(rf"####[\s$*]*{_NUMBER.pattern}")
+# In Markdown the mark is a heading's too: any number may come later in that, and its own, as in #### 2. Money, is none.
+_MARKED = re.compile(rf"####[ \t$*]*{_NUMBER.pattern}(?!\.?[0-9]|,[0-9]|[.)][ \t]+\S)")
 
 
 class GSM8KReward:
@@ -24,7 +24,7 @@ class GSM8KReward:
     The answer is the number after ``####`` in the prompt's ``answer_field``, or the field's only number. A response's
     number is, by the first of these marks that it has:
 
-    1. ``####`` with a number directly behind it, but for ``$`` and ``*``: the last such number;
+    1. ``####`` with a number directly behind it, but for ``$`` and ``*``, that is not a heading's: the last such one;
     2. ``\\boxed{}``: the only number in the last of them, so that a fraction there is no number;
     3. neither: the last number.
 

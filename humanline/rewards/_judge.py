@@ -68,7 +68,7 @@ class JudgeReward:
         api_key_env: str = "OPENAI_API_KEY",
         temperature: float | None = 0.0,
         timeout: float = 60.0,
-        retries: int = 5,
+        retries: int = 8,
         max_concurrency: int = 8,
         wait: float | None = None,
     ) -> None:
@@ -120,7 +120,8 @@ class JudgeReward:
         self._server.start()
         try:
             with ThreadPool(self._max_concurrency) as threads:  # its threads end with the process
-                ratings = list(threads.imap(self._rating, questions))
+                results = threads.imap(self._rating, questions)
+                ratings = [self._server.next_of(results) for _ in questions]
         except BaseException:
             self._server.give_up()
             raise

@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 import logging
+import multiprocessing
 import random
 import threading
 import time
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 _NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
 _POLL_SECONDS = 10.0
+_RESULT_SECONDS = 0.5
 
 
 class Stopped(TrainingError):
@@ -27,7 +29,11 @@ class Stopped(TrainingError):
 
 
 class Gone(Exception):
-    """No server answered, or it went away while it did."""
+    """No server answered, or it went away while it did; or, ``busy``, one that is there had no time."""
+
+    def __init__(self, message: str, busy: bool = False) -> None:
+        super().__init__(message)
+        self.busy = busy
 
 
 class Refused(Exception):
@@ -36,7 +42,7 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-        self.passes = status in (408, 429) or status >= 500  # what another attempt may change
+        self.passes = status in (408, 409, 425, 429) or status >= 500  # what another attempt may change
 
 
 class Connection:
@@ -88,6 +94,18 @@ class Connection:
         if self._stopped.is_set():
             raise Stopped("sampling was stopped")
 
+    def next_of(self, results: Any) -> Any:
+        """The next result of a pool's ``imap``, unless waiting is ended first.
+
+        Raises:
+            Stopped: if it is.
+        """
+        while True:
+            try:
+                return results.next(timeout=_RESULT_SECONDS)
+            except multiprocessing.TimeoutError:
+                self.check()
+
     def persist(self, attempt: Callable[[], T]) -> T:
         """Repeats a request until it is answered, its retries are spent, or the answer will not change.
 
@@ -110,14 +128,14 @@ class Connection:
                 self._pause(tries)
             except Gone as gone:
                 if tries == self._retries:
-                    raise TrainingError(f"{self._url} was lost {tries + 1} times during one request ({gone})") from None
-                if not self._was_away(outages):
+                    raise TrainingError(f"{self._url} failed {tries + 1} times at one request ({gone})") from None
+                if not self._was_away(outages, gone.busy):
                     self._pause(tries)
         raise AssertionError("unreachable")
 
-    def _was_away(self, outages: int) -> bool:
+    def _was_away(self, outages: int, busy: bool) -> bool:
         """Whether the server is gone, or has been since there were ``outages``. Returns once it is back; one caller
-        asks, the others wait."""
+        asks, the others wait. One that is there at once may yet have started anew, unless it was ``busy``."""
         with self._gate:
             self.check()
             if self._outages != outages:  # another has seen to it meanwhile
@@ -136,16 +154,17 @@ class Connection:
                     if deadline is not None and time.monotonic() >= deadline:
                         raise TrainingError(f"{self._url} has been gone for {self._wait:g} s; start it again") from None
                     self._pause(min(tries, 4))
-            if tries == 0:  # it is merely busy
+            if tries == 0 and busy:
                 return False
             self._outages += 1
             self.is_introduced = False
-            log.warning(f"{self._url} is back")
-            return True
+            if tries > 0:
+                log.warning(f"{self._url} is back")
+            return tries > 0
 
     def _pause(self, tries: int) -> None:
         """Exponential back-off, spread so that not all come back at once."""
-        if self._stopped.wait(min(0.5 * 2**tries, 30) * random.uniform(0.5, 1)):
+        if self._stopped.wait(min(0.5 * 2 ** min(tries, 6), 30) * random.uniform(0.5, 1)):
             raise Stopped("sampling was stopped")
 
     def greet(self, timeout: float | None = None) -> None:
@@ -172,7 +191,7 @@ class Connection:
                 return reply.read()
         except urllib.error.HTTPError as error:
             if error.code in _NO_SERVER:
-                raise Gone(f"HTTP {error.code}") from None
+                raise Gone(f"HTTP {error.code}", busy=error.code == 503) from None
             path = urllib.parse.urlsplit(url).path
             raise Refused(error.code, f"HTTP {error.code} from {path}: {_message(error)}") from None
         except TimeoutError:

@@ -18,7 +18,6 @@ Left out: the chat route, which would put a template of its own around prompts t
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import urllib.parse
@@ -38,7 +37,6 @@ __all__ = ["HTTPEngine"]
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
 _PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
 
 
@@ -241,7 +239,7 @@ class HTTPEngine:
         try:
             results = pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs)))
             for _ in jobs:
-                i, completion = self._next(results)
+                i, completion = self._server.next_of(results)
                 drawn[i] = completion
         except BaseException:
             self._server.give_up()
@@ -249,14 +247,6 @@ class HTTPEngine:
         finally:
             pool.terminate()
         return [drawn[i : i + count] for i in range(0, len(drawn), count)]
-
-    def _next(self, results: Any) -> Any:
-        """The next result, unless the engine is stopped first."""
-        while True:
-            try:
-                return results.next(timeout=_POLL_SECONDS)
-            except multiprocessing.TimeoutError:
-                self._server.check()
 
     def stop(self) -> None:
         """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped`."""

@@ -21,6 +21,7 @@ from torchtune import utils
 from humanline.data import Group, GroupDataset, TokenBudget
 from humanline.data._record import Message
 from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.rollout._connection import Stopped
 from humanline.rollout._engine import Completion
 from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._prompts import read_prompts
@@ -33,6 +34,7 @@ Derive = Callable[[GroupDataset], GroupDataset]
 T = TypeVar("T")
 
 MOST_ATTEMPTS = 8
+PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while a signal is soon heeded
 
 
 class Engine(Protocol):
@@ -192,6 +194,7 @@ class OnlineSource:
         self._groups: list[Group] = []
         self._sampled: list[dict[str, float]] = []
         self._ahead: Future[_Round] | None = None
+        self._stopped = False
 
     def longest(self) -> Group:
         """A group as long as any that can be sampled."""
@@ -245,6 +248,7 @@ class OnlineSource:
     def stop(self) -> None:
         """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises
         :class:`~humanline.rollout.Stopped`."""
+        self._stopped = True
         for each in (self.engine, self.reward):
             getattr(each, "stop", lambda: None)()
 
@@ -361,7 +365,7 @@ class OnlineSource:
         if dist.get_rank() == 0:
             log.info(
                 f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward "
-                f"{fmean(rewards):.3f}, {len(chosen) - len(usable)} prompts with equal scores left out"
+                f"{fmean(rewards):.3f}, {len(chosen) - len(usable)} prompts left out"
             )
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -413,7 +417,12 @@ class OnlineSource:
         completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
         responses = [[sample.tokens for sample in samples if sample.tokens] for samples in completions]
         texts = [[self.tokenizer.decode(response) for response in each] for each in responses]
-        found = checked_scores(self.reward, [self.prompts[i] for i in mine], texts) if mine else []
+        found: list[list[float]] = []
+        while len(found) < len(mine):
+            if self._stopped:
+                raise Stopped("scoring was stopped")
+            part = slice(len(found), len(found) + PROMPTS_PER_CALL)
+            found += checked_scores(self.reward, [self.prompts[i] for i in mine[part]], texts[part])
         return {
             i: Group(self.prompt_ids[i], tuple(each), tuple(values), id=f"{self.prompts[i].where} in round {round}")
             for i, each, values in zip(mine, responses, found, strict=True)

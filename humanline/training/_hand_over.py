@@ -28,7 +28,9 @@ class HandOver:
         self.engine = engine
         self.where = getattr(engine, "weights_dir", None)
         self.write = write
-        self.note = Path(output_dir) / "rounds" / "weights"
+        self.output_dir = Path(output_dir).resolve()
+        self.note = self.output_dir / "rounds" / "weights"
+        self.folders = self._noted()
         # Where the ranks wait for one that waits for its server.
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
@@ -45,9 +47,8 @@ class HandOver:
         name = [f"round_{round}_{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
         folder = Path(self.where) / name[0]
-        if dist.get_rank() == 0:
-            with suppress(OSError):
-                self._take_note(folder)
+        self.folders.append(str(folder.resolve()))
+        self._take_note()
         error = self.write(folder)
         if error is not None:
             raise TrainingError(f"the weights of round {round} could not be written: {error}")
@@ -62,16 +63,25 @@ class HandOver:
                 if each is not None:
                     raise each
         if dist.get_rank() == 0:
-            with suppress(OSError):
-                self._keep_only(folder)
-
-    def _take_note(self, folder: Path) -> None:
-        self.note.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.note, "a") as lines:
-            lines.write(f"{folder.resolve()}\n")
-
-    def _keep_only(self, folder: Path) -> None:
-        for other in self.note.read_text().splitlines():
-            if other != str(folder.resolve()):
+            for other in map(Path, self.folders[:-1]):
                 shutil.rmtree(other, ignore_errors=True)
-        self.note.write_text(f"{folder.resolve()}\n")
+                shutil.rmtree(self.output_dir / f"epoch_{other.name}.partial", ignore_errors=True)  # half written
+        self.folders = self.folders[-1:]
+        self._take_note()
+
+    def _noted(self) -> list[str]:
+        """The folders that the note names; a note that was copied with another run's folder is not for this one."""
+        try:
+            whose, *folders = self.note.read_text().splitlines()
+        except (OSError, ValueError):
+            return []
+        return folders if whose == str(self.note) else []
+
+    def _take_note(self) -> None:
+        if dist.get_rank() > 0:
+            return
+        partial = self.note.with_suffix(".partial")
+        with suppress(OSError):
+            self.note.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text("\n".join([str(self.note), *self.folders]) + "\n")
+            partial.replace(self.note)

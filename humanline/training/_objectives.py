@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from humanline.data import Group, GroupDataset, Rows, TokenBudget, as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.errors import ConfigError
@@ -48,6 +48,13 @@ class Objective(ABC):
                 f"humanline.losses.{self.loss_type.__name__} or a subclass of it"
             )
         self.loss: Any = loss
+
+    def settings(self) -> dict[str, Any]:
+        """What the loss was given, by name, defaults included."""
+        given = {name: value for name, value in vars(self.loss).items() if name not in vars(nn.Module())}
+        return {"loss": type(self.loss).__name__} | {
+            name: value for name, value in given.items() if isinstance(value, str | int | float | None)
+        }
 
     @abstractmethod
     def examples(self, dataset: GroupDataset) -> GroupDataset:

@@ -31,17 +31,19 @@ class PartialFile:
     def __enter__(self) -> "PartialFile":
         """
         Raises:
-            ConfigError: if another process holds the file.
+            ConfigError: if another process holds the file, or it cannot be written or locked.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        try:  # the lock goes with the process, however that ends
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with the process, however that ends
         except BlockingIOError:
             self._file.close()
             raise ConfigError(
                 f"output: {self.path} is being written by another run; wait for it, or name another"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"output: {self.path} cannot be written or locked ({error}); name another") from None
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]  # behind it is a line that was being written

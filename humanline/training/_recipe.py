@@ -182,7 +182,7 @@ class HumanlineRecipe(FTRecipeInterface):
             "reference": type(self.reference).__name__,
             "sync_every": self.reference.sync_every,
             "model": OmegaConf.to_container(cfg.model, resolve=True),
-            "loss": OmegaConf.to_container(cfg.loss, resolve=True),
+            "loss": self.objective.settings(),
         }
 
     def _setup_source(self, cfg: DictConfig, tokenizer: Any, shape: TransformerDecoder) -> OfflineSource | OnlineSource:
@@ -332,11 +332,12 @@ class HumanlineRecipe(FTRecipeInterface):
                 if self.step % settings.log_every_n_steps == 0:
                     self._log({"grad_norm": grad_norm}, bar)
                 bar.update()
-                evaluated = _every(settings.run_val_every_n_steps, self.step) or self.step == self.total_steps
+                last = self.step == self.total_steps
+                evaluated = _every(settings.run_val_every_n_steps, self.step) or last
                 held_out = self.evaluate() if evaluated else {}
                 # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
-                # One that is to stop resumes at it, and writes them then.
-                if self.step % self.source.steps_per_epoch == 0 and not stop:
+                # One that is to stop resumes at it, and writes them then, unless nothing else is left to do.
+                if self.step % self.source.steps_per_epoch == 0 and (last or not stop):
                     self.save_checkpoint()
                 if _every(settings.save_every_n_steps, self.step):
                     self._save_state(held_out.get(settings.best_checkpoint_metric or ""))
@@ -434,6 +435,7 @@ class HumanlineRecipe(FTRecipeInterface):
         shown = {
             "loss": "loss",
             "rewards/margins": "margin",
+            "rewards/gain": "gain",
             "kl": "kl",
             "unclamped": "unclamped",
             "tokens_per_second": "tok/s",
