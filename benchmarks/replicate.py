@@ -188,14 +188,14 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no figure: matplotlib is not installed (pip install humanline[plots])")
+        print("no figure: matplotlib is not installed (pip install -e '.[plots]')")
         return
     figure, axes = plt.subplots(figsize=(7, 4))
     for method in METHODS:
         mine = [result for result in found if result["method"] == method]
         if mine:
-            minutes = statistics.mean(result["cpu_seconds"] for result in mine) / 60
-            axes.scatter([minutes] * len(mine), [100 * pass_at_1(result)[0] for result in mine], label=method)
+            minutes = [result["cpu_seconds"] / 60 for result in mine]
+            axes.scatter(minutes, [100 * pass_at_1(result)[0] for result in mine], label=method)
     axes.set(
         xlabel="CPU minutes of training", ylabel="pass@1 on held-out sums, %", title=f"{STEPS} steps, a dot each seed"
     )

@@ -34,7 +34,7 @@ def main() -> None:
     tokenizer = ChatTokenizer(str(MODEL))
     lines = (ROOT / "demo" / "held_out_prompts.jsonl").read_text().splitlines()[:PROMPTS]
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": json.loads(line)["prompt"]}]) for line in lines]
-    checkpointer = FullModelHFCheckpointer(str(MODEL), ["model.safetensors"], "LLAMA3_2", "/tmp")
+    checkpointer = FullModelHFCheckpointer(str(MODEL), ["model.safetensors"], "LLAMA3_2", str(ROOT / "outputs"))
     weights = checkpointer.load_checkpoint()["model"]
 
     def decoder():

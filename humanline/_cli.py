@@ -17,7 +17,7 @@ def main() -> None:
     plan = commands.add_parser(
         "plan",
         help="what a config needs of each GPU, without one",
-        description="Runs a step of the recipe on fake tensors, as one of N ranks, and prints what it takes.",
+        description="Runs two steps of the recipe on fake tensors, as one of N ranks, and prints what it takes.",
     )
     plan.add_argument(
         "--config", required=True, help="a config file, or a name as tune ls lists it: humanline/llama3_8b_offline"
