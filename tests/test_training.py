@@ -72,17 +72,19 @@ def test_a_new_run_in_a_folder_with_another_run_s_checkpoints_is_refused(traject
     assert "out has checkpoints of an earlier run; go on with it by resume_from_checkpoint: latest" in run.train()
 
 
-def test_a_checkpoint_of_another_batch_is_refused(trajectory):
+def test_a_checkpoint_of_another_batch_or_loss_is_refused(trajectory):
     run = trajectory(RUN)
     run.config["save_every_n_steps"] = 5
     assert_trained(run)
     for override, difference in (
         ("batch_size=2", "groups a step 4, this run has 2"),
         ("shuffle=True", "shuffle False, this run has True"),
+        ("loss.beta=0.5", "loss {'loss': 'HumanlineDPOLoss',"),
     ):
         assert f"step_10 was written with {difference}" in run.train("resume_from_checkpoint=latest", override)
     line = run.train("resume_from_checkpoint=latest", "batch_size=2", "gradient_accumulation_steps=2")
     assert "step_10 was written with groups a microbatch 4, this run has 2" in line
+    assert run.train("resume_from_checkpoint=latest", "loss.label_smoothing=0.0") is None  # the default, written out
 
 
 def test_the_final_weights_load_in_transformers_and_compute_the_same_function(trajectory):
