@@ -215,6 +215,14 @@ def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
     assert lines(run) != first
 
 
+def test_a_round_that_cannot_be_set_aside_ends_the_run_with_one_line(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    assert run.train("max_steps_per_epoch=1") is None
+    (run.folder / "out" / "rounds" / "round_0.abandoned" / "in the way").mkdir(parents=True)
+    line = run.train("seed=4")
+    assert "round_0.abandoned" in line and "\n" not in line
+
+
 def test_prompts_whose_responses_are_scored_equal_are_dropped_or_sampled_again(trajectory, caplog):
     run = online(trajectory("grpo_8_k4"), every=3)
     run.config["reward"]["_component_"] = "toys.Vowels"

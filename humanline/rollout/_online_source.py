@@ -403,8 +403,10 @@ class OnlineSource:
         mine: T | Exception | None
         try:
             mine = None if on_rank_0 and dist.get_rank() else call()
-        except (ConfigError, DataError, TrainingError, OSError) as error:
+        except (ConfigError, DataError, TrainingError) as error:
             mine = error
+        except OSError as error:
+            mine = TrainingError(f"{self.folder}: {error}")
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine, self.ranks)
         for each in everyone:

@@ -31,8 +31,8 @@ class HandOver:
         self.output_dir = Path(output_dir).resolve()
         self.note = self.output_dir / "rounds" / "weights"
         self.folders = self._noted()
-        # Where the ranks wait for one that waits for its server.
-        self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        if self.where is not None:  # one of them may wait for its server for long
+            self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def __call__(self, round: int) -> None:
         """Writes the weights of a round, and has the engine load them; those of the round before go.
