@@ -90,9 +90,12 @@ def _labelled(group: Group) -> Group | None:
     scores = _scores(group)
     if best_and_worst(scores) is None:
         return None
-    mean = sum(scores) / len(scores)
-    kept = [i for i, score in enumerate(scores) if not math.isclose(score, mean, rel_tol=1e-9)]
-    return replace(group.part(kept), scores=None, labels=tuple(scores[i] > mean for i in kept))
+    mean = math.fsum(scores) / len(scores)
+    # Rounding makes the mean of 0.1, 0.2 and 0.3 another number than 0.2. What is near is a matter of the scores'
+    # spread: they may be large beside their differences, and their mean may be 0.
+    near = max(1e-9 * (max(scores) - min(scores)), 2 * math.ulp(max(map(abs, scores))))
+    kept = [i for i, score in enumerate(scores) if abs(score - mean) > near]
+    return replace(group.part(kept), scores=None, labels=tuple(scores[i] > mean for i in kept)) if kept else None
 
 
 def _scored(group: Group) -> Group | None:

@@ -7,7 +7,7 @@ states it.
 from humanline.losses._dpo import HumanlineDPOLoss
 from humanline.losses._grpo import HumanlineGRPOLoss, group_advantages
 from humanline.losses._kto import HumanlineKTOLoss
-from humanline.losses._log_ratio import PerceptualLoss, humanline_clip, token_log_ratio, unclamped
+from humanline.losses._log_ratio import PerceptualLoss, humanline_clip, token_kl, token_log_ratio, unclamped
 
 __all__ = [
     "HumanlineDPOLoss",
@@ -16,6 +16,7 @@ __all__ = [
     "PerceptualLoss",
     "group_advantages",
     "humanline_clip",
+    "token_kl",
     "token_log_ratio",
     "unclamped",
 ]

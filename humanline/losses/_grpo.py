@@ -5,7 +5,7 @@ from torch import Tensor
 
 from humanline.errors import ConfigError
 from humanline.losses._checks import check_number
-from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
+from humanline.losses._log_ratio import PerceptualLoss, token_kl, token_log_ratio
 
 
 class HumanlineGRPOLoss(PerceptualLoss):
@@ -94,7 +94,7 @@ class HumanlineGRPOLoss(PerceptualLoss):
         )
         losses = -advantage * log_nearby.exp()
         if self.beta:  # 0 times an overflowing KL would be NaN
-            losses = losses + self.beta * ((-log_ratio).exp() + log_ratio - 1)
+            losses = losses + self.beta * token_kl(log_ratio)
         losses = losses.where(mask, 0.0)
         if self.aggregation == "sequence":
             losses = losses.sum(-1) / mask.sum(-1).clamp(min=1)

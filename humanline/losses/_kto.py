@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from humanline.losses._checks import check_number
@@ -74,8 +75,9 @@ class HumanlineKTOLoss(PerceptualLoss):
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
         reward = self.perceive(log_ratio, draws).sum(-1)
         gain = reward - kl.detach()
-        desirable_loss = self.desirable_weight * (1 - (self.beta * gain).sigmoid())
-        undesirable_loss = self.undesirable_weight * (1 - (-self.beta * gain).sigmoid())
+        # 1 - sigmoid(x) by its logarithm: far from the baseline both it and its gradient would round to 0.
+        desirable_loss = self.desirable_weight * F.logsigmoid(-self.beta * gain).exp()
+        undesirable_loss = self.undesirable_weight * F.logsigmoid(self.beta * gain).exp()
         return desirable_loss.where(desirable, undesirable_loss), reward.detach()
 
     def kl_baseline(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:

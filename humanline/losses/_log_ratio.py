@@ -1,5 +1,6 @@
 """The token log-ratio ``l_t``, and ``l~_t``, as it is perceived: what every loss is computed from."""
 
+import torch
 from torch import Tensor, nn
 
 from humanline.losses._checks import check_bounds, check_perception
@@ -18,6 +19,26 @@ def token_log_ratio(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor)
         Tensor: float32 nats, ``[B, S]``; zero where ``mask`` is False, whatever stands there, NaN included.
     """
     return (policy_logps.float() - reference_logps.float()).where(mask, 0.0)
+
+
+def token_kl(log_ratio: Tensor) -> Tensor:
+    """``exp(-l_t) + l_t - 1``, each token's term of the KL from the policy to the reference, and never below 0.
+
+    Small log-ratios cancel in that form: in float32 it has no correct digit below 1e-4, and ``expm1(-l_t) + l_t`` has
+    none below 1e-7. So its Taylor series serves where ``|l_t| < 1/2``. Values and gradients, ``1 - exp(-l_t)``, are
+    within 1e-6 of the exact ones, relative to their size.
+
+    Args:
+        log_ratio (Tensor): ``l_t`` in nats, any shape.
+
+    Returns:
+        Tensor: nats, shape of ``log_ratio``.
+    """
+    small = log_ratio.clamp(-0.5, 0.5)
+    series = torch.ones_like(small)  # l^2/2 (1 - l/3 (1 - l/4 (1 - ...))); the next term is below 4e-8 of the sum
+    for k in range(8, 2, -1):
+        series = 1 - small / k * series
+    return torch.where(log_ratio.abs() < 0.5, small.square() / 2 * series, torch.expm1(-log_ratio) + log_ratio)
 
 
 def humanline_clip(log_ratio: Tensor, log_eps_P: float | None, log_eps_R: float | None) -> Tensor:

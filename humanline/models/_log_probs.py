@@ -32,16 +32,19 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: f
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None) -> Tensor:
-        target_logits = hidden.new_empty(len(hidden), dtype=torch.float32)
-        normalizers = torch.empty_like(target_logits)
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        normalizers = torch.empty_like(log_probs)
         for piece in _pieces(hidden, weight):
             logits = _logits(hidden[piece], weight, soft_cap)
-            target_logits[piece] = logits.gather(1, targets[piece, None]).squeeze(1)
             peak = logits.amax(1, keepdim=True)
-            normalizers[piece] = logits.sub_(peak).exp_().sum(1).log_().add_(peak.squeeze(1))
+            # Relative to the peak: beside logits of 30, the log-prob of a near certain token has no digits.
+            log_probs[piece] = logits.sub_(peak).gather(1, targets[piece, None]).squeeze(1)
+            log_sum = logits.exp_().sum(1).log_()
+            log_probs[piece] -= log_sum
+            normalizers[piece] = log_sum.add_(peak.squeeze(1))
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.soft_cap = soft_cap
-        return target_logits - normalizers
+        return log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

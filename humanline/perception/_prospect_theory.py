@@ -96,9 +96,22 @@ def weighting(
 
 def _increments(chances: Tensor, gamma: float) -> Tensor:
     """Increments of the capacity over outcomes ranked from the most extreme inwards, ``[N]``."""
+    nothing = chances.new_zeros(1)
     cumulated = chances.cumsum(0)
+    rest = torch.cat([chances.flip(0).cumsum(0).flip(0)[1:], nothing]) / cumulated[-1]
     # The capacity is infinitely steep at 1, where a rounding error would show: the last quotient is 1 exactly.
-    return capacity(cumulated / cumulated[-1], gamma).diff(prepend=cumulated.new_zeros(1))
+    reached = cumulated / cumulated[-1]
+    increments = capacity(reached, gamma).diff(prepend=nothing)
+    # Beyond the middle by what is missing to 1, since 1 - 1e-17 is 1.
+    missing = _missing(rest.clamp(max=0.5), gamma)
+    beyond = torch.cat([nothing, reached[:-1]]) >= 0.5
+    return torch.where(beyond, -missing.diff(prepend=missing[:1]), increments)
+
+
+def _missing(rest: Tensor, gamma: float) -> Tensor:
+    """``1 - Omega+(1 - rest; gamma)`` with all its digits, for a ``rest`` of at most 1/2."""
+    log_a = torch.log1p(-rest)
+    return -torch.expm1(gamma * log_a - torch.log1p(torch.expm1(gamma * log_a) + rest**gamma) / gamma)
 
 
 def _check_positive(name: str, number: float, found: str) -> None:

@@ -81,14 +81,15 @@ def acceptance_probability(
     Raises:
         ConfigError: if a bound's gamma is missing, or not a positive finite number.
     """
-    log_probability = torch.zeros_like(log_ratio)
+    exact = log_ratio.double()  # a large gamma multiplies what rounding leaves of the distance to the bound
+    log_probability = torch.zeros_like(exact)
     if log_eps_P is not None:
         gamma = _check_gamma(gamma_P, "loss.gamma_P")
-        log_probability += gamma * (log_ratio - log_eps_P - math.log1p(1 / gamma)).clamp(max=0)
+        log_probability += gamma * (exact - log_eps_P - math.log1p(1 / gamma)).clamp(max=0)
     if log_eps_R is not None:
         gamma = _check_gamma(gamma_R, "loss.gamma_R")
-        log_probability += gamma * (log_eps_R - log_ratio - math.log1p(1 / gamma)).clamp(max=0)
-    return log_probability.exp()
+        log_probability += gamma * (log_eps_R - exact - math.log1p(1 / gamma)).clamp(max=0)
+    return log_probability.exp().to(log_ratio.dtype)
 
 
 def _check_gamma(gamma: float | None, key: str) -> float:

@@ -7,7 +7,7 @@ Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
 
 
 class MetricSums:
-    """Sums of metrics over passes, reduced over ranks once, when their means are asked for."""
+    """Sums of metrics over passes, in float64, reduced over ranks once, when their means are asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -16,7 +16,7 @@ class MetricSums:
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
             totals, counts = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (totals + total, counts + count)
+            self._sums[name] = (totals + _double(total), counts + _double(count))
 
     def merge(self, other: "MetricSums") -> None:
         """Adds what another has added up."""
@@ -41,3 +41,7 @@ class MetricSums:
         """Goes on from the sums of all ranks, of which each takes its part."""
         ranks = dist.get_world_size()
         self._sums = {name: (total / ranks, count / ranks) for name, (total, count) in state.items()}
+
+
+def _double(value: Tensor | float) -> Tensor | float:
+    return value.double() if isinstance(value, Tensor) else value

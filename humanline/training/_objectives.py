@@ -18,6 +18,7 @@ from humanline.losses import (
     HumanlineKTOLoss,
     PerceptualLoss,
     group_advantages,
+    token_kl,
     token_log_ratio,
     unclamped,
 )
@@ -94,7 +95,7 @@ class Objective(ABC):
         loss, metrics = self.loss_and_metrics(policy, reference, rows, draws, kl)
         log_ratio = token_log_ratio(policy.detach(), reference, rows.mask)
         return loss, metrics | {
-            "kl": (((-log_ratio).exp() + log_ratio - 1).sum(), rows.mask.sum()),
+            "kl": (token_kl(log_ratio).sum(), rows.mask.sum()),
             "unclamped": unclamped(log_ratio, rows.mask, *self.loss.bounds),
         }
 
@@ -298,7 +299,7 @@ class GRPO(Objective):
         return loss, {
             "rewards/mean": (sum(map(sum, scores)), len(advantages)),
             "advantages/abs": (advantages.abs().sum(), len(advantages)),
-            "advantages/gain": ((advantages * (log_probs - reference.sum(1))).sum(), len(advantages)),
+            "advantages/gain": ((advantages * (policy.detach() - reference).sum(1)).sum(), len(advantages)),
             "log_probs/accuracies": _accuracy(log_probs, scores),
         }
 

@@ -99,8 +99,9 @@ class StochasticAdamW(Optimizer):
         _store(exp_avg, first, noise)
         _store(exp_avg_sq, second, noise)
         denominator = second.div_(1 - beta2**step).sqrt_().add_(eps)
-        updated = (weight.float() * (1 - lr * weight_decay)).addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
-        _store(weight, updated, noise)
+        # The decay joins the update: a factor of 1 - lr * weight_decay is 1 in float32 where the two make 1e-8.
+        update = first.div_(denominator).div_(1 - beta1**step).add_(weight, alpha=weight_decay)
+        _store(weight, weight.float().sub_(update, alpha=lr), noise)
 
 
 def stochastic_round(values: Tensor, noise: torch.Generator | None = None) -> Tensor:
