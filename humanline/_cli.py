@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from humanline._home import HOME
 from humanline.errors import ConfigError, DataError
 
@@ -39,8 +37,8 @@ def main() -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
-    from humanline.planning import report, with_overrides
-    from humanline.training import hide_known_warnings
+    from humanline.planning import report
+    from humanline.training import hide_known_warnings, load_config, with_overrides
 
     hide_known_warnings()
     for name in ("nproc", "device_memory", "tflops"):
@@ -49,9 +47,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     path = Path(arguments.config)
     if arguments.config.startswith("humanline/") and not path.is_file():
         path = HOME / "configs" / f"{path.name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}; tune cp hands out the configs that tune ls lists")
-    cfg = with_overrides(OmegaConf.load(path), arguments.overrides)  # type: ignore[arg-type]
+    cfg = with_overrides(load_config(path), arguments.overrides)
     head = f"{path}, {arguments.nproc} {'rank' if arguments.nproc == 1 else 'ranks'}\n\n"
     return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)
 

@@ -4,15 +4,18 @@
 starts as `tune`, and in no other program. An import hook then waits for torchtune's registry, which `tune ls`, `cp`,
 `cat` and `run` read, and extends it:
 
-- every `recipes/humanline_*.py` goes in under its file name. One with `_distributed` in its name takes torchrun
+- every `recipes/humanline_*.py` goes in under its file name. One with `_distributed` in its name accepts torchrun
   options, any other refuses them.
 - every `configs/NAME.yaml` goes in as `humanline/NAME`, under the recipes that its first line names:
   `# recipe: humanline_dpo_distributed`, or several, separated by commas.
-- for `tune run`, so does a recipe given by its path, with or without `.py`: the very file the user named runs. Left to
-  itself torchtune imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
+- for `tune run`, so does a recipe given by its path, with or without `.py`: the very file the user named runs, if its
+  name begins with `humanline_` or it imports humanline, as a copy under another name does. Its source is parsed for
+  that, and not run. A copy accepts torchrun options unless its class says `sharded = False`. Left to itself torchtune
+  imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
 - with a humanline recipe, torchrun gives its processes ten minutes to stop, for a step and the checkpoint of a large
   model, instead of 30 seconds. Over several nodes its c10d rendezvous has a new store at every start: in the one that
   it keeps by default, a node that comes back finds nobody.
+- torchrun's traceback of itself, where its processes fail, gives way to a line for each that could not say why.
 
 `tune validate` takes nothing but paths, so a config's name on its command line is replaced by its path.
 
@@ -20,6 +23,7 @@ A name already taken stays what it is, for instance that of a recipe which a for
 here imports torch, and nothing that goes wrong here stops `tune`.
 """
 
+import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 from humanline._home import HOME
+from humanline._torchrun import say_in_a_line
 
 _REGISTRY = "torchtune._recipe_registry"
 
@@ -66,6 +71,9 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
     if command == "run":
         recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
         if not recipes.keys().isdisjoint(arguments):
+            sys.excepthook = say_in_a_line
+            # For what stands beside it, as Python does for a script; torchtune does not.
+            sys.path += [str(path.parent) for name, path in recipes.items() if name in arguments]
             os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
             if any(argument.startswith("--nnodes") for argument in arguments):
                 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -83,7 +91,7 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
                 for config in configs
                 if name in users[config]
             ],
-            supports_distributed="_distributed" in path.stem,
+            supports_distributed=_is_distributed(path),
         )
         for name, path in recipes.items()
         if name not in taken
@@ -100,7 +108,38 @@ def _recipes_of(config: Path) -> list[str]:
 def _local_recipe(argument: str) -> Path | None:
     """The humanline recipe file that a command-line argument is the path of, if it is one."""
     path = Path(argument if argument.endswith(".py") else f"{argument}.py").absolute()
-    return path if path.name.startswith("humanline_") and path.is_file() else None
+    return path if path.is_file() and (path.name.startswith("humanline_") or _imports_humanline(path)) else None
+
+
+def _imports_humanline(path: Path) -> bool:
+    source = path.read_bytes()
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # then Python is to say so, of this file
+        return b"humanline" in source
+    imported = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    return any(module.partition(".")[0] == "humanline" for module in imported)
+
+
+def _is_distributed(path: Path) -> bool:
+    """Whether a recipe may run on several ranks: by the name of one of ours, by the source of any other."""
+    if path.name.startswith("humanline_"):
+        return "_distributed" in path.stem
+    try:
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError):
+        return True
+    return not any(_says_one_device(node) for node in nodes)
+
+
+def _says_one_device(node: ast.AST) -> bool:
+    """Whether a statement is `sharded = False`, by which a recipe's class says that it is for one device."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return False
+    names = node.targets if isinstance(node, ast.Assign) else [node.target]
+    is_false = isinstance(node.value, ast.Constant) and node.value.value is False
+    return is_false and any(isinstance(name, ast.Name) and name.id == "sharded" for name in names)
 
 
 sys.meta_path.insert(0, _RegistryFinder())

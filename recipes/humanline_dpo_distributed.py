@@ -16,9 +16,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import DPO, HumanlineRecipe, run
+from humanline.training import DPO, HumanlineRecipe, parse, run
 
 
 class HumanlineDPORecipeDistributed(HumanlineRecipe):
@@ -27,7 +26,7 @@ class HumanlineDPORecipeDistributed(HumanlineRecipe):
     objective_type = DPO
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineDPORecipeDistributed, cfg, script=__file__)
 

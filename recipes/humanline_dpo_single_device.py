@@ -15,9 +15,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import DPO, HumanlineRecipe, run
+from humanline.training import DPO, HumanlineRecipe, parse, run
 
 
 class HumanlineDPORecipeSingleDevice(HumanlineRecipe):
@@ -27,7 +26,7 @@ class HumanlineDPORecipeSingleDevice(HumanlineRecipe):
     sharded = False
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineDPORecipeSingleDevice, cfg, script=__file__)
 

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config, utils
 
-from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.errors import ConfigError, DataError
 from humanline.rewards import read_samples
 from humanline.rollout import Prompt
 from humanline.tools.statistics import bootstrap_interval, pass_at_k
@@ -35,8 +34,11 @@ from humanline.training import (
     PartialFile,
     Sampler,
     check_keys,
+    check_one_process,
+    common_end,
     component,
-    hide_known_warnings,
+    get_logger,
+    parse,
     scored_rows,
     write_json,
     write_jsonl,
@@ -47,7 +49,7 @@ OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")
 
 PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while what is scored is soon written
 
-log = utils.get_logger("INFO")
+log = get_logger("INFO")
 
 
 class HumanlineEvalRecipe:
@@ -196,18 +198,16 @@ def read_k(cfg: DictConfig) -> list[int]:
     return counts
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     """Evaluates a model, or samples that are there. A mistake in config or data ends it with one line."""
-    hide_known_warnings()
-    try:
+    with common_end(Path(__file__).name):
+        check_one_process()
         recipe = HumanlineEvalRecipe(cfg)
         recipe.setup(cfg)
         rows = recipe.score(recipe.sample())
         recipe.save(rows, recipe.evaluate(rows))
         recipe.cleanup()
-    except (ConfigError, DataError, TrainingError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
 
 
 if __name__ == "__main__":

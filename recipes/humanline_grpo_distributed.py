@@ -17,9 +17,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import GRPO, HumanlineRecipe, run
+from humanline.training import GRPO, HumanlineRecipe, parse, run
 
 
 class HumanlineGRPORecipeDistributed(HumanlineRecipe):
@@ -28,7 +27,7 @@ class HumanlineGRPORecipeDistributed(HumanlineRecipe):
     objective_type = GRPO
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineGRPORecipeDistributed, cfg, script=__file__)
 

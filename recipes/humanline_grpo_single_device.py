@@ -15,9 +15,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import GRPO, HumanlineRecipe, run
+from humanline.training import GRPO, HumanlineRecipe, parse, run
 
 
 class HumanlineGRPORecipeSingleDevice(HumanlineRecipe):
@@ -27,7 +26,7 @@ class HumanlineGRPORecipeSingleDevice(HumanlineRecipe):
     sharded = False
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineGRPORecipeSingleDevice, cfg, script=__file__)
 

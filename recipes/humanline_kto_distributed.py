@@ -18,9 +18,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import KTO, HumanlineRecipe, run
+from humanline.training import KTO, HumanlineRecipe, parse, run
 
 
 class HumanlineKTORecipeDistributed(HumanlineRecipe):
@@ -29,7 +28,7 @@ class HumanlineKTORecipeDistributed(HumanlineRecipe):
     objective_type = KTO
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineKTORecipeDistributed, cfg, script=__file__)
 

@@ -15,9 +15,8 @@ The step itself is in ``humanline.training.HumanlineRecipe.train``.
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
-from humanline.training import KTO, HumanlineRecipe, run
+from humanline.training import KTO, HumanlineRecipe, parse, run
 
 
 class HumanlineKTORecipeSingleDevice(HumanlineRecipe):
@@ -27,7 +26,7 @@ class HumanlineKTORecipeSingleDevice(HumanlineRecipe):
     sharded = False
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     run(HumanlineKTORecipeSingleDevice, cfg, script=__file__)
 

@@ -19,16 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config, utils
 
-from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.errors import ConfigError
 from humanline.rewards import read_samples
-from humanline.training import PartialFile, check_keys, component, hide_known_warnings, scored_rows
+from humanline.training import (
+    PartialFile,
+    check_keys,
+    check_one_process,
+    common_end,
+    component,
+    get_logger,
+    parse,
+    scored_rows,
+)
 
 REQUIRED = ("samples", "output", "reward")
 OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to
 
-log = utils.get_logger("INFO")
+log = get_logger("INFO")
 
 
 class HumanlineLabelRecipe:
@@ -76,17 +84,15 @@ class HumanlineLabelRecipe:
         """Nothing to close: what torchtune's recipes end with."""
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     """Scores sampled responses. A mistake in config or data ends it with one line."""
-    hide_known_warnings()
-    try:
+    with common_end(Path(__file__).name):
+        check_one_process()
         recipe = HumanlineLabelRecipe(cfg)
         recipe.setup(cfg)
         recipe.report(recipe.label())
         recipe.cleanup()
-    except (ConfigError, DataError, TrainingError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torchtune import config, utils
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError
 from humanline.rollout import Prompt
-from humanline.training import Sampler, check_keys, hide_known_warnings, one_of, write_json, write_jsonl
+from humanline.training import (
+    Sampler,
+    check_keys,
+    check_one_process,
+    common_end,
+    get_logger,
+    one_of,
+    parse,
+    write_json,
+    write_jsonl,
+)
 
 REQUIRED = (*Sampler.REQUIRED, "output")
 OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")
 
-log = utils.get_logger("INFO")
+log = get_logger("INFO")
 
 
 class HumanlineSampleRecipe:
@@ -89,17 +98,15 @@ class HumanlineSampleRecipe:
         """Nothing to close: what torchtune's recipes end with."""
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     """Samples responses to the prompts of a file. A mistake in config or data ends it with one line."""
-    hide_known_warnings()
-    try:
+    with common_end(Path(__file__).name):
+        check_one_process()
         recipe = HumanlineSampleRecipe(cfg)
         recipe.setup(cfg)
         recipe.save(recipe.sample())
         recipe.cleanup()
-    except (ConfigError, DataError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
 
 
 if __name__ == "__main__":

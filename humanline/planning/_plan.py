@@ -1,15 +1,14 @@
 """``humanline plan``: does a config fit, and what would make it fit."""
 
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import inf, prod
 from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-from torchtune.config._utils import _merge_yaml_and_cli_args
+from omegaconf import DictConfig
 
 from humanline.errors import ConfigError
 from humanline.planning._rehearsal import Estimate, rehearse
+from humanline.training import with_overrides
 
 LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", "activations", "logits")
 SPARE = 0.08  # of a device's memory, for its context, the communication's buffers and the allocator's gaps
@@ -111,16 +110,3 @@ def _last_resort(cfg: DictConfig) -> str:
     if "qlora" in builder or cfg.model.get("quantize_base"):
         return "take a smaller model"
     return "take QLoRA" if "lora" in builder else "take an adapter (LoRA, QLoRA)"
-
-
-def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A config with what stands behind ``tune run``: ``key=value`` and ``~key``.
-
-    Raises:
-        ConfigError: if an override is of no such form, or takes away what is not there.
-    """
-    try:
-        plain = Namespace(**OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-        return _merge_yaml_and_cli_args(plain, list(overrides))
-    except ValueError as error:
-        raise ConfigError(f"override: {error}") from error

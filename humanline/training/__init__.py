@@ -1,7 +1,12 @@
 """What the recipes share: settings, launch, models, the loop, checkpoints, metrics."""
 
+from torchtune.utils import get_logger
+
+from humanline.training._command_line import load_config, parse, with_overrides
+from humanline.training._common_end import common_end
+from humanline.training._component import component
 from humanline.training._keys import check_keys, one_of
-from humanline.training._launch import hide_known_warnings
+from humanline.training._launch import check_one_process, hide_known_warnings
 from humanline.training._lr_schedule import get_constant_schedule_with_warmup
 from humanline.training._objectives import DPO, GRPO, KTO, Objective
 from humanline.training._output_file import write_json, write_jsonl
@@ -9,7 +14,7 @@ from humanline.training._partial_file import PartialFile
 from humanline.training._recipe import HumanlineRecipe, run
 from humanline.training._sampler import Sampler
 from humanline.training._scored_rows import scored_rows
-from humanline.training._settings import Settings, component
+from humanline.training._settings import Settings
 from humanline.training._stochastic_adamw import StochasticAdamW, stochastic_round
 from humanline.training._weights import read_weights
 
@@ -24,14 +29,20 @@ __all__ = [
     "Settings",
     "StochasticAdamW",
     "check_keys",
+    "check_one_process",
+    "common_end",
     "component",
     "get_constant_schedule_with_warmup",
+    "get_logger",
     "hide_known_warnings",
+    "load_config",
     "one_of",
+    "parse",
     "read_weights",
     "run",
     "scored_rows",
     "stochastic_round",
+    "with_overrides",
     "write_json",
     "write_jsonl",
 ]

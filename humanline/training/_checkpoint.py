@@ -31,6 +31,7 @@ from torchtune import utils
 from humanline.errors import ConfigError
 from humanline.reference import Reference
 from humanline.training._agreement import first_error, gathered
+from humanline.training._lr_schedule import replay
 
 log = utils.get_logger("INFO")
 
@@ -40,7 +41,7 @@ RUN_FILE, CHECKSUMS_FILE = "run.json", "SHA256SUMS"
 
 
 class TrainingCheckpoint:
-    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, schedule, reference, and where the run is.
+    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, reference, and where the run is.
 
     A folder holds the tensors in the format of ``torch.distributed.checkpoint``, which any number of ranks can read;
     ``run.json``, which people can read too; and ``SHA256SUMS``, which ``sha256sum -c`` checks. It is written under
@@ -52,7 +53,7 @@ class TrainingCheckpoint:
             else cannot continue a checkpoint.
         policy (nn.Module): the policy.
         optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
+        lr_scheduler (LRScheduler | None): its schedule, a function of the step, which needs no state.
         reference (Reference): the reference strategy.
         keep_last (int): how many of the newest to keep.
         best_metric (str | None): what a score is of; the checkpoint with the best one is kept too.
@@ -249,10 +250,11 @@ class TrainingCheckpoint:
             options=ONLY_TRAINED,
         )
         self.reference.load_state_dict(state["reference"])
+        # The rate, the betas and so on are the config's, which a resumed run may change.
+        for group, here in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(here)
         if self.lr_scheduler is not None:
-            functions = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"] | functions)
-        self._keep_settings(settings)
+            replay(self.lr_scheduler, run["step"])
         if ours:
             self._abandon_after(run["step"])
             self.last_saved = run["step"]
@@ -271,16 +273,6 @@ class TrainingCheckpoint:
             if dist.get_rank() == 0:
                 log.warning(f"{path}{damage}; the best one after it is taken")
         return None
-
-    def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
-        """Gives the optimizer the config's rate, betas and so on again: a resumed run may change them."""
-        for group, here in zip(self.optimizer.param_groups, settings, strict=True):
-            scheduled, rate = group.get("initial_lr"), group["lr"]
-            group.update(here)
-            if self.lr_scheduler is not None and scheduled:
-                group["lr"] = rate if scheduled == here["initial_lr"] else rate / scheduled * here["initial_lr"]
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
 
     def _abandon_after(self, step: int) -> None:
         """Later checkpoints are not of the run that goes on from ``step``: another name keeps them from it."""
@@ -318,11 +310,7 @@ class TrainingCheckpoint:
                 if "step" in state:
                     state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
             self.optimizer.state.clear()
-        whole: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
-        if self.lr_scheduler is not None:
-            # Its function of the step belongs to the config, not to the checkpoint.
-            whole["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-        return whole
+        return {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
 
     def _steps(self) -> list[int]:
         return _steps_in(self.folder)

@@ -1,5 +1,6 @@
 """Process groups: one process a device, started here when no launcher did."""
 
+import functools
 import os
 import platform
 import sys
@@ -40,7 +41,7 @@ def start_on_every_device(device: str, script: str) -> None:
 
 def launch(processes: int, script: str, arguments: list[str]) -> None:
     """Replaces this process by torchrun with ``processes`` processes of ``script`` on this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun = [sys.executable, "-m", "humanline._torchrun", "--standalone", f"--nproc_per_node={processes}"]
     # After a signal torchrun kills what is not done in 30 s: too soon for a step and the checkpoint of a large model.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     print(f"Starting {processes} processes on this machine...", flush=True)
@@ -53,6 +54,30 @@ def launch_name(what: str) -> str | None:
     if name == "none":  # then the agent, this process's parent, is what stays over restarts
         name = f"{platform.node()} {os.getppid()}"
     return None if name is None else f"{name} {what}"
+
+
+def check_one_process() -> None:
+    """Refuses a start as several ranks, for a recipe that runs in one process.
+
+    Raises:
+        ConfigError: under torchrun with more than one process.
+    """
+    if training.is_distributed():
+        raise ConfigError(
+            f"nproc_per_node: this recipe runs in one process, and was started as {os.environ['WORLD_SIZE']}; leave it "
+            "out (a recipe that trains has a _distributed one beside it)"
+        )
+
+
+@functools.cache
+def meeting_place() -> tuple[dist.Store, int, int]:
+    """The store in which the ranks of this start meet, this rank, and their number."""
+    if not training.is_distributed():
+        return dist.HashStore(), 0, 1
+    store, rank, world_size = next(rendezvous("env://"))
+    if _keeps_its_store():  # and with it the addresses of the processes that are gone
+        store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, world_size
 
 
 def _keeps_its_store() -> bool:
@@ -76,14 +101,14 @@ def process_group(device: torch.device) -> Iterator[None]:
             f"{NEW_STORE}=1 in its environment on each of them"
         )
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-    if training.is_distributed():
-        store, rank, world_size = next(rendezvous("env://"))
-        if _keeps_its_store():  # and with it the addresses of the processes that are gone
-            store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = not training.is_distributed()
+    store, rank, world_size = (dist.HashStore(), 0, 1) if alone else meeting_place()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    ended_well = False
     try:
         yield
+        ended_well = True
     finally:
-        dist.destroy_process_group()
+        # A rank that fails leaves the group open: the others must learn why before they miss it.
+        if alone or ended_well:
+            dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,24 +33,27 @@ from humanline.models import (
 from humanline.reference import RunContext
 from humanline.rollout import OnlineSource, Stopped
 from humanline.training._adapter_files import read_adapter
-from humanline.training._agreement import gathered, on_any_rank
+from humanline.training._agreement import check_same, gathered, on_any_rank
 from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
 from humanline.training._collapse import CollapseWatch
+from humanline.training._common_end import common_end
+from humanline.training._component import accepts, check_component, component, is_given
 from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._hand_over import HandOver
 from humanline.training._held_out import HeldOut
-from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
+from humanline.training._launch import check_one_process, hide_known_warnings, process_group, start_on_every_device
+from humanline.training._lr_schedule import lr_schedule, rehearse_optimizer
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
 from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
 from humanline.training._passes import Passes
-from humanline.training._settings import DTYPES, Settings, component, is_given
+from humanline.training._settings import COMPONENTS, DTYPES, Settings, values_of
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
-from humanline.training._weights import fingerprint, read_weights
+from humanline.training._weights import fingerprint, read_weights, sampled_digest
 
 log = utils.get_logger("INFO")
 
@@ -85,6 +87,8 @@ class HumanlineRecipe(FTRecipeInterface):
     def setup(self, cfg: DictConfig) -> None:
         """Builds everything in the order in which it can fail cheaply: loss and data first, weights last."""
         settings = self.settings
+        check_same(values_of(cfg))
+        self._check_components(cfg)
         self.resume_from = self._resume_from()
         self.mesh = mesh_of(self.device, settings.data_parallel_replicate_dim) if self.sharded else None
         self.objective = self.objective_type(component(cfg, "loss"))
@@ -98,17 +102,29 @@ class HumanlineRecipe(FTRecipeInterface):
         if held_out is not None:
             held_out = self._examples("dataset_val", held_out, shape)
             self.objective.check_microbatch(len(held_out), "dataset_val")
+        check_same(
+            {
+                "groups": self.source.digest(),
+                "groups of dataset_val": held_out and held_out.digest(),
+                "steps_per_epoch": self.source.steps_per_epoch,
+            }
+        )
         self.total_steps = settings.epochs * self.source.steps_per_epoch
         budget = settings.row_budget(self.device)
         self.passes = Passes(self.source, self.objective, budget, self.device)
 
+        rehearse_optimizer(cfg, shape, self.device, self.total_steps)
+        engine, reward = component(cfg, "engine"), component(cfg, "reward")
+        profiler = component(cfg, "profiler")
+        self.profiler = profiler[0] if profiler else training.DummyProfiler()
+        self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
+
         self.policy = self._setup_models(cfg)
         if isinstance(self.source, OnlineSource):
-            engine = component(cfg, "engine")
             engine.setup(tokenizer, self.policy, lambda: whole_weights(self.policy, DTYPES[settings.dtype]))
             self.source.use(
                 engine,
-                component(cfg, "reward"),
+                reward,
                 self.objective.examples,
                 HandOver(engine, lambda folder: self._write_to(folder, merged=True), settings.output_dir),
                 settings.output_dir,
@@ -116,7 +132,7 @@ class HumanlineRecipe(FTRecipeInterface):
             )
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self._warn_of_rounding()
-        self.lr_scheduler = component(cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps)
+        self.lr_scheduler = lr_schedule(cfg, self.optimizer, self.total_steps)
         self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
         self.held_out = None if held_out is None else HeldOut(held_out, self.objective, self.passes, self.policy)
 
@@ -143,9 +159,6 @@ class HumanlineRecipe(FTRecipeInterface):
                 log.info(f"goes on from step {self.step}")
         if isinstance(self.source, OnlineSource) and not self.restarted:
             self.source.set_aside(after=self.step if self.checkpoint.last_saved == self.step else -1)
-        profiler = component(cfg, "profiler")
-        self.profiler = profiler[0] if profiler else training.DummyProfiler()
-        self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
         if self.metric_logger is not None:
             self.metric_logger.log_config(cfg)
             if self.device.type != self.settings.device.split(":")[0]:
@@ -154,6 +167,19 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"{self.source.groups_per_step} groups a step on {self.world_size} "
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
             )
+
+    def _check_components(self, cfg: DictConfig) -> None:
+        """Finds every component and compares its arguments, before the first of them takes its time."""
+        by_position: dict[str, tuple[Any, ...]] = {
+            "dataset": (None,),
+            "dataset_val": (None,),
+            "optimizer": (None,),
+            "lr_scheduler": (None,),
+        }
+        for key in COMPONENTS:
+            steps = key == "lr_scheduler" and is_given(cfg, key) and accepts(cfg, key, "num_training_steps")
+            by_name = {"num_training_steps": 0} if steps else {}
+            check_component(cfg, key, *by_position.get(key, ()), **by_name)
 
     def _resume_from(self) -> bool | str:
         """What to resume from: what the config says, or after a restart by torchrun what the run itself has left."""
@@ -243,6 +269,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
                 "set it to ${output_dir}"
             )
+        check_same({f"weights of {cfg.checkpointer.checkpoint_dir}": sampled_digest(weights)})
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
@@ -430,8 +457,7 @@ class HumanlineRecipe(FTRecipeInterface):
         }
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
             metrics |= training.get_memory_stats(device=self.device)
-        if self.metric_logger is not None:
-            self.metric_logger.log_dict(metrics, step=self.step)
+        self._write_metrics(metrics)
         shown = {
             "loss": "loss",
             "rewards/margins": "margin",
@@ -442,6 +468,15 @@ class HumanlineRecipe(FTRecipeInterface):
         }
         bar.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
         self._watch_for_collapse(metrics)
+
+    def _write_metrics(self, metrics: dict[str, float]) -> None:
+        """Hands metrics to the logger of rank 0. What a full disk or a lost server keeps it from ends no run."""
+        if self.metric_logger is None:
+            return
+        try:
+            self.metric_logger.log_dict(metrics, step=self.step)
+        except OSError as error:
+            log.error(f"step {self.step}: its metrics could not be logged: {error}; training goes on")
 
     def _watch_for_collapse(self, metrics: dict[str, float]) -> None:
         signal = "rounds/reward" if isinstance(self.source, OnlineSource) else self.objective.signal
@@ -485,8 +520,7 @@ class HumanlineRecipe(FTRecipeInterface):
         wanted = self.settings.best_checkpoint_metric
         if wanted and wanted not in means:
             raise ConfigError(f"best_checkpoint_metric: {wanted} is not measured; choose one of {', '.join(means)}")
-        if self.metric_logger is not None:
-            self.metric_logger.log_dict(means, step=self.step)
+        self._write_metrics(means)
         return means
 
     def save_checkpoint(self) -> None:
@@ -553,17 +587,17 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
         cfg (DictConfig): its config.
         script (str): the recipe's file, which further processes run.
     """
-    try:
+    with common_end(os.path.basename(script)):
         hide_known_warnings()
         settings = Settings.from_config(cfg)
         if recipe_type.sharded:
             start_on_every_device(settings.device, script)
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
-        elif settings.data_parallel_replicate_dim > 1:
-            raise ConfigError(
-                "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
-            )
+        else:
+            check_one_process()
+            if settings.data_parallel_replicate_dim > 1:
+                raise ConfigError(
+                    "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
+                )
         with (
             process_group(settings.torch_device),
             sole_use(settings.output_dir, settings.resume_from_checkpoint) as folder,
@@ -575,8 +609,6 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
                 recipe.train()
             finally:
                 recipe.cleanup()
-    except (ConfigError, DataError, TrainingError) as error:
-        sys.exit(f"{os.path.basename(script)}: {error}")
 
 
 def _every(steps: int | None, step: int) -> bool:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
+from humanline.training._component import component
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
-from humanline.training._settings import DTYPES, component
+from humanline.training._settings import DTYPES
 from humanline.training._weights import read_weights
 
 log = utils.get_logger("INFO")

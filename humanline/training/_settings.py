@@ -1,20 +1,16 @@
 """The top-level keys of a training config, checked before anything is built."""
 
-import inspect
-import os
-import sys
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config, utils
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
+from torchtune import utils
 
 from humanline.data import RowBudget
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError
+from humanline.training._component import is_given
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -238,38 +234,19 @@ class Settings:
             raise ConfigError(f"{key}: {getattr(self, key)!r} does not work: {remedy}")
 
 
-def is_given(cfg: DictConfig, key: str) -> bool:
-    """Whether a config has a component under a key. ``key=null`` on the command line nulls its ``_component_``."""
-    node = cfg.get(key)
-    return node is not None and not (OmegaConf.is_dict(node) and node.get("_component_", "") is None)
+def values_of(cfg: DictConfig) -> dict[str, Any]:
+    """What a config says by key, without what may differ from rank to rank: the device, and the paths of files."""
+    values: dict[str, Any] = {}
 
+    def collect(prefix: str, node: Any) -> None:
+        if isinstance(node, dict | list):
+            for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+                collect(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif prefix != "device" and not (isinstance(node, str) and "/" in node):
+            values[prefix] = node
 
-def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiates the component of a config key (None where the key is absent or null).
-
-    Raises:
-        ConfigError: if it cannot be found or does not take its arguments.
-    """
-    if not is_given(cfg, key):
-        return None
-    node = cfg[key]
-    if not OmegaConf.is_dict(node) or "_component_" not in node:
-        raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
-    if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
-        sys.path.append(os.getcwd())
-    try:
-        given = {name: value for name, value in node.items() if name != "_component_"}
-        inspect.signature(_get_component_from_path(node["_component_"])).bind(*args, **given | kwargs)
-    except InstantiationError as error:
-        raise ConfigError(f"{key}._component_: {' '.join(str(error).split())}") from error
-    except TypeError as error:
-        raise ConfigError(f"{key}: {node['_component_']} does not take these arguments: {error}") from error
-    try:
-        return config.instantiate(node, *args, **kwargs)
-    except (ConfigError, DataError):
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}; correct its arguments") from error
+    collect("", OmegaConf.to_container(cfg, resolve=True))
+    return values
 
 
 def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchtune import training
 
 from humanline.errors import ConfigError
-from humanline.training._settings import component
+from humanline.training._component import component
 
 
 def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
@@ -34,6 +34,16 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
         raise ConfigError(
             f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
         ) from error
+
+
+def sampled_digest(weights: dict[str, Tensor]) -> str:
+    """A digest of a few numbers of each weight, which tells checkpoints apart without reading them whole."""
+    total = hashlib.blake2b(digest_size=8)
+    for name in sorted(weights):
+        flat = weights[name].reshape(-1)
+        numbers = flat[:: max(1, len(flat) // 16)].contiguous().view(torch.uint8)
+        total.update(f"{name} {flat.dtype} {tuple(weights[name].shape)}".encode() + numbers.numpy().tobytes())
+    return total.hexdigest()
 
 
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:

@@ -1,0 +1,29 @@
+"""torchrun, which says in a line how its processes ended, where it would print a traceback of itself.
+
+``python -m humanline._torchrun`` takes torchrun's command line.
+"""
+
+import signal
+import sys
+from types import TracebackType
+
+
+def say_in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """An excepthook. A process that failed has said why itself, so only one that could not is named here."""
+    if kind.__name__ == "SignalException":
+        print(f"torchrun: stopped by {error.sigval.name}", file=sys.stderr)  # type: ignore[attr-defined]
+    elif kind.__name__ == "ChildFailedError":
+        for rank, failure in error.failures.items():  # type: ignore[attr-defined]
+            code = failure.exitcode
+            if code != 1:
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                print(f"torchrun: rank {rank} (process {failure.pid}) {how}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if __name__ == "__main__":
+    from torch.distributed.run import main
+
+    sys.excepthook = say_in_a_line
+    main()

@@ -1,0 +1,144 @@
+"""The parts of a run that a config names by ``_component_``: found, checked and built, with an error in one line."""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from inspect import Parameter
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from torchtune.config._utils import _get_component_from_path
+
+from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.training._missing_package import missing_package
+
+
+def is_given(cfg: DictConfig, key: str) -> bool:
+    """Whether a config has a component under a key. ``key=null`` on the command line nulls its ``_component_``."""
+    node = cfg.get(key)
+    return node is not None and not (OmegaConf.is_dict(node) and node.get("_component_", "") is None)
+
+
+def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiates the component of a config key (None where the key is absent or null).
+
+    Raises:
+        ConfigError: if it cannot be found, needs a package that is not installed, or does not accept its arguments.
+    """
+    if not is_given(cfg, key):
+        return None
+    check_component(cfg, key, *args, **kwargs)
+    path = cfg[key]["_component_"]
+    try:
+        return config.instantiate(cfg[key], *args, **kwargs)
+    except (ConfigError, DataError, TrainingError):
+        raise
+    except ImportError as error:
+        reason = missing_package(error) or _said(error)
+        raise ConfigError(f"{key}._component_: {path} cannot be used: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {_said(error)}; correct its arguments") from error
+    except (TypeError, AssertionError, OSError, RuntimeError) as error:
+        raise ConfigError(f"{key}: {path} cannot be built: {type(error).__name__}: {_said(error)}") from error
+
+
+def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> None:
+    """Finds the component of a config key and compares its arguments with its signature, without building it.
+
+    Args:
+        cfg (DictConfig): the whole config.
+        key (str): the component's key; nothing is checked if it is absent or null.
+        *args (Any): what the component will get by position; only how many there are counts.
+        **kwargs (Any): what it will get by name, besides what the config says.
+
+    Raises:
+        ConfigError: if it cannot be found or does not accept its arguments.
+    """
+    if not is_given(cfg, key):
+        return
+    node = cfg[key]
+    if not OmegaConf.is_dict(node) or "_component_" not in node:
+        raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
+    path = node["_component_"]
+    built_by = _found(key, path)
+    try:
+        signature = inspect.signature(built_by)
+    except ValueError:  # of some compiled functions
+        return
+    given = {str(name): value for name, value in node.items() if name != "_component_"}
+    kinds = {name: each.kind for name, each in signature.parameters.items()}
+    named = [name for name, kind in kinds.items() if kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+    for name in () if Parameter.VAR_KEYWORD in kinds.values() else given:
+        if name not in named:
+            raise ConfigError(
+                f"{key}.{name}: {path} has no such argument{_suggestion(name, named)}; its arguments are "
+                f"{', '.join(named[len(args) :])}"
+            )
+    try:
+        signature.bind(*args, **given | kwargs)
+    except TypeError as error:
+        missing = str(error).partition("missing a required argument: ")[2].strip("'")
+        if missing:
+            raise ConfigError(f"{key}: {path} needs {missing}; add {key}.{missing} to the config") from error
+        raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
+
+
+def accepts(cfg: DictConfig, key: str, argument: str) -> bool:
+    """Whether the component of a config key has an argument of this name."""
+    try:
+        parameters = inspect.signature(_found(key, cfg[key]["_component_"])).parameters
+    except ValueError:
+        return False
+    return argument in parameters
+
+
+def _found(key: str, path: Any) -> Callable[..., Any]:
+    """The class or function at a dotted path."""
+    where = f"{key}._component_"
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise ConfigError(f"{where}: {path!r} is no dotted path; name a class or function, such as torch.optim.AdamW")
+    if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
+        sys.path.append(os.getcwd())
+    try:
+        found = _get_component_from_path(path)
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(f"{where}: {_why_not_found(path, error)}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}: {path} is a {type(found).__name__}; name a class or function")
+    return found
+
+
+def _why_not_found(path: str, error: Exception) -> str:
+    cause: BaseException = error
+    while isinstance(cause.__cause__, Exception):  # torchtune wraps what it meets
+        cause = cause.__cause__
+    module, _, name = path.rpartition(".")
+    if isinstance(cause, ModuleNotFoundError) and cause.name == path.partition(".")[0]:
+        package = missing_package(cause)
+        return f"there is no module {cause.name}; correct the name, start where its file is, or: {package}"
+    if isinstance(cause, ModuleNotFoundError) and (package := missing_package(cause)) is not None:
+        return f"{path} cannot be used: {package}"
+    if isinstance(cause, ModuleNotFoundError | AttributeError) and (names := _names_in(module)):
+        return f"{module} has no {name}{_suggestion(name, names)}"
+    frame = traceback.extract_tb(cause.__traceback__)[-1]
+    return f"{path} cannot be imported: {type(cause).__name__}: {_said(cause)} ({frame.filename} line {frame.lineno})"
+
+
+def _names_in(module: str) -> list[str]:
+    try:
+        return dir(_get_component_from_path(module))
+    except Exception:  # then its own name is wrong
+        return []
+
+
+def _suggestion(name: str, known: list[str] | Mapping[str, Any]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())
