@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ RUN_FILE, CHECKSUMS_FILE = "run.json", "SHA256SUMS"
 
 
 class TrainingCheckpoint:
-    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, schedule, reference, and where the run is.
+    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, reference, and where the run is.
+
+    The schedule of the learning rate is not in it: the config and the step say where it stands.
 
     A folder holds the tensors in the format of ``torch.distributed.checkpoint``, which any number of ranks can read;
     ``run.json``, which people can read too; and ``SHA256SUMS``, which ``sha256sum -c`` checks. It is written under
@@ -249,10 +252,7 @@ class TrainingCheckpoint:
             options=ONLY_TRAINED,
         )
         self.reference.load_state_dict(state["reference"])
-        if self.lr_scheduler is not None:
-            functions = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"] | functions)
-        self._keep_settings(settings)
+        self._keep_settings(settings, run["step"])
         if ours:
             self._abandon_after(run["step"])
             self.last_saved = run["step"]
@@ -272,15 +272,16 @@ class TrainingCheckpoint:
                 log.warning(f"{path}{damage}; the best one after it is taken")
         return None
 
-    def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
-        """Gives the optimizer the config's rate, betas and so on again: a resumed run may change them."""
+    def _keep_settings(self, settings: list[dict[str, Any]], step: int) -> None:
+        """Gives the optimizer the config's rate, betas and so on again, which a resumed run may change, and moves the
+        schedule, the config's too, to ``step``."""
         for group, here in zip(self.optimizer.param_groups, settings, strict=True):
-            scheduled, rate = group.get("initial_lr"), group["lr"]
             group.update(here)
-            if self.lr_scheduler is not None and scheduled:
-                group["lr"] = rate if scheduled == here["initial_lr"] else rate / scheduled * here["initial_lr"]
         if self.lr_scheduler is not None:
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            with warnings.catch_warnings():  # torch's, that the optimizer has taken no step in this process yet
+                warnings.simplefilter("ignore", UserWarning)
+                for _ in range(step):  # many a schedule computes a rate from the one before it
+                    self.lr_scheduler.step()
 
     def _abandon_after(self, step: int) -> None:
         """Later checkpoints are not of the run that goes on from ``step``: another name keeps them from it."""
@@ -318,11 +319,7 @@ class TrainingCheckpoint:
                 if "step" in state:
                     state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
             self.optimizer.state.clear()
-        whole: dict[str, Any] = {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
-        if self.lr_scheduler is not None:
-            # Its function of the step belongs to the config, not to the checkpoint.
-            whole["lr_scheduler"] = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-        return whole
+        return {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
 
     def _steps(self) -> list[int]:
         return _steps_in(self.folder)
