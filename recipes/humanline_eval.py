@@ -37,6 +37,7 @@ from humanline.training import (
     check_keys,
     component,
     hide_known_warnings,
+    score_sources,
     scored_rows,
     write_json,
     write_jsonl,
@@ -101,6 +102,7 @@ class HumanlineEvalRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples; or the prompts, and loads the model. What cannot be scored shows before that."""
         self.reward = component(cfg, "reward")
+        self.made_of = score_sources(cfg.reward)
         if self.sampler is None:
             self.prompts, responses = read_samples(cfg.samples)
             for prompt, texts in zip(self.prompts, responses, strict=True):
@@ -122,7 +124,7 @@ class HumanlineEvalRecipe:
 
     def score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The samples with the reward's scores in ``all_rm_scores``."""
-        made_of = [self.settings["reward"], rows]
+        made_of = [self.made_of, rows]
         self.scored = PartialFile(self.output.with_suffix(".jsonl"), made_of)
         with self.scored as partial:
             return scored_rows(self.reward, self.prompts, rows, partial, PROMPTS_PER_CALL)

@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config, utils
 
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rewards import read_samples
-from humanline.training import PartialFile, check_keys, component, hide_known_warnings, scored_rows
+from humanline.training import PartialFile, check_keys, component, hide_known_warnings, score_sources, scored_rows
 
 REQUIRED = ("samples", "output", "reward")
 OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to
@@ -54,7 +54,7 @@ class HumanlineLabelRecipe:
         self.rows = [dict(prompt.fields) for prompt in self.prompts]
         self.reward = component(cfg, "reward")
         self.reward(self.prompts, [[] for _ in self.prompts])  # with nothing to score, it checks the prompts
-        self.partial = PartialFile(self.output, [OmegaConf.to_container(cfg.reward, resolve=True), self.rows])
+        self.partial = PartialFile(self.output, [score_sources(cfg.reward), self.rows])
 
     def label(self) -> list[dict[str, Any]]:
         """The lines with their scores, of which those are scored that are not yet."""

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -72,8 +73,9 @@ class OnlineSource:
     them in a step than it should if that would take one twice: where many are dropped, give it more prompts
     (``groups_per_round``). With ``desirable_above`` each response has a label of its own, and KTO drops no group.
 
-    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
-    run reads it, and samples only what is not there yet or was sampled later than the checkpoint that it goes on from.
+    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``, with the
+    log-probs that the engine gave each token (``logps``; null where it gave none). A resumed run reads it, and samples
+    only what is not there yet or was sampled later than the checkpoint that it goes on from.
     A round that cannot be written is trained on all the same.
 
     Args:
@@ -447,7 +449,8 @@ class OnlineSource:
     def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         seeds = [stream_seed("completions", self.seed, round, prompt, attempt) for prompt in mine]
         completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
-        responses = [[sample.tokens for sample in samples if sample.tokens] for samples in completions]
+        completions = [[sample for sample in samples if sample.tokens] for samples in completions]
+        responses = [[sample.tokens for sample in samples] for samples in completions]
         texts = [[self.tokenizer.decode(response) for response in each] for each in responses]
         found: list[list[float]] = []
         while len(found) < len(mine):
@@ -456,9 +459,15 @@ class OnlineSource:
             part = slice(len(found), len(found) + PROMPTS_PER_CALL)
             found += checked_scores(self.reward, [self.prompts[i] for i in mine[part]], texts[part])
         return {
-            i: Group(self.prompt_ids[i], tuple(each), tuple(values), id=f"{self.prompts[i].where} in round {round}")
-            for i, each, values in zip(mine, responses, found, strict=True)
-            if each
+            i: Group(
+                self.prompt_ids[i],
+                tuple(sample.tokens for sample in samples),
+                tuple(values),
+                id=f"{self.prompts[i].where} in round {round}",
+                logps=tuple(sample.logps and array("f", sample.logps) for sample in samples),
+            )
+            for i, samples, values in zip(mine, completions, found, strict=True)
+            if samples
         }
 
 
@@ -488,12 +497,13 @@ def _in_background(sample: Callable[[], _Round]) -> "Future[_Round]":
     return future
 
 
-def _write(file: Path, round: _Round) -> None:
+def _write(file: Path, found: _Round) -> None:
     partial = file.with_name("round.partial")
     with open(partial, "w") as lines:
-        for group in round.groups:
+        for group in found.groups:
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
-            lines.write(json.dumps(line | {"id": group.id, "policy_step": round.policy_step}) + "\n")
+            line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
+            lines.write(json.dumps(line | {"id": group.id, "policy_step": found.policy_step}) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     partial.rename(file)

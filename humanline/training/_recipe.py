@@ -1,5 +1,6 @@
 """The machinery that every training recipe shares: set-up, the loop, evaluation, checkpoints, weights out."""
 
+import hashlib
 import math
 import os
 import sys
@@ -49,6 +50,7 @@ from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
 from humanline.training._passes import Passes
+from humanline.training._provenance import code_digest
 from humanline.training._settings import DTYPES, Settings, component, is_given
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
@@ -287,6 +289,7 @@ class HumanlineRecipe(FTRecipeInterface):
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
+            computation=self._computation(cfg),
         )
         self.reference.setup(policy, context)
         if self.rank == 0:
@@ -294,6 +297,14 @@ class HumanlineRecipe(FTRecipeInterface):
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
             log.info(f"{trained:,} parameters train")
         return policy
+
+    def _computation(self, cfg: DictConfig) -> str:
+        """A digest of what log-probs depend on besides weights, model and tokens."""
+        settings, device = self.settings, self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        precision = f"{settings.dtype} {settings.master_dtype} {torch.get_float32_matmul_precision()}"
+        facts = f"{code_digest(cfg.model._component_)} {device.type} {name} {precision} compiled {settings.compile}"
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _warn_of_rounding(self) -> None:
         if self.rank == 0 and self.settings.master_dtype == "bf16" and not isinstance(self.optimizer, StochasticAdamW):

@@ -16,6 +16,7 @@ from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
+from humanline.training._provenance import code_digest, named_files
 from humanline.training._settings import DTYPES, component
 from humanline.training._weights import read_weights
 
@@ -78,11 +79,12 @@ class Sampler:
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=cfg.get("batch_size", 64),
         )
-        files = sorted(file for file in Path(cfg.checkpointer.checkpoint_dir).iterdir() if file.suffix in _WEIGHTS)
         self.made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
             *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
-            [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            [file for file in named_files(cfg.checkpointer.checkpoint_dir) if Path(file[0]).suffix in _WEIGHTS],
+            [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
+            code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
 
     def _check_fit(self, model: TransformerDecoder) -> None:
