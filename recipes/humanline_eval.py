@@ -39,6 +39,7 @@ from humanline.training import (
     component,
     get_logger,
     parse,
+    score_sources,
     scored_rows,
     write_json,
     write_jsonl,
@@ -103,6 +104,7 @@ class HumanlineEvalRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples; or the prompts, and loads the model. What cannot be scored shows before that."""
         self.reward = component(cfg, "reward")
+        self.made_of = score_sources(cfg.reward)
         if self.sampler is None:
             self.prompts, responses = read_samples(cfg.samples)
             for prompt, texts in zip(self.prompts, responses, strict=True):
@@ -124,7 +126,7 @@ class HumanlineEvalRecipe:
 
     def score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The samples with the reward's scores in ``all_rm_scores``."""
-        made_of = [self.settings["reward"], rows]
+        made_of = [self.made_of, rows]
         self.scored = PartialFile(self.output.with_suffix(".jsonl"), made_of)
         with self.scored as partial:
             return scored_rows(self.reward, self.prompts, rows, partial, PROMPTS_PER_CALL)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from humanline.errors import ConfigError
 from humanline.rewards import read_samples
@@ -30,6 +30,7 @@ from humanline.training import (
     component,
     get_logger,
     parse,
+    score_sources,
     scored_rows,
 )
 
@@ -62,7 +63,7 @@ class HumanlineLabelRecipe:
         self.rows = [dict(prompt.fields) for prompt in self.prompts]
         self.reward = component(cfg, "reward")
         self.reward(self.prompts, [[] for _ in self.prompts])  # with nothing to score, it checks the prompts
-        self.partial = PartialFile(self.output, [OmegaConf.to_container(cfg.reward, resolve=True), self.rows])
+        self.partial = PartialFile(self.output, [score_sources(cfg.reward), self.rows])
 
     def label(self) -> list[dict[str, Any]]:
         """The lines with their scores, of which those are scored that are not yet."""

@@ -1,4 +1,4 @@
-"""Float32 keeps its digits: what would cancel or round away is held to float64, or to more digits where that is short."""
+"""Float32 keeps its digits: what would cancel or round away is held to float64, or to more digits where needed."""
 
 import math
 

@@ -6,7 +6,7 @@ and models that sample are both sources of groups, so nothing downstream asks wh
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from humanline.errors import ConfigError, DataError
@@ -27,6 +27,8 @@ class Group:
         advantages (tuple[float, ...] | None): one a response, its score beside those of the group; None until an
             objective needs them.
         id (str): where the group comes from, for people, such as "pairs.jsonl line 7".
+        logps (tuple[Sequence[float] | None, ...] | None): the log-probs of each response's tokens under the policy that
+            sampled it, nats, as its engine gave them; None for a response, or for all, where it gave none.
     """
 
     prompt: Sequence[int]
@@ -35,6 +37,7 @@ class Group:
     labels: tuple[bool, ...] | None = None
     id: str = ""
     advantages: tuple[float, ...] | None = None
+    logps: tuple[Sequence[float] | None, ...] | None = field(default=None, compare=False)
 
     def part(self, indices: Sequence[int]) -> "Group":
         """The group with only some of its responses, and what belongs to them."""
@@ -42,8 +45,13 @@ class Group:
         def of(values: Any) -> Any:
             return None if values is None else tuple(values[i] for i in indices)
 
-        return Group(
-            self.prompt, of(self.responses), of(self.scores), of(self.labels), self.id, advantages=of(self.advantages)
+        return replace(
+            self,
+            responses=of(self.responses),
+            scores=of(self.scores),
+            labels=of(self.labels),
+            advantages=of(self.advantages),
+            logps=of(self.logps),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import torch
 
+from humanline._seeds import stream_seed
 from humanline.data._dataset import GroupDataset
 from humanline.data._group import Group
 from humanline.errors import ConfigError
@@ -57,6 +58,17 @@ class OfflineSource:
             )
         self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch or self.steps_per_epoch)
 
+    def left_out(self) -> list[str]:
+        """What to say of the groups that no step of an epoch takes: a line, or nothing where there are none."""
+        used = self.steps_per_epoch * self.groups_per_step
+        if used == len(self.dataset):
+            return []
+        which = "a different choice in each" if self.shuffle else "the last ones"
+        return [
+            f"dataset: {len(self.dataset) - used:,} of {len(self.dataset):,} groups are left out of every epoch "
+            f"({which}): its {self.steps_per_epoch:,} steps take {self.groups_per_step} each"
+        ]
+
     def digest(self) -> str:
         """What the groups are."""
         return f"{len(self.dataset)} groups {self.dataset.digest()}"
@@ -75,4 +87,5 @@ class OfflineSource:
         count = len(self.dataset)
         if not self.shuffle:
             return torch.arange(count)
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
+        seed = stream_seed("groups of an epoch", self.seed, epoch)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ from torchtune.modules.common_utils import NF4Tensor  # torchao moves them
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params
 from torchtune.modules.peft.lora import to_nf4
 
+from humanline._seeds import stream_seed
 from humanline.errors import ConfigError
 
 
@@ -80,7 +81,7 @@ def initial_adapter(model: nn.Module, base: Mapping[str, Tensor], seed: int) -> 
     Returns:
         dict[str, Tensor]: float32, in torchtune's names.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_seed("initial adapter", seed))
     adapter = {}
     for name, module in adapter_modules(model).items():
         (rank, in_dim), out_dim = module.lora_a.weight.shape, module.lora_b.weight.shape[0]

@@ -19,6 +19,7 @@ class RunContext:
         resumes (bool): whether a checkpoint is about to be loaded.
         fingerprint (Callable[[], str]): a digest of the weights that the run starts from and of the function that they
             make; all ranks call it together.
+        computation (str): a digest of what computes it: code, device, precision. Other code may give other log-probs.
     """
 
     new_model: Callable[[], LogProbDecoder]
@@ -26,3 +27,4 @@ class RunContext:
     total_steps: int
     resumes: bool
     fingerprint: Callable[[], str]
+    computation: str = ""

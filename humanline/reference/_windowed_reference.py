@@ -37,8 +37,10 @@ class WindowedReference(Reference):
     A response's log-probs are a function of its prompt and itself, so they are kept under a digest of the two:
     whatever asks for them, in whatever order and packing, finds them, and none are taken twice.
 
-    With ``sync_every: null`` the one window is the whole run. It is also kept on disk, under a fingerprint of the
-    model, and later runs from the same weights take from there what they need, whatever their data and tokenizer.
+    With ``sync_every: null`` the one window is the whole run. It is also kept on disk, under a fingerprint of the model
+    and of what computes it (this package's code, torchtune's, torch, the device, the precision). Later runs with the
+    same fingerprint read what they need from there, whatever their data and tokenizer. In bf16 a response that another
+    run packed into other rows may differ by rounding.
 
     Args:
         sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
@@ -75,7 +77,7 @@ class WindowedReference(Reference):
         self.total_steps = context.total_steps
         if self.sync_every is None:
             self.fingerprint = context.fingerprint()
-            self._take_all(self.cache_dir / self.fingerprint)
+            self._take_all(self.cache_dir / f"{self.fingerprint}_{context.computation}")
         elif not context.resumes:
             self.sync(0)
 

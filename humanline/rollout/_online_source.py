@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torchtune import utils
 
+from humanline._seeds import stream_seed
 from humanline.data import Group, GroupDataset, TokenBudget
 from humanline.data._record import Message
 from humanline.errors import ConfigError, DataError, TrainingError
@@ -70,8 +73,9 @@ class OnlineSource:
     them in a step than it should if that would take one twice: where many are dropped, give it more prompts
     (``groups_per_round``). With ``desirable_above`` each response has a label of its own, and KTO drops no group.
 
-    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``: a resumed
-    run reads it, and samples only what is not there yet or was sampled later than the checkpoint that it goes on from.
+    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``, with the
+    log-probs that the engine gave each token (``logps``; null where it gave none). A resumed run reads it, and samples
+    only what is not there yet or was sampled later than the checkpoint that it goes on from.
     A round that cannot be written is trained on all the same.
 
     Args:
@@ -192,7 +196,7 @@ class OnlineSource:
         )
         self._round: int | None = None
         self._groups: list[Group] = []
-        self._sampled: list[dict[str, float]] = []
+        self.unlogged: list[dict[str, float]] = []  # of the rounds sampled since metrics were logged; in checkpoints
         self._ahead: Future[_Round] | None = None
         self._stopped = False
 
@@ -203,6 +207,29 @@ class OnlineSource:
         responses = tuple([i] * self.params.max_new_tokens for i in range(count))
         scores = tuple((self.desirable_above or 0.0) + i for i in range(count))
         return self._labelled(Group(prompt, responses, scores, id="source: the longest prompt and responses"))
+
+    def left_out(self) -> list[str]:
+        """What to say of prompts and groups that are not used: a line for each reason."""
+        count, most, used = len(self.prompts), self.max_prompt_tokens, self.rounds_per_epoch * self.round_size
+        taken = self.every * self.groups_per_step
+        lines = []
+        if count < len(self.all_prompts):
+            long = len(self.all_prompts) - count
+            lines.append(
+                f"{long:,} of {len(self.all_prompts):,} prompts are left out: they exceed max_prompt_tokens: {most}"
+            )
+        if used < count:
+            which = "a different choice in each" if self.shuffle else "the last ones"
+            lines.append(
+                f"{count - used:,} of {count:,} prompts are left out of every epoch ({which}): its "
+                f"{self.rounds_per_epoch:,} rounds take {self.round_size} each"
+            )
+        if self.round_size > taken:
+            lines.append(
+                f"a round samples {self.round_size} prompts and its steps take {taken} groups: those beyond are not "
+                "trained on (rounds/unused counts them)"
+            )
+        return [f"source: {line}" for line in lines]
 
     def digest(self) -> str:
         """What the groups are a function of, besides the policy."""
@@ -283,12 +310,13 @@ class OnlineSource:
 
         ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of the rounds that were
         sampled since the last call, under ``rounds/``, also: the mean ``reward`` of all responses, and the sums of
-        ``dropped`` prompts, ``tokens``, the ``seconds`` of sampling and scoring, and those that training ``waited``.
+        ``dropped`` prompts, groups that are ``unused`` since the round has more than its steps take, ``tokens``, the
+        ``seconds`` of sampling and scoring, and those that training ``waited``.
         """
-        rounds, self._sampled = self._sampled, []
+        rounds, self.unlogged = self.unlogged, []
         metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
         if rounds:
-            metrics["rounds/reward"] /= len(rounds)
+            metrics["rounds/reward"] /= metrics.pop("rounds/responses")
         return {"staleness": step - 1 - self._policy_step, **metrics}
 
     def _enter(self, round: int, step: int) -> None:
@@ -298,13 +326,15 @@ class OnlineSource:
         self._ahead = None
         groups = list(map(self._labelled, found.groups))
         usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups
-        self._groups = [usable[i] for i in self._order(len(usable), self.seed + round)]
+        self._groups = [usable[i] for i in self._order(len(usable), stream_seed("groups of a round", self.seed, round))]
         self._round, self._policy_step = round, found.policy_step
         if self.overlap and (round + 1) * self.every < self.total_steps and not self._is_there(round + 1):
             self.hand_over(round + 1)
             self._ahead = _in_background(lambda: self._sample(round + 1, step - 1))
         if found.metrics:
-            self._sampled.append(found.metrics | {"rounds/waited": time.perf_counter() - start})
+            unused = max(0, len(self._groups) - self.every * self.groups_per_step)
+            waited = time.perf_counter() - start
+            self.unlogged.append(found.metrics | {"rounds/unused": unused, "rounds/waited": waited})
 
     def _labelled(self, group: Group) -> Group:
         """The group with labels in the place of its scores, where ``desirable_above`` asks for them."""
@@ -336,7 +366,8 @@ class OnlineSource:
         """Samples a round, each rank a part of its prompts; rank 0 writes it down."""
         start = time.perf_counter()
         epoch, index = divmod(round, self.rounds_per_epoch)
-        chosen = self._order(len(self.prompts), self.seed + epoch)[index * self.round_size :][: self.round_size]
+        order = self._order(len(self.prompts), stream_seed("prompts of an epoch", self.seed, epoch))
+        chosen = order[index * self.round_size :][: self.round_size]
         usable: dict[int, Group] = {}
         rewards: list[float] = []
         sampled = tokens = 0
@@ -357,7 +388,8 @@ class OnlineSource:
             )
         found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
         found.metrics = {
-            "rounds/reward": fmean(rewards),
+            "rounds/reward": math.fsum(rewards),
+            "rounds/responses": len(rewards),
             "rounds/dropped": len(chosen) - len(usable),
             "rounds/tokens": tokens,
             "rounds/seconds": time.perf_counter() - start,
@@ -415,9 +447,10 @@ class OnlineSource:
         return everyone
 
     def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
-        seeds = [_seed(self.seed, round, prompt, attempt) for prompt in mine]
+        seeds = [stream_seed("completions", self.seed, round, prompt, attempt) for prompt in mine]
         completions = self.engine.generate([self.prompt_ids[i] for i in mine], self.params, seeds)
-        responses = [[sample.tokens for sample in samples if sample.tokens] for samples in completions]
+        completions = [[sample for sample in samples if sample.tokens] for samples in completions]
+        responses = [[sample.tokens for sample in samples] for samples in completions]
         texts = [[self.tokenizer.decode(response) for response in each] for each in responses]
         found: list[list[float]] = []
         while len(found) < len(mine):
@@ -426,9 +459,15 @@ class OnlineSource:
             part = slice(len(found), len(found) + PROMPTS_PER_CALL)
             found += checked_scores(self.reward, [self.prompts[i] for i in mine[part]], texts[part])
         return {
-            i: Group(self.prompt_ids[i], tuple(each), tuple(values), id=f"{self.prompts[i].where} in round {round}")
-            for i, each, values in zip(mine, responses, found, strict=True)
-            if each
+            i: Group(
+                self.prompt_ids[i],
+                tuple(sample.tokens for sample in samples),
+                tuple(values),
+                id=f"{self.prompts[i].where} in round {round}",
+                logps=tuple(sample.logps and array("f", sample.logps) for sample in samples),
+            )
+            for i, samples, values in zip(mine, completions, found, strict=True)
+            if samples
         }
 
 
@@ -458,16 +497,13 @@ def _in_background(sample: Callable[[], _Round]) -> "Future[_Round]":
     return future
 
 
-def _seed(*parts: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")
-
-
-def _write(file: Path, round: _Round) -> None:
+def _write(file: Path, found: _Round) -> None:
     partial = file.with_name("round.partial")
     with open(partial, "w") as lines:
-        for group in round.groups:
+        for group in found.groups:
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
-            lines.write(json.dumps(line | {"id": group.id, "policy_step": round.policy_step}) + "\n")
+            line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
+            lines.write(json.dumps(line | {"id": group.id, "policy_step": found.policy_step}) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     partial.rename(file)

@@ -13,7 +13,7 @@ from humanline.training._output_file import write_json, write_jsonl
 from humanline.training._partial_file import PartialFile
 from humanline.training._recipe import HumanlineRecipe, run
 from humanline.training._sampler import Sampler
-from humanline.training._scored_rows import scored_rows
+from humanline.training._scored_rows import score_sources, scored_rows
 from humanline.training._settings import Settings
 from humanline.training._stochastic_adamw import StochasticAdamW, stochastic_round
 from humanline.training._weights import read_weights
@@ -40,6 +40,7 @@ __all__ = [
     "parse",
     "read_weights",
     "run",
+    "score_sources",
     "scored_rows",
     "stochastic_round",
     "with_overrides",

@@ -43,6 +43,8 @@ RUN_FILE, CHECKSUMS_FILE = "run.json", "SHA256SUMS"
 class TrainingCheckpoint:
     """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, reference, and where the run is.
 
+    The schedule of the learning rate is not in it: the config and the step say where it stands.
+
     A folder holds the tensors in the format of ``torch.distributed.checkpoint``, which any number of ranks can read;
     ``run.json``, which people can read too; and ``SHA256SUMS``, which ``sha256sum -c`` checks. It is written under
     another name, and renamed when it is whole and on the disk.

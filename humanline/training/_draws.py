@@ -4,12 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from humanline._seeds import stream_seed
 from humanline.data import Rows
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of what a rank (or a shard) draws during an optimizer step, so that a resumed run draws the same."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_responses: Sequence[int]) -> Tensor:
@@ -29,8 +25,12 @@ def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_respo
     Returns:
         Tensor: float32 ``[2, N]`` in [0, 1), for ``B_P`` and ``B_R``, on the CPU.
     """
+
+    def generator(place: int) -> np.random.Generator:
+        return np.random.default_rng(stream_seed("perception", seed, step, microbatch, place))
+
     draws = [
-        np.random.default_rng((seed, step, microbatch, place)).random((2, len(response)), dtype=np.float32)
+        generator(place).random((2, len(response)), dtype=np.float32)
         for index, group in zip(rows.indices, rows.groups, strict=True)
         for place, response in enumerate(group.responses, first_responses[index])
     ]

@@ -1,5 +1,6 @@
 """The machinery that every training recipe shares: set-up, the loop, evaluation, checkpoints, weights out."""
 
+import hashlib
 import math
 import os
 import time
@@ -18,6 +19,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
+from humanline._seeds import stream_seed
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, pack, parts
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.models import (
@@ -38,7 +40,7 @@ from humanline.training._checkpoint import TrainingCheckpoint, has_checkpoints
 from humanline.training._collapse import CollapseWatch
 from humanline.training._common_end import common_end
 from humanline.training._component import accepts, check_component, component, is_given
-from humanline.training._draws import step_seed, uniform_draws
+from humanline.training._draws import uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._hand_over import HandOver
 from humanline.training._held_out import HeldOut
@@ -50,6 +52,7 @@ from humanline.training._non_finite import NonFinite
 from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
 from humanline.training._passes import Passes
+from humanline.training._provenance import code_digest
 from humanline.training._settings import COMPONENTS, DTYPES, Settings, values_of
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
@@ -80,7 +83,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self.restarted = restarted
         self.device = self.settings.torch_device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        training.set_seed(seed=self.settings.seed)
+        training.set_seed(seed=stream_seed("process", self.settings.seed) % 2**31)  # to which it adds the rank
 
     # --------------------------------------------------------------------------------------------------------- set-up
 
@@ -167,6 +170,8 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"{self.source.groups_per_step} groups a step on {self.world_size} "
                 f"{'process' if self.world_size == 1 else 'processes'}, {self.total_steps} steps"
             )
+            for note in self.source.left_out():
+                log.info(note)
 
     def _check_components(self, cfg: DictConfig) -> None:
         """Finds every component and compares its arguments, before the first of them takes its time."""
@@ -311,6 +316,7 @@ class HumanlineRecipe(FTRecipeInterface):
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
             fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
+            computation=self._computation(cfg),
         )
         self.reference.setup(policy, context)
         if self.rank == 0:
@@ -318,6 +324,14 @@ class HumanlineRecipe(FTRecipeInterface):
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
             log.info(f"{trained:,} parameters train")
         return policy
+
+    def _computation(self, cfg: DictConfig) -> str:
+        """A digest of what log-probs depend on besides weights, model and tokens."""
+        settings, device = self.settings, self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        precision = f"{settings.dtype} {settings.master_dtype} {torch.get_float32_matmul_precision()}"
+        facts = f"{code_digest(cfg.model._component_)} {device.type} {name} {precision} compiled {settings.compile}"
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _warn_of_rounding(self) -> None:
         if self.rank == 0 and self.settings.master_dtype == "bf16" and not isinstance(self.optimizer, StochasticAdamW):
@@ -345,9 +359,11 @@ class HumanlineRecipe(FTRecipeInterface):
                     break
                 self.step += 1
                 start = time.perf_counter()
-                torch.manual_seed(step_seed(settings.seed, self.step, self.rank))  # of LoRA dropout
+                torch.manual_seed(stream_seed("dropout", settings.seed, self.step, self.rank))
                 sums = self._accumulate_gradients(batch)
                 grad_norm = float(self._clip_gradients())
+                sums.add({"grad_norm": (grad_norm, 1)})
+                lr = get_lr(self.optimizer)  # of this step: the schedule moves on at its end
                 self.reference.before_optimizer_step(self.step)
                 broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
                 if not broken:
@@ -356,10 +372,10 @@ class HumanlineRecipe(FTRecipeInterface):
                 self._end_step(broken)
                 self.sums.add({"tokens_per_second": (0, (time.perf_counter() - start) / self.world_size)})
 
-                if self.step % settings.log_every_n_steps == 0:
-                    self._log({"grad_norm": grad_norm}, bar)
-                bar.update()
                 last = self.step == self.total_steps
+                if self.step % settings.log_every_n_steps == 0 or last:
+                    self._log({"lr": lr}, bar)
+                bar.update()
                 evaluated = _every(settings.run_val_every_n_steps, self.step) or last
                 held_out = self.evaluate() if evaluated else {}
                 # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
@@ -451,7 +467,6 @@ class HumanlineRecipe(FTRecipeInterface):
     def _log(self, metrics: dict[str, float], bar: "tqdm[Any]") -> None:
         metrics |= self.sums.means() | self.source.metrics(self.step)
         metrics |= {
-            "lr": get_lr(self.optimizer),
             "steps_since_sync": self.step - self.reference.last_sync,
             "skipped_steps": self.non_finite.total,
         }
@@ -563,6 +578,8 @@ class HumanlineRecipe(FTRecipeInterface):
         progress = {"metrics": self.sums.state_dict(), "non_finite": self.non_finite.state_dict()}
         if self.collapse is not None:
             progress["collapse"] = self.collapse.state_dict()
+        if isinstance(self.source, OnlineSource):
+            progress["rounds"] = list(self.source.unlogged)
         self.checkpoint.save(self.step, progress, score)
 
     def _load_progress(self, progress: dict[str, Any]) -> None:
@@ -570,6 +587,8 @@ class HumanlineRecipe(FTRecipeInterface):
         self.non_finite.load_state_dict(progress["non_finite"])
         if self.collapse is not None:
             self.collapse.load_state_dict(progress.get("collapse", []))
+        if isinstance(self.source, OnlineSource):
+            self.source.unlogged = progress.get("rounds", [])
 
     def cleanup(self) -> None:
         """Ends what a run holds open, however it ended."""

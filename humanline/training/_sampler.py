@@ -17,6 +17,7 @@ from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngin
 from humanline.training._component import component
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
+from humanline.training._provenance import code_digest, named_files
 from humanline.training._settings import DTYPES
 from humanline.training._weights import read_weights
 
@@ -79,11 +80,12 @@ class Sampler:
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=cfg.get("batch_size", 64),
         )
-        files = sorted(file for file in Path(cfg.checkpointer.checkpoint_dir).iterdir() if file.suffix in _WEIGHTS)
         self.made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
             *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
-            [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            [file for file in named_files(cfg.checkpointer.checkpoint_dir) if Path(file[0]).suffix in _WEIGHTS],
+            [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
+            code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
 
     def _check_fit(self, model: TransformerDecoder) -> None:

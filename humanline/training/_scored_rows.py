@@ -1,13 +1,25 @@
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from tqdm import tqdm
 
 from humanline.rollout import Prompt, Reward, checked_scores
 from humanline.training._partial_file import PartialFile
+from humanline.training._provenance import code_digest, named_files
 
 log = utils.get_logger("INFO")
+
+
+def score_sources(reward: DictConfig) -> list[Any]:
+    """What scores depend on besides the responses: the reward's settings, its code, and the files that it names.
+
+    Args:
+        reward (DictConfig): the config's ``reward``.
+    """
+    settings = OmegaConf.to_container(reward, resolve=True)
+    return [settings, named_files(settings), code_digest(reward._component_)]
 
 
 def scored_rows(

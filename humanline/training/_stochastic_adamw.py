@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from humanline._seeds import stream_seed
 from humanline.errors import ConfigError
 from humanline.models import local_shard
-from humanline.training._draws import step_seed
 
 PIECE = 1 << 24  # elements; large enough to keep a GPU busy
 
@@ -75,7 +75,7 @@ class StochasticAdamW(Optimizer):
         shard = 0
         if isinstance(parameter, DTensor):  # the last dimension of the mesh shards; one before it repeats, alike
             shard = parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)
-        return torch.Generator(parameter.device).manual_seed(step_seed(self.seed, step, shard))
+        return torch.Generator(parameter.device).manual_seed(stream_seed("rounding", self.seed, step, shard))
 
     @staticmethod
     def _update(

@@ -1,5 +1,4 @@
 import hashlib
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -47,7 +46,9 @@ def sampled_digest(weights: dict[str, Tensor]) -> str:
 
 
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
-    """A digest of weights and of the function that is made of them, the same on all ranks; a collective.
+    """A digest of weights and of the function that a config makes of them, the same on all ranks; a collective.
+
+    What computes that function is not in it; see :func:`~humanline.training._provenance.code_digest`.
 
     Args:
         weights (dict[str, Tensor]): the full state dict.
@@ -56,9 +57,7 @@ def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> st
     """
     digest = [""]
     if dist.get_rank() == 0:
-        total = hashlib.blake2b(
-            f"{OmegaConf.to_container(model, resolve=True)} {dtype} {version('torchtune')}".encode(), digest_size=16
-        )
+        total = hashlib.blake2b(f"{OmegaConf.to_container(model, resolve=True)} {dtype}".encode(), digest_size=16)
         for name in sorted(weights):
             total.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
             total.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().data)

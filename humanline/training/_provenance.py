@@ -1,0 +1,63 @@
+"""What results depend on besides their config: the code that computes them, and files that a config only names.
+
+Results that are kept on disk, to be used again, are kept under a digest of all that they depend on.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torchtune
+from torchtune.config._utils import _get_component_from_path
+
+import humanline
+
+# torchtune by its sources as well: a fork keeps the version.
+_SOURCES = (humanline, torchtune)
+_VERSIONS = ("torch", "torchao", "transformers", "tokenizers", "math-verify")
+
+
+def code_digest(*components: str) -> str:
+    """A digest of the code that computes here: humanline's and torchtune's sources, the versions of what they call.
+
+    Args:
+        components (str): dotpaths from the config, whose own files count too, wherever they stand. What those files
+            import does not.
+    """
+    files = [file for package in _SOURCES for file in sorted(Path(inspect.getfile(package)).parent.rglob("*.py"))]
+    files += [Path(file) for dotpath in components if (file := _file_of(_get_component_from_path(dotpath)))]
+    total = blake2b(" ".join(f"{name} {_version(name)}" for name in _VERSIONS).encode(), digest_size=16)
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def named_files(node: Any) -> list[tuple[str, int, int]]:
+    """Path, size in bytes and time of change in ns of every file that a part of a config names, or whose folder it
+    names."""
+    if isinstance(node, Mapping):
+        return named_files(list(node.values()))
+    if isinstance(node, str):
+        path = os.path.expanduser(node)
+        files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+        stats = [(str(file.resolve()), file.stat()) for file in files if os.path.isfile(file)]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return [each for item in node for each in named_files(item)] if isinstance(node, list | tuple) else []
+
+
+def _file_of(component: Any) -> str | None:
+    try:
+        return inspect.getfile(component)
+    except TypeError:  # it is built in, or an instance
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
