@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -34,6 +35,18 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
         raise ConfigError(
             f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
         ) from error
+
+
+def rounding_on_load(cfg: DictConfig, weights: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> str | None:
+    """What to warn of if weights lose digits where they are kept in ``dtype``, which the config's ``key`` set."""
+    rounded = [each.dtype for each in weights.values() if torch.promote_types(each.dtype, dtype) != dtype]
+    if not rounded:
+        return None
+    return (
+        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from "
+        f"{str(rounded[0]).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}; if they were trained before, "
+        f"a small update is lost by it: set {key}: fp32 to keep it"
+    )
 
 
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
