@@ -53,7 +53,13 @@ def _plan(arguments: argparse.Namespace) -> str:
         raise ConfigError(f"--config: there is no file {path}; tune cp hands out the configs that tune ls lists")
     cfg = with_overrides(OmegaConf.load(path), arguments.overrides)  # type: ignore[arg-type]
     head = f"{path}, {arguments.nproc} {'rank' if arguments.nproc == 1 else 'ranks'}\n\n"
-    return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)
+    return head + report(
+        cfg,
+        arguments.nproc,
+        arguments.device_memory,
+        arguments.tflops,
+        tell=lambda what: print(f"humanline plan: {what} ...", file=sys.stderr, flush=True),
+    )
 
 
 if __name__ == "__main__":

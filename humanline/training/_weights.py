@@ -42,10 +42,10 @@ def rounding_on_load(cfg: DictConfig, weights: Mapping[str, Tensor], key: str, d
     rounded = [each.dtype for each in weights.values() if torch.promote_types(each.dtype, dtype) != dtype]
     if not rounded:
         return None
+    theirs, ours = (str(each).removeprefix("torch.") for each in (rounded[0], dtype))
     return (
-        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from "
-        f"{str(rounded[0]).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}; if they were trained before, "
-        f"a small update is lost by it: set {key}: fp32 to keep it"
+        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from {theirs} to {ours}, and "
+        f"with them a small update of an earlier training; set {key}: fp32 to keep it"
     )
 
 
