@@ -49,7 +49,13 @@ def _plan(arguments: argparse.Namespace) -> str:
         path = HOME / "configs" / f"{path.name}.yaml"
     cfg = with_overrides(load_config(path), arguments.overrides)
     head = f"{path}, {arguments.nproc} {'rank' if arguments.nproc == 1 else 'ranks'}\n\n"
-    return head + report(cfg, arguments.nproc, arguments.device_memory, arguments.tflops)
+    return head + report(
+        cfg,
+        arguments.nproc,
+        arguments.device_memory,
+        arguments.tflops,
+        tell=lambda what: print(f"humanline plan: {what} ...", file=sys.stderr, flush=True),
+    )
 
 
 if __name__ == "__main__":

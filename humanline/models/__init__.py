@@ -7,7 +7,8 @@ from humanline.models._adapter import (
     freeze_base,
     has_quantized_base,
     initial_adapter,
-    merge_adapter,
+    merged_name,
+    merged_weight,
     trainable_parameters,
 )
 from humanline.models._load import check_architecture, fill_rotary_tables, load_decoder
@@ -31,7 +32,8 @@ __all__ = [
     "local_shard",
     "log_probs",
     "lora_smollm2_135m",
-    "merge_adapter",
+    "merged_name",
+    "merged_weight",
     "smollm2_135m",
     "token_log_probs",
     "trainable_parameters",

@@ -104,22 +104,27 @@ def quantized_like(weight: Tensor, parameter: NF4Tensor) -> NF4Tensor:
     return to_nf4(weight, block_size=parameter.block_size, scaler_block_size=parameter.scaler_block_size)
 
 
+def merged_name(layer: str) -> str:
+    """The weight of the state dict that the adapter of a layer, by its name in the model, is merged into."""
+    return f"{layer.replace(_CHECKPOINT_PREFIX, '')}.weight"
+
+
 @torch.no_grad()
-def merge_adapter(
-    weights: dict[str, Tensor], adapter: Mapping[str, Tensor], layers: Mapping[str, LoRALinear | DoRALinear]
-) -> None:
-    """Adds an adapter to the base weights, in place: ``W + alpha / rank * B A``, with DoRA's rows scaled to magnitude.
+def merged_weight(base: Tensor, adapter: Mapping[str, Tensor], name: str, layer: LoRALinear | DoRALinear) -> Tensor:
+    """A base weight with the adapter added: ``W + alpha / rank * B A``, with DoRA's rows scaled to magnitude.
 
     Args:
-        weights (dict[str, Tensor]): the base weights, in torchtune's names, in any dtype.
+        base (Tensor): the base weight ``[out, in]``, in any dtype.
         adapter (Mapping[str, Tensor]): the adapter, float32.
-        layers (Mapping[str, LoRALinear | DoRALinear]): the layers with an adapter, by name.
+        name (str): the weight's name, in torchtune's names.
+        layer (LoRALinear | DoRALinear): its layer.
+
+    Returns:
+        Tensor: ``[out, in]``, float32.
     """
-    for name, layer in layers.items():
-        name = name.replace(_CHECKPOINT_PREFIX, "")
-        base = weights[f"{name}.weight"]
-        scaling = layer.scaling if isinstance(layer, DoRALinear) else layer.alpha / layer.rank
-        merged = base.float() + scaling * adapter[f"{name}.lora_b.weight"] @ adapter[f"{name}.lora_a.weight"]
-        if isinstance(layer, DoRALinear):
-            merged *= (adapter[f"{name}.magnitude"] / merged.norm(dim=1))[:, None]
-        weights[f"{name}.weight"] = merged.to(base.dtype)
+    prefix = name.removesuffix(".weight")
+    scaling = layer.scaling if isinstance(layer, DoRALinear) else layer.alpha / layer.rank
+    merged = base.float() + scaling * adapter[f"{prefix}.lora_b.weight"] @ adapter[f"{prefix}.lora_a.weight"]
+    if isinstance(layer, DoRALinear):
+        merged *= (adapter[f"{prefix}.magnitude"] / merged.norm(dim=1))[:, None]
+    return merged

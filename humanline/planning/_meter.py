@@ -34,7 +34,8 @@ class Meter(TorchDispatchMode):
         vocabulary (int): tensors of so many columns count as logits.
 
     Attributes:
-        peak (Counter[str]): bytes by label at the moment at which all together were the most.
+        moment (tuple[Any, ...]): a name for what happens now.
+        peaks (dict[tuple[Any, ...], Counter[str]]): for each moment, bytes by label when all together were the most.
         flops (int): floating-point operations of matrix products and attention, of which each token counts with each.
     """
 
@@ -42,7 +43,8 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.vocabulary = vocabulary
         self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
+        self.moment: tuple[Any, ...] = ()
+        self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
         self.flops = 0
         self._label = "activations"
         self._labels: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -76,6 +78,11 @@ class Meter(TorchDispatchMode):
         super().__exit__(*exception)
         self._patch.stop()
 
+    @property
+    def peak(self) -> Counter[str]:
+        """Bytes by label at the moment at which all together were the most."""
+        return max(self.peaks.values(), key=Counter.total, default=Counter())
+
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
         """New storages count under another name."""
@@ -96,7 +103,8 @@ class Meter(TorchDispatchMode):
 
     def forget_peak(self) -> None:
         """Begins to look for the peak, and to count operations, anew."""
-        self.peak, self.flops = Counter(self.now), 0
+        self.peaks, self.flops = {}, 0
+        self._watch()
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -119,8 +127,12 @@ class Meter(TorchDispatchMode):
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
         self.now[entry[0]] += size - entry[1]
         entry[1] = size
-        if self.now.total() > self.peak.total():
-            self.peak = Counter(self.now)
+        self._watch()
+
+    def _watch(self) -> None:
+        peak = self.peaks.get(self.moment)
+        if peak is None or self.now.total() > peak.total():
+            self.peaks[self.moment] = Counter(self.now)
 
     def _free(self, entry: list[Any]) -> None:
         self.now[entry[0]] -= entry[1]

@@ -1,6 +1,6 @@
 """``humanline plan``: does a config fit, and what would make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf, prod
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", 
 SPARE = 0.08  # of a device's memory, for its context, the communication's buffers and the allocator's gaps
 
 
-def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> str:
+def report(
+    cfg: DictConfig, ranks: int, device_memory: float, tflops: float, tell: Callable[[str], None] = lambda _: None
+) -> str:
     """What the config takes on each of so many ranks, whether it fits, and if not, what would make it fit.
 
     Args:
@@ -22,10 +24,12 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
         ranks (int): processes.
         device_memory (float): memory of a device, GB (10^9 bytes).
         tflops (float): what a device computes, 10^12 operations a second.
+        tell (Callable[[str], None]): is told what is being estimated, which may take a while.
 
     Raises:
         ConfigError: if the config cannot work.
     """
+    tell("estimating the config as it is")
     estimate = rehearse(cfg, ranks)
     lines = [f"{label:<18}{estimate.peak.get(label, 0) / 1e9:10.2f} GB" for label in LABELS]
     lines.append(f"{'peak of a rank':<18}{estimate.total / 1e9:10.2f} GB")
@@ -36,8 +40,9 @@ def report(cfg: DictConfig, ranks: int, device_memory: float, tflops: float) -> 
         f"a step: {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} if a group takes a row, "
         f"{flops / 1e12:.1f} TFLOP a rank, "
         f"{flops / 1e12 / tflops:.2f} s at {tflops:g} TFLOP/s",
+        f"on disk: an export {estimate.export / 1e9:.2f} GB, a checkpoint {estimate.checkpoint / 1e9:.2f} GB",
         "",
-        verdict(cfg, ranks, device_memory, estimate),
+        verdict(cfg, ranks, device_memory, estimate, tell),
     ]
     if cfg.get("source") is not None:
         lines.append("Not counted: a reward model on the same device, and what sampling takes between steps.")
@@ -52,7 +57,7 @@ class Change(NamedTuple):
     times: int = 1
 
 
-def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimate) -> str:
+def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimate, tell: Callable[[str], None]) -> str:
     """Whether it fits; if not, the first of the changes, in the order of their price, that make it fit, without those
     that it does not need."""
     room = device_memory * (1 - SPARE)
@@ -61,10 +66,10 @@ def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimat
     made: list[Change] = []
     for change in changes(cfg, ranks):
         made = [other for other in made if other.kind != change.kind] + [change]
-        if (total := _gigabytes(cfg, ranks, made)) <= room:
+        if (total := _gigabytes(cfg, ranks, made, tell)) <= room:
             for other in made[:-1]:
                 rest = [each for each in made if each is not other]
-                if (without := _gigabytes(cfg, ranks, rest)) <= room:
+                if (without := _gigabytes(cfg, ranks, rest, tell)) <= room:
                     made, total = rest, without
             return f"It does not fit {device_memory:g} GB. It would, with {total:.2f} GB, by {_said(made, ranks)}."
     return f"It does not fit {device_memory:g} GB, not even by {_said(made, ranks)}: {_last_resort(cfg)}."
@@ -91,8 +96,9 @@ def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
         yield Change("ranks", [f"batch_size={groups // times}"] if groups % times == 0 else [], times)
 
 
-def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change]) -> float:
+def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change], tell: Callable[[str], None]) -> float:
     """The peak of a rank after the changes; infinite if the run would be refused."""
+    tell(f"it does not fit; estimating it with {_said(made, ranks)}")
     overrides = [override for change in made for override in change.overrides]
     try:
         return rehearse(with_overrides(cfg, overrides), ranks * prod(change.times for change in made)).total / 1e9

@@ -1,9 +1,10 @@
 """One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -13,15 +14,25 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
 from torchtune import training
 
 from humanline.data import Group, Rows, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, check_adapter, fill_rotary_tables, fixed_log_probs, trainable_parameters
+from humanline.models import (
+    LogProbDecoder,
+    adapter_modules,
+    check_adapter,
+    fill_rotary_tables,
+    fixed_log_probs,
+    trainable_parameters,
+)
 from humanline.models import _log_probs as head
+from humanline.planning._layers import Peaks, depths, extrapolated, moment, with_layers
 from humanline.planning._meter import Meter, blank
 from humanline.reference import Reference, RunContext, WindowedReference
 from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Settings, component
+from humanline.training._export import export_dtypes
 from humanline.training._metrics import MetricSums
 from humanline.training._model import design_model, mesh_of
 from humanline.training._non_finite import NonFinite
@@ -41,12 +52,17 @@ class Estimate:
             reference's forward.
         passes (int): passes of a step if each group takes a row.
         tokens (int): tokens of a pass.
+        export (int): bytes of the weights that the run hands out at the end of an epoch, where weights that do not
+            train are in bfloat16, as in most checkpoints.
+        checkpoint (int): bytes of a checkpoint of the training's state, without a window of log-probs.
     """
 
     peak: dict[str, int]
     flops: int
     passes: int
     tokens: int
+    export: int
+    checkpoint: int
 
     @property
     def total(self) -> int:
@@ -61,6 +77,9 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there may be
     none, it is the flash kernel of CPUs, which keeps as much for backward.
 
+    Of a deep model a few layers run, twice, and what the others take is added: layers are alike, so that the figures
+    are those of all of them.
+
     Args:
         cfg (DictConfig): the config.
         ranks (int): ranks of the run; 1 is a ``_single_device`` recipe.
@@ -70,16 +89,47 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     """
     cfg = OmegaConf.merge(cfg, {"enable_activation_offloading": False})  # type: ignore[assignment]
     settings = Settings.from_config(cfg)
-    with _ranks(ranks), _as_on(settings.device):
-        recipe = _Rehearsal(cfg, sharded=ranks > 1)
+    with torch.device("meta"):
+        shape = component(cfg, "model")
+    check_adapter(shape, ranks, settings.data_parallel_replicate_dim)
+    vocabulary = shape.tok_embeddings.num_embeddings
+    if (planned := depths(shape.layers)) is None:
+        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
+    else:
+        fewer, more, times = planned
+        first, second = (_take(cfg, ranks, vocabulary, count, period=more - fewer) for count in (fewer, more))
+        taken = _extrapolated(first, second, times)
+    peak = max(taken.peaks.values(), key=Counter.total)
+    passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
+    tokens = settings.rows_per_pass * settings.tokens_per_row
+    return Estimate(dict(peak), taken.flops // 2, passes, tokens, taken.export, taken.checkpoint)
+
+
+class _Taken(NamedTuple):
+    """What two steps took: the peak of each moment, and operations; and the bytes of what is written of the model."""
+
+    peaks: Peaks
+    flops: int
+    export: int
+    checkpoint: int
+
+
+def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int) -> _Taken:
+    """Runs the two steps with so many of the model's layers, which repeat after ``period`` of them."""
+    with _ranks(ranks), _as_on(Settings.from_config(cfg).device):
+        recipe = _Rehearsal(cfg, sharded=ranks > 1, vocabulary=vocabulary, layers=layers, period=period)
         with recipe.mode, recipe.meter:
             recipe.setup(cfg)
             recipe.take_step(1)
             recipe.meter.forget_peak()
             recipe.take_step(2)
-        passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
-        tokens = settings.rows_per_pass * settings.tokens_per_row
-        return Estimate(dict(recipe.meter.peak), recipe.meter.flops // 2, passes, tokens)
+        with recipe.mode:
+            return _Taken(recipe.meter.peaks, recipe.meter.flops, recipe.export_bytes(), recipe.checkpoint_bytes())
+
+
+def _extrapolated(fewer: _Taken, more: _Taken, times: int) -> _Taken:
+    rest = (b + times * (b - a) for a, b in zip(fewer[1:], more[1:], strict=True))
+    return _Taken(extrapolated(fewer.peaks, more.peaks, times), *rest)
 
 
 class _Rehearsal(HumanlineRecipe):
@@ -87,18 +137,17 @@ class _Rehearsal(HumanlineRecipe):
 
     passes: "_FakePasses"
 
-    def __init__(self, cfg: DictConfig, sharded: bool) -> None:
+    def __init__(self, cfg: DictConfig, *, sharded: bool, vocabulary: int, layers: int, period: int) -> None:
         super().__init__(cfg)
+        self.layers, self.period = layers, period
+        self.forwards = 0
         self.device = CPU
         mesh = mesh_of(CPU, self.settings.data_parallel_replicate_dim)
         self.mesh = mesh if sharded else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         loss = component(cfg, "loss")
         self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
-        with torch.device("meta"):
-            shape = component(cfg, "model")
-        check_adapter(shape, self.world_size, self.settings.data_parallel_replicate_dim)
-        self.meter = Meter(shape.tok_embeddings.num_embeddings)
+        self.meter = Meter(vocabulary)
 
     def setup(self, cfg: DictConfig) -> None:
         settings = self.settings
@@ -131,7 +180,7 @@ class _Rehearsal(HumanlineRecipe):
         """The recipe's model in fake tensors."""
         with unset_fake_temporarily():
             model = design_model(
-                lambda: component(cfg, "model"),
+                lambda: with_layers(component(cfg, "model"), self.layers),
                 mesh=self.mesh,
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],
@@ -149,7 +198,50 @@ class _Rehearsal(HumanlineRecipe):
         if self.settings.device == "cuda":
             for layer in model.layers:
                 layer.attn._attention_call = _flash(getattr(layer.attn, "scale", None))
+        for index, layer in enumerate(model.layers):
+            self._name_moments(layer, index)
         return model
+
+    def _name_moments(self, layer: nn.Module, index: int) -> None:
+        """Tells the meter which layer is at work, in which pass; what it recomputes belongs to its backward."""
+        where = moment(index, self.layers, self.period)
+
+        def begins_forward(*_: Any) -> None:
+            self.forwards += index == 0
+            self.meter.moment = (self.forwards, "forward", *where)
+
+        def ends_forward(layer: nn.Module, arguments: Any, hidden: Tensor) -> None:
+            forward = self.forwards
+
+            def begins_backward(gradient: Tensor) -> None:
+                self.meter.moment = (forward, "backward", *where)
+
+            if index == self.layers - 1:
+                self.meter.moment = (forward, "head")
+            if hidden.requires_grad:
+                hidden.register_hook(begins_backward)
+
+        layer.register_forward_pre_hook(begins_forward)
+        layer.register_forward_hook(ends_forward)
+
+    def export_bytes(self) -> int:
+        """Bytes of ``epoch_N``, with an adapter in both its formats."""
+        settings, trained = self.settings, trainable_parameters(self.policy)
+        has_adapter = bool(adapter_modules(self.policy))
+        adapter = 2 * sum(4 * parameter.numel() for parameter in trained.values()) if has_adapter else 0
+        if has_adapter and settings.save_adapter_weights_only:
+            return adapter
+        whole = {
+            name: each for name, each in self.policy.state_dict().items() if not has_adapter or name not in trained
+        }
+        chosen = DTYPES[settings.export_dtype] if settings.export_dtype else None
+        dtypes = export_dtypes(self.policy, dict.fromkeys(whole, torch.bfloat16), chosen)
+        return adapter + sum(each.numel() * dtypes[name].itemsize for name, each in whole.items())
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of ``checkpoints/step_N``."""
+        state = [trainable_parameters(self.policy), dict(self.optimizer.state), self.reference.state_dict()]
+        return sum(each.numel() * each.element_size() for each in tree_leaves(state) if isinstance(each, Tensor))
 
     def _draws(self, microbatch: list[Group], index: int) -> Callable[[Rows], Tensor | None]:
         sampled = self.objective.loss.perception == "sample"
@@ -157,8 +249,10 @@ class _Rehearsal(HumanlineRecipe):
 
     def take_step(self, step: int) -> None:
         """What the recipe's loop does in a step."""
+        self.forwards = 0
         self._accumulate_gradients([self.passes.groups()])
         self.passes.label_gradients()
+        self.meter.moment = ("update",)
         self._clip_gradients()
         self.reference.before_optimizer_step(step)
         try:

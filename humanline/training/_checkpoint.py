@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,9 @@ class TrainingCheckpoint:
         """Keeps the newest and the best, and nothing that is half written."""
         steps = self._steps()
         keep = {*steps[-self.keep_last :], *self._best_first()[:1]}
-        for step in set(steps) - keep:
-            shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
+        for step in set(steps) - keep:  # renamed first, so that a kill leaves none half removed under its name
+            with suppress(OSError):
+                (self.folder / f"step_{step}").rename(self.folder / f"step_{step}.partial")
         for partial in self.folder.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -282,8 +284,12 @@ class TrainingCheckpoint:
             for later in reversed([other for other in self._steps() if other > step]):
                 path = self.folder / f"step_{later}"
                 log.warning(f"{path} is not of the run that goes on from step {step}; it is now {path.name}.abandoned")
-                shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
-                path.rename(path.with_suffix(".abandoned"))
+                replaced = path.with_suffix(".abandoned")
+                if replaced.exists():  # renamed first, so that a kill leaves it whole or gone, and never a part of it
+                    shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
+                    replaced.rename(path.with_suffix(".partial"))
+                path.rename(replaced)
+                shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
         dist.barrier(self.group)
 
     def _newest(self) -> Path:

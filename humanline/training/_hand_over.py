@@ -65,7 +65,7 @@ class HandOver:
         if dist.get_rank() == 0:
             for other in map(Path, self.folders[:-1]):
                 shutil.rmtree(other, ignore_errors=True)
-                shutil.rmtree(self.output_dir / f"epoch_{other.name}.partial", ignore_errors=True)  # half written
+                shutil.rmtree(other.with_name(f"epoch_{other.name}.partial"), ignore_errors=True)  # half written
         self.folders = self.folders[-1:]
         self._take_note()
 

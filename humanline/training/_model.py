@@ -1,7 +1,7 @@
 """From a builder and a state dict to a model that returns log-probs, sharded over ranks or whole on one device."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -208,8 +208,9 @@ def whole_weights(model: LogProbDecoder, compute_dtype: torch.dtype) -> Iterator
             unit.reshard()
 
 
-def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    """Gathers the weights that ``dtypes`` names on the host of rank 0 (empty elsewhere), each in the dtype it gives.
+def full_state_dict(model: nn.Module, *, rank: int, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
+    """Gathers the weights that ``dtypes`` names on the host of rank 0 (empty elsewhere), each in the dtype it gives; in
+    its own where that is None.
 
     Weights in NF4 come back as what the model computes with.
     """
@@ -219,7 +220,7 @@ def full_state_dict(model: nn.Module, *, rank: int, dtypes: dict[str, torch.dtyp
         tensor = weights[name]
         if isinstance(local_shard(tensor), NF4Tensor):
             tensor = _dequantized(tensor)
-        tensor = tensor.to(dtype)
+        tensor = tensor if dtype is None else tensor.to(dtype)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
             full[name] = tensor.cpu()

@@ -53,10 +53,11 @@ from humanline.training._objectives import Objective
 from humanline.training._output_folder import sole_use
 from humanline.training._passes import Passes
 from humanline.training._provenance import code_digest
+from humanline.training._replace import restore_replaced
 from humanline.training._settings import COMPONENTS, DTYPES, Settings, values_of
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
-from humanline.training._weights import fingerprint, read_weights, sampled_digest
+from humanline.training._weights import fingerprint, read_weights, rounding_on_load, sampled_digest
 
 log = utils.get_logger("INFO")
 
@@ -92,6 +93,8 @@ class HumanlineRecipe(FTRecipeInterface):
         settings = self.settings
         check_same(values_of(cfg))
         self._check_components(cfg)
+        if self.rank == 0:
+            restore_replaced(Path(settings.output_dir))
         self.resume_from = self._resume_from()
         self.mesh = mesh_of(self.device, settings.data_parallel_replicate_dim) if self.sharded else None
         self.objective = self.objective_type(component(cfg, "loss"))
@@ -129,7 +132,11 @@ class HumanlineRecipe(FTRecipeInterface):
                 engine,
                 reward,
                 self.objective.examples,
-                HandOver(engine, lambda folder: self._write_to(folder, merged=True), settings.output_dir),
+                HandOver(
+                    engine,
+                    lambda folder: self._write_to(folder, merged=True, is_hand_over=True),
+                    settings.output_dir,
+                ),
                 settings.output_dir,
                 total_steps=self.total_steps,
             )
@@ -275,12 +282,21 @@ class HumanlineRecipe(FTRecipeInterface):
                 "set it to ${output_dir}"
             )
         check_same({f"weights of {cfg.checkpointer.checkpoint_dir}": sampled_digest(weights)})
-        self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+        self.checkpoint_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
         check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
         check_adapter(shape, self.world_size, settings.data_parallel_replicate_dim)
         has_adapter = bool(adapter_modules(shape))
+        key = "dtype" if has_adapter else "master_dtype"  # of what the checkpoint's weights are kept in
+        if self.rank == 0 and (warning := rounding_on_load(cfg, weights, key, DTYPES[getattr(settings, key)])):
+            log.warning(warning)
+        hands_over = is_given(cfg, "engine") and cfg.engine.get("weights_dir") is not None
+        if has_adapter and settings.export_dtype and settings.save_adapter_weights_only and not hands_over:
+            raise ConfigError(
+                f"export_dtype: {settings.export_dtype} has nothing to do, since an adapter is written in float32; set "
+                "save_adapter_weights_only: False to write merged weights too, or leave it out"
+            )
         if has_adapter:
             if settings.adapter:
                 weights |= read_adapter(settings.adapter, shape, self.checkpointer)
@@ -560,8 +576,17 @@ class HumanlineRecipe(FTRecipeInterface):
         merged = not self.settings.save_adapter_weights_only
         return self._write_to(Path(self.settings.output_dir) / name, merged)
 
-    def _write_to(self, folder: Path, merged: bool) -> str | None:
-        return write_weights(folder, self.policy, self.checkpointer, dtypes=self.weight_dtypes, merged=merged)
+    def _write_to(self, folder: Path, merged: bool, is_hand_over: bool = False) -> str | None:
+        chosen = self.settings.export_dtype
+        return write_weights(
+            folder,
+            self.policy,
+            self.checkpointer,
+            checkpoint_dtypes=self.checkpoint_dtypes,
+            export_dtype=DTYPES[chosen] if chosen else None,
+            merged=merged,
+            is_hand_over=is_hand_over,
+        )
 
     def _save_best(self) -> None:
         """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on."""

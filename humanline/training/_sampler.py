@@ -19,7 +19,7 @@ from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
 from humanline.training._provenance import code_digest, named_files
 from humanline.training._settings import DTYPES
-from humanline.training._weights import read_weights
+from humanline.training._weights import read_weights, rounding_on_load
 
 log = utils.get_logger("INFO")
 
@@ -75,6 +75,8 @@ class Sampler:
         self._check_fit(model)
         _, weights = read_weights(cfg)
         check_architecture(model, weights, cfg.checkpointer.checkpoint_dir)
+        if warning := rounding_on_load(cfg, weights, "dtype", self.dtype):
+            log.warning(warning)
         self.engine = TorchtuneEngine(
             load_decoder(model, weights, device=self.device, dtype=self.dtype),
             stop_tokens=self.tokenizer.stop_tokens,

@@ -66,6 +66,10 @@ class Settings:
             starts a new one. For models with an adapter.
         save_adapter_weights_only (bool): at the end of an epoch write the adapter alone; False writes the weights with
             the adapter merged into them as well, as an HF folder. For models with an adapter.
+        export_dtype (str | None): what whole weights are written in, for users and for sampling servers: ``fp32`` or
+            ``bf16``. None keeps the update: weights that trained are written in ``master_dtype``, merged ones in
+            float32, the others in the checkpoint's dtype. bf16 rounds most of a small update away. An adapter is always
+            written in float32.
         optimizer_in_bwd (bool): False only: the reference syncs between backward and the optimizer's step, which that
             would merge.
         run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
@@ -107,6 +111,7 @@ class Settings:
     enable_activation_offloading: bool = False
     adapter: str | None = None
     save_adapter_weights_only: bool = True
+    export_dtype: str | None = None
     optimizer_in_bwd: bool = False
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
@@ -161,6 +166,11 @@ class Settings:
             value = getattr(self, key)
             remedy = "float16 has too narrow a range to train in" if value == "fp16" else "choose one"
             self._check(key, value in DTYPES, f"{remedy}; bf16 and fp32 are supported")
+        self._check(
+            "export_dtype",
+            self.export_dtype is None or self.export_dtype in DTYPES,
+            "give fp32 or bf16, or null for what keeps the update",
+        )
         self._check(
             "master_dtype",
             not (self.dtype == "fp32" and self.master_dtype == "bf16"),

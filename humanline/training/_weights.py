@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def sampled_digest(weights: dict[str, Tensor]) -> str:
         numbers = flat[:: max(1, len(flat) // 16)].contiguous().view(torch.uint8)
         total.update(f"{name} {flat.dtype} {tuple(weights[name].shape)}".encode() + numbers.numpy().tobytes())
     return total.hexdigest()
+
+
+def rounding_on_load(cfg: DictConfig, weights: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> str | None:
+    """What to warn of if weights lose digits where they are kept in ``dtype``, which the config's ``key`` set."""
+    rounded = [each.dtype for each in weights.values() if torch.promote_types(each.dtype, dtype) != dtype]
+    if not rounded:
+        return None
+    theirs, ours = (str(each).removeprefix("torch.") for each in (rounded[0], dtype))
+    return (
+        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from {theirs} to {ours}, and "
+        f"with them a small update of an earlier training; set {key}: fp32 to keep it"
+    )
 
 
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
