@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
-from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
+from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
 from humanline.training._settings import DTYPES, component
@@ -77,6 +77,7 @@ class Sampler:
             load_decoder(model, weights, device=self.device, dtype=self.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=cfg.get("batch_size", 64),
+            token_ids=token_ids(self.tokenizer),
         )
         files = sorted(file for file in Path(cfg.checkpointer.checkpoint_dir).iterdir() if file.suffix in _WEIGHTS)
         self.made_of = [
