@@ -43,7 +43,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
         bos_id (int | None): beginning of sequence, None if there is none.
         eos_id (int): end of sequence; the end of turn if there is none.
         pad_id (int): padding; ``eos_id`` if there is none.
-        vocab_size (int): all ids are below it. (A model's embedding may have more rows.)
+        token_ids (frozenset[int]): the ids that have a token. (A model's embedding may have rows for others.)
+        vocab_size (int): all ids are below it.
 
     Raises:
         ConfigError: if a file is missing or unreadable, or the template does not render a chat as its prompt, the
@@ -60,7 +61,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self._tokenizer = read_tokenizer(folder)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items()}
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.token_ids = frozenset(self._tokenizer.get_vocab().values())
+        self.vocab_size = 1 + max(self.token_ids)
 
         config = read_tokenizer_config(folder)
         named = {name: token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}

@@ -172,9 +172,18 @@ class JudgeReward:
         except ValueError:
             raise Refused(500, "what it answers is no JSON") from None
         try:
-            return content["choices"][0]["message"]["content"] or ""
+            reply = content["choices"][0]["message"]["content"]
         except (LookupError, TypeError):
-            raise ConfigError(f"reward.base_url: {self._url} is no chat API: it answers {str(content)[:100]}") from None
+            raise ConfigError(
+                f"reward.base_url: {self._url} is no chat API: its answer has no choices[0].message.content, but is "
+                f"{str(content)[:100]}"
+            ) from None
+        if not isinstance(reply, str | None):
+            raise ConfigError(
+                f"reward.base_url: {self._url} answers choices[0].message.content with {str(reply)[:100]}, expected a "
+                "string or null"
+            )
+        return reply or ""
 
     def _refusal(self, error: Refused) -> str:
         if error.status in (401, 403):

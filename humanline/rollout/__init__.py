@@ -8,6 +8,7 @@ from humanline.rollout._online_source import Engine, OnlineSource
 from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._reward import Reward, checked_scores
 from humanline.rollout._sampling import SamplingParams
+from humanline.rollout._token_ids import token_ids
 
 __all__ = [
     "Completion",
@@ -22,4 +23,5 @@ __all__ = [
     "TorchtuneEngine",
     "checked_scores",
     "read_prompts",
+    "token_ids",
 ]

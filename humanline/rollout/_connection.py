@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 from humanline.errors import TrainingError
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 _NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
 _POLL_SECONDS = 10.0
-_RESULT_SECONDS = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.5  # at whether waiting has ended
 
 
 class Stopped(TrainingError):
@@ -71,28 +72,40 @@ class Connection:
         self._timeout, self._retries, self._wait = timeout, retries, wait
         self._gate = threading.Lock()  # closed while the server is gone
         self._outages = 0
-        self._stopped = threading.Event()  # ends all waiting
-        self._for_good = False
+        # Plain flags, which need no lock: who waits looks at them twice a second.
+        self._given_up = False
+        self._stopped = False  # never taken back
         self.is_introduced = True
 
     def start(self) -> None:
-        """Lets requests wait again after :meth:`give_up`."""
-        if not self._for_good:
-            self._stopped.clear()
+        """Lets requests wait again after :meth:`give_up`; after :meth:`stop` none does."""
+        self._given_up = False
 
     def give_up(self) -> None:
         """Ends all waiting for the moment: those who wait raise :class:`Stopped`."""
-        self._stopped.set()
+        self._given_up = True
 
     def stop(self) -> None:
         """Ends all waiting for good."""
-        self._for_good = True
-        self._stopped.set()
+        self._stopped = True
 
     def check(self) -> None:
         """Raises :class:`Stopped` once waiting has ended."""
-        if self._stopped.is_set():
+        if self._stopped or self._given_up:
             raise Stopped("sampling was stopped")
+
+    def heeding(self, call: Callable[[], T]) -> T:
+        """The result of a call that may take long in one request, made in a thread which ends with the process.
+
+        Raises:
+            Stopped: if waiting is ended first.
+        """
+        pool = ThreadPool(1)
+        try:
+            result: T = self.next_of(pool.imap(lambda _: call(), [None]))
+            return result
+        finally:
+            pool.terminate()
 
     def next_of(self, results: Any) -> Any:
         """The next result of a pool's ``imap``, unless waiting is ended first.
@@ -102,7 +115,7 @@ class Connection:
         """
         while True:
             try:
-                return results.next(timeout=_RESULT_SECONDS)
+                return results.next(timeout=_SECONDS_BETWEEN_LOOKS)
             except multiprocessing.TimeoutError:
                 self.check()
 
@@ -164,8 +177,11 @@ class Connection:
 
     def _pause(self, tries: int) -> None:
         """Exponential back-off, spread so that not all come back at once."""
-        if self._stopped.wait(min(0.5 * 2 ** min(tries, 6), 30) * random.uniform(0.5, 1)):
-            raise Stopped("sampling was stopped")
+        until = time.monotonic() + min(0.5 * 2 ** min(tries, 6), 30) * random.uniform(0.5, 1)
+        while (rest := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(rest, _SECONDS_BETWEEN_LOOKS))
+        self.check()
 
     def greet(self, timeout: float | None = None) -> None:
         """Raises :class:`Gone` if the server does not answer; any answer will do."""

@@ -13,7 +13,7 @@ Left out: more than one device, and paging (a slot is as long as the longest seq
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,13 +59,21 @@ class TorchtuneEngine:
             Qwen2.5, SmolLM2) or humanline's Gemma 2.
         stop_tokens (Sequence[int]): ids that end a completion.
         batch_size (int): the most completions drawn at a time.
+        token_ids (Collection[int] | None): the ids that may be drawn; None lets all be. Of a padded vocabulary only
+            some have a token. The log-probs of completions are those over all rows, as in training.
 
     Raises:
-        ConfigError: if ``batch_size`` is not positive, or the model's attention is of another kind.
+        ConfigError: if ``batch_size`` is not positive, the model's attention is of another kind, or no stop token may
+            be drawn.
     """
 
     def __init__(
-        self, model: TransformerDecoder | LogProbDecoder, *, stop_tokens: Sequence[int], batch_size: int
+        self,
+        model: TransformerDecoder | LogProbDecoder,
+        *,
+        stop_tokens: Sequence[int],
+        batch_size: int,
+        token_ids: Collection[int] | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size!r} is not a whole number of at least 1")
@@ -82,6 +90,17 @@ class TorchtuneEngine:
         self._stop_tokens = frozenset(stop_tokens)
         self._batch_size = batch_size
         self._stopped = False
+        rows = model.tok_embeddings.num_embeddings
+        self._masked: Tensor | None = None  # [V], True where no token is; None where each row has one
+        if token_ids is not None and not all(id in token_ids for id in range(rows)):
+            self._masked = torch.ones(rows, dtype=torch.bool)
+            self._masked[[id for id in token_ids if id < rows]] = False
+            if self._stop_tokens and not any(id < rows and not self._masked[id] for id in self._stop_tokens):
+                raise ConfigError(
+                    f"tokenizer: none of its stop tokens {sorted(self._stop_tokens)} is among the ids that have a token "
+                    f"and are below the model's {rows} rows, so no response could end; let tokenizer.path and model "
+                    "name the same model"
+                )
 
     @property
     def _device(self) -> torch.device:
@@ -182,7 +201,7 @@ class TorchtuneEngine:
         cache.current = step = Step([row.position for row in rows], self._device)
         logits = self._model.unembed(self._hidden(tokens, step.positions[:, None])).squeeze(1)
         uniforms = torch.tensor([1 - row.rng.random() for row in rows], dtype=torch.float32, device=self._device)
-        drawn = draw(logits, uniforms, temperature=params.temperature, top_p=params.top_p)
+        drawn = draw(self._drawable(logits), uniforms, temperature=params.temperature, top_p=params.top_p)
         logps = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
         for row, token, logp in zip(rows, drawn.tolist(), logps.tolist(), strict=True):
             row.tokens.append(token)
@@ -191,6 +210,13 @@ class TorchtuneEngine:
                 row.finish_reason = "stop"
             elif len(row.tokens) == params.max_new_tokens:
                 row.finish_reason = "length"
+
+    def _drawable(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, V]`` without those of ids that no token has."""
+        if self._masked is None:
+            return logits
+        self._masked = self._masked.to(logits.device)
+        return logits.masked_fill(self._masked, -torch.inf)
 
     def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token ids ``[B, S]`` to hidden states ``[B, S, D]``, through the cache."""

@@ -29,8 +29,10 @@ from typing import Any
 
 from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.models import LogProbDecoder
 from humanline.rollout._connection import Connection, Gone, Refused
 from humanline.rollout._engine import Completion
+from humanline.rollout._reply import Reply, read_reply
 from humanline.rollout._sampling import SamplingParams
 
 __all__ = ["HTTPEngine"]
@@ -110,17 +112,21 @@ class HTTPEngine:
 
     # ---- Set-up
 
-    def setup(self, tokenizer: ChatTokenizer, *_: object) -> None:
+    def setup(self, tokenizer: ChatTokenizer, policy: LogProbDecoder | None = None, *_: object) -> None:
         """Asks whether the server is there and, if the model has its name already, whether it is the right one.
 
         Args:
             tokenizer (ChatTokenizer): the policy's.
-            _ (object): the policy itself, which a server has a copy of.
+            policy (LogProbDecoder | None): the policy, of which the server has a copy; its embedding may have rows
+                that no token has.
+            _ (object): what an engine in this process needs besides.
 
         Raises:
             ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.
         """
         self._tokenizer = tokenizer
+        self._token_ids = tokenizer.token_ids
+        self._rows = tokenizer.vocab_size if policy is None else policy.tok_embeddings.num_embeddings
         try:
             self._server.greet()
         except Gone as gone:
@@ -143,7 +149,7 @@ class HTTPEngine:
         self._server.is_introduced = not announce
         self._server.start()
         self._has_sampled = False
-        self._probe()
+        self._server.heeding(self._probe)  # a server may take minutes to load weights
 
     def _announce(self) -> None:
         """Tells of the folder in the words of vLLM's ``/collective_rpc``, of SGLang's ``/update_weights_from_disk``,
@@ -170,10 +176,8 @@ class HTTPEngine:
                 if error.status != 422 or self._is_strict:
                     raise ConfigError(self._complaint(error)) from None
                 self._is_strict = True  # there are fields that it does not know
-        choice = reply["choices"][0]
-        self._takes_ids = choice.get("token_ids") is not None
-        theirs = choice.get("prompt_token_ids")
-        count = (reply.get("usage") or {}).get("prompt_tokens") if theirs is None else len(theirs)
+        self._takes_ids = reply.token_ids is not None
+        theirs, count = reply.prompt_ids, reply.prompt_tokens
         if count is None:
             log.warning(f"{self._url} does not count tokens: whether its tokenizer is the policy's remains unknown")
             return
@@ -189,6 +193,8 @@ class HTTPEngine:
         """What the user is told of a server that does not complete the probe."""
         if error.status in (401, 403):
             return f"engine.api_key_env: {self._url} refuses the key ({error}); export the right one"
+        if error.status == 200:
+            return self._misunderstanding(error)
         try:
             listed = json.loads(self._server.exchange(f"{self._url}/models"))["data"]
             remedy = f"it has {', '.join(model['id'] for model in listed)}"
@@ -209,7 +215,7 @@ class HTTPEngine:
         if self._has_sampled:
             self._server.is_introduced = False
         try:
-            self._server.persist(self._server.greet)
+            self._server.heeding(lambda: self._server.persist(self._server.greet))
         except Refused as error:
             raise self._failed(error) from None
 
@@ -218,13 +224,16 @@ class HTTPEngine:
     ) -> list[list[Completion]]:
         """The completions of each prompt, in the order of the prompts.
 
+        One with an id that no token has, which a server may draw where the model's vocabulary is padded, is left out
+        and counted in the log.
+
         Args:
             prompts (Sequence[Sequence[int]]): the token ids of each prompt, at least one.
             params (SamplingParams): how completions are drawn; its seed is not used.
             seeds (Sequence[int]): one for each prompt's samples.
 
         Raises:
-            ConfigError: if the server refuses a request.
+            ConfigError: if the server refuses a request, or answers otherwise than asked.
             DataError: if the server takes text, and a prompt is not what its own text is tokenised into.
             TrainingError: if the server stays away, or fails again and again.
         """
@@ -246,7 +255,13 @@ class HTTPEngine:
             raise
         finally:
             pool.terminate()
-        return [drawn[i : i + count] for i in range(0, len(drawn), count)]
+        if left_out := drawn.count(None):
+            log.warning(
+                f"{self._url}: {left_out:,} of {len(drawn):,} completions are left out: they have an id that no token "
+                "has (the model's vocabulary is padded)"
+            )
+        rows = [drawn[i : i + count] for i in range(0, len(drawn), count)]
+        return [[completion for completion in row if completion is not None] for row in rows]
 
     def stop(self) -> None:
         """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped`."""
@@ -264,29 +279,46 @@ class HTTPEngine:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_bos=False, add_eos=False)
 
-    def _draw(self, prompt: str | list[int], seed: int, params: SamplingParams) -> Completion:
+    def _draw(self, prompt: str | list[int], seed: int, params: SamplingParams) -> Completion | None:
+        """One completion; None if it has an id that no token has."""
         try:
-            choice = self._server.persist(lambda: self._sample(prompt, params, seed))["choices"][0]
+            reply = self._server.persist(lambda: self._sample(prompt, params, seed))
         except Refused as error:
             if error.passes:
                 raise self._failed(error) from None
+            if error.status == 200:
+                raise ConfigError(self._misunderstanding(error)) from None
             raise ConfigError(f"engine.base_url: {self._url} refuses a request ({error})") from None
-        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        tokens, logps = reply.token_ids, reply.logps
         if tokens is None:
-            tokens, logps = self._encode(choice["text"]), None
+            tokens, logps = self._encode(reply.text), None
+        largest = max(tokens, default=0)
+        if largest >= self._rows:
+            raise ConfigError(
+                f"engine.base_url: {self._url} answers choices[0].token_ids with {largest}, outside the model's "
+                f"vocabulary of {self._rows}; serve the model that is trained"
+            )
+        if not self._token_ids.issuperset(tokens):
+            return None
         stops = self._tokenizer.stop_tokens
-        if choice["finish_reason"] == "stop" and not (tokens and tokens[-1] in stops):
+        if reply.finish_reason == "stop" and not (tokens and tokens[-1] in stops):
             tokens, logps = [*tokens, stops[0]], None
         tokens = tokens[: params.max_new_tokens]  # tokenised anew it can be longer
-        if logps is not None and (len(logps) != len(tokens) or None in logps):
+        if logps is not None and len(logps) != len(tokens):
             logps = None
         return Completion(tokens, "stop" if tokens and tokens[-1] in stops else "length", logps)
 
     def _failed(self, error: Refused) -> TrainingError:
         return TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})")
 
-    def _sample(self, prompt: str | list[int], params: SamplingParams, seed: int) -> dict[str, Any]:
-        """One attempt at a completion; the whole reply."""
+    def _misunderstanding(self, error: Refused) -> str:
+        return (
+            f"engine.base_url: {self._url} answers /completions otherwise than asked: {error}; use a server with "
+            "OpenAI's completions API"
+        )
+
+    def _sample(self, prompt: str | list[int], params: SamplingParams, seed: int) -> Reply:
+        """One attempt at a completion."""
         body: dict[str, Any] = {"model": self._model or self._folder, "prompt": prompt, "seed": seed}
         body["max_tokens"] = params.max_new_tokens
         # All that a model's generation_config.json could set otherwise is set to what leaves the distribution alone.
@@ -301,14 +333,7 @@ class HTTPEngine:
             body |= {"add_special_tokens": False, "return_token_ids": True, "logprobs": 0}
             if self._salt:
                 body["cache_salt"] = self._salt  # keys and values of other weights must not be found
-        try:
-            reply = json.loads(self._server.exchange(f"{self._url}/completions", body))
-            reason = reply["choices"][0]["finish_reason"]
-        except (LookupError, TypeError, ValueError):
-            raise Refused(200, "its answer is no completion") from None
-        if reason not in ("stop", "length"):  # such as "abort", of a server that is shutting down
-            raise Refused(500, f"finish_reason {reason!r}")
-        return reply
+        return read_reply(self._server.exchange(f"{self._url}/completions", body))
 
 
 def _seed(seed: int, sample: int) -> int:

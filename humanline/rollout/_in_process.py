@@ -5,6 +5,7 @@ from typing import Any
 from humanline.models import LogProbDecoder
 from humanline.rollout._engine import Completion, TorchtuneEngine
 from humanline.rollout._sampling import SamplingParams
+from humanline.rollout._token_ids import token_ids
 
 
 class InProcessEngine:
@@ -25,7 +26,12 @@ class InProcessEngine:
             whole (Callable[[], AbstractContextManager[None]]): gives each rank the policy's whole weights.
         """
         self.whole = whole
-        self.engine = TorchtuneEngine(policy, stop_tokens=tokenizer.stop_tokens, batch_size=self.batch_size)
+        self.engine = TorchtuneEngine(
+            policy,
+            stop_tokens=tokenizer.stop_tokens,
+            batch_size=self.batch_size,
+            token_ids=token_ids(tokenizer),
+        )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]

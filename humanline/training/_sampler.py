@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
 from humanline.models import check_architecture, load_decoder
-from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
+from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 from humanline.training._component import component
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
@@ -81,6 +81,7 @@ class Sampler:
             load_decoder(model, weights, device=self.device, dtype=self.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=cfg.get("batch_size", 64),
+            token_ids=token_ids(self.tokenizer),
         )
         self.made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
