@@ -27,6 +27,7 @@ from humanline.training._model import design_model, mesh_of
 from humanline.training._non_finite import NonFinite
 from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES
+from humanline.training._weights import build_decoder
 
 CPU = torch.device("cpu")
 
@@ -96,7 +97,7 @@ class _Rehearsal(HumanlineRecipe):
         loss = component(cfg, "loss")
         self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
         with torch.device("meta"):
-            shape = component(cfg, "model")
+            shape = build_decoder(cfg)
         check_adapter(shape, self.world_size, self.settings.data_parallel_replicate_dim)
         self.meter = Meter(shape.tok_embeddings.num_embeddings)
 
@@ -131,7 +132,7 @@ class _Rehearsal(HumanlineRecipe):
         """The recipe's model in fake tensors."""
         with unset_fake_temporarily():
             model = design_model(
-                lambda: component(cfg, "model"),
+                lambda: build_decoder(cfg),
                 mesh=self.mesh,
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],

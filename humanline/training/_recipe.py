@@ -25,7 +25,6 @@ from humanline.models import (
     LogProbDecoder,
     adapter_modules,
     check_adapter,
-    check_architecture,
     has_quantized_base,
     initial_adapter,
     log_probs,
@@ -51,7 +50,7 @@ from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES, Settings, component, is_given
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
-from humanline.training._weights import fingerprint, read_weights
+from humanline.training._weights import build_decoder, fingerprint, read_decoder_weights
 
 log = utils.get_logger("INFO")
 
@@ -91,7 +90,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self.reference = component(cfg, "reference")
         tokenizer = component(cfg, "tokenizer")
         with torch.device("meta"):
-            shape = component(cfg, "model")
+            shape = build_decoder(cfg)
         self.source = self._setup_source(cfg, tokenizer, shape)
         self.objective.check_microbatch(settings.batch_size * self.world_size, "batch_size")
         held_out = component(cfg, "dataset_val", tokenizer)
@@ -237,16 +236,15 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
         settings = self.settings
-        self.checkpointer, weights = read_weights(cfg)
+        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
+            shape = LogProbDecoder(build_decoder(cfg))
+        self.checkpointer, weights = read_decoder_weights(cfg, shape)
         if Path(cfg.checkpointer.output_dir).resolve() != Path(settings.output_dir).resolve():
             raise ConfigError(
                 f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
                 "set it to ${output_dir}"
             )
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
-            shape = LogProbDecoder(component(cfg, "model"))
-        check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
         check_adapter(shape, self.world_size, settings.data_parallel_replicate_dim)
         has_adapter = bool(adapter_modules(shape))
         if has_adapter:
@@ -261,7 +259,7 @@ class HumanlineRecipe(FTRecipeInterface):
 
         def model(state_dict: dict[str, Tensor] | None, **kwargs: Any) -> LogProbDecoder:
             return build_model(
-                lambda: component(cfg, "model"),
+                lambda: build_decoder(cfg),
                 state_dict,
                 mesh=self.mesh if sharded else None,
                 device=self.device,

@@ -12,12 +12,12 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
-from humanline.models import check_architecture, load_decoder
+from humanline.models import adapter_modules, load_decoder
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
 from humanline.training._settings import DTYPES, component
-from humanline.training._weights import read_weights
+from humanline.training._weights import build_decoder, read_decoder_weights
 
 log = utils.get_logger("INFO")
 
@@ -69,10 +69,15 @@ class Sampler:
         self.tokenizer = component(cfg, "tokenizer")
         self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
         with torch.device("meta"):
-            model = component(cfg, "model")
+            model = build_decoder(cfg)
+        if adapter_modules(model):
+            raise ConfigError(
+                f"model: {cfg.model._component_} makes a model with an adapter; sampling reads whole weights: name the "
+                "builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
+                "(save_adapter_weights_only: False)"
+            )
         self._check_fit(model)
-        _, weights = read_weights(cfg)
-        check_architecture(model, weights, cfg.checkpointer.checkpoint_dir)
+        _, weights = read_decoder_weights(cfg, model)
         self.engine = TorchtuneEngine(
             load_decoder(model, weights, device=self.device, dtype=self.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
