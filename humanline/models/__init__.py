@@ -1,4 +1,6 @@
-"""What torchtune's models lack: log-probs without logits, a check of checkpoints, SmolLM2, and a right Gemma 2."""
+"""What torchtune's models lack: log-probs without logits, checks against a checkpoint and its config.json, SmolLM2, and
+a right Gemma 2.
+"""
 
 from humanline.models import gemma2
 from humanline.models._adapter import (
@@ -11,18 +13,29 @@ from humanline.models._adapter import (
     merged_weight,
     trainable_parameters,
 )
-from humanline.models._load import check_architecture, fill_rotary_tables, load_decoder
+from humanline.models._check_function import check_function, differences, fitting_builders, set_windows
+from humanline.models._load import check_architecture, drop_tied_output, fill_rotary_tables, load_decoder
 from humanline.models._log_probs import token_log_probs
+from humanline.models._lora_arguments import check_arguments
 from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
+from humanline.models._published import FAMILIES, Published, read_published
+from humanline.models._second_opinion import second_opinion
 from humanline.models._shard import local_shard
 from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
 
 __all__ = [
+    "FAMILIES",
     "LogProbDecoder",
+    "Published",
     "adapter_modules",
     "check_adapter",
     "check_architecture",
+    "check_arguments",
+    "check_function",
+    "differences",
+    "drop_tied_output",
     "fill_rotary_tables",
+    "fitting_builders",
     "fixed_log_probs",
     "freeze_base",
     "gemma2",
@@ -34,6 +47,9 @@ __all__ = [
     "lora_smollm2_135m",
     "merged_name",
     "merged_weight",
+    "read_published",
+    "second_opinion",
+    "set_windows",
     "smollm2_135m",
     "token_log_probs",
     "trainable_parameters",

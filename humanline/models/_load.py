@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
+from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.errors import ConfigError
 
-__all__ = ["check_architecture", "fill_rotary_tables", "load_decoder"]
+__all__ = ["check_architecture", "drop_tied_output", "fill_rotary_tables", "load_decoder"]
 
 
 def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], checkpoint_dir: str) -> None:
@@ -29,8 +30,39 @@ def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], check
             raise ConfigError(
                 f"checkpointer.checkpoint_dir: {checkpoint_dir} is another architecture than model: "
                 f"{name} is {_shape(found.get(name))} in the checkpoint and {_shape(wanted.get(name))} in the model; "
-                "let both keys name the same model"
+                f"{_remedy(name, found)}"
             )
+
+
+def drop_tied_output(
+    model: TransformerDecoder, state_dict: dict[str, Tensor], head: Tensor | None, checkpoint_dir: str
+) -> bool:
+    """Takes out of a checkpoint the copy of the embeddings that some have as their output layer, if the model ties it.
+
+    Args:
+        model (TransformerDecoder): the model that the weights are for.
+        state_dict (dict[str, Tensor]): the checkpoint, in torchtune's names; changed in place.
+        head (Tensor | None): the output layer of the files, if reading left it out of ``state_dict``.
+        checkpoint_dir (str): where it came from, for the message.
+
+    Returns:
+        bool: whether there was one.
+
+    Raises:
+        ConfigError: if it is no copy of the embeddings.
+    """
+    if not isinstance(model.output, TiedLinear):
+        return False
+    output, embeddings = state_dict.pop(_OUTPUT, head), state_dict.get(_EMBEDDINGS)
+    if output is None or embeddings is None:
+        return False
+    if output.shape != embeddings.shape or not torch.equal(output.to(embeddings.dtype), embeddings):
+        raise ConfigError(
+            f"checkpointer.checkpoint_dir: {checkpoint_dir} has an output layer (lm_head.weight) that is no copy of "
+            "its embeddings, and the model ties the two; name a builder that does not, or set "
+            "model.tie_word_embeddings: False and the same key of config.json"
+        )
+    return True
 
 
 def load_decoder(
@@ -59,6 +91,18 @@ def fill_rotary_tables(model: nn.Module, device: torch.device) -> None:
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()  # type: ignore[operator]
+
+
+_OUTPUT, _EMBEDDINGS = "output.weight", "tok_embeddings.weight"
+
+
+def _remedy(name: str, found: Mapping[str, object]) -> str:
+    if name == _OUTPUT and name not in found:
+        return (
+            "its embeddings are the output layer as well; name a builder that ties them (llama3_2, qwen2_5 up to 3B), "
+            "or set model.tie_word_embeddings: True"
+        )
+    return "let both keys name the same model"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -38,6 +38,7 @@ from humanline.training._model import design_model, mesh_of
 from humanline.training._non_finite import NonFinite
 from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES
+from humanline.training._weights import build_decoder
 
 CPU = torch.device("cpu")
 
@@ -90,7 +91,7 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     cfg = OmegaConf.merge(cfg, {"enable_activation_offloading": False})  # type: ignore[assignment]
     settings = Settings.from_config(cfg)
     with torch.device("meta"):
-        shape = component(cfg, "model")
+        shape = build_decoder(cfg)
     check_adapter(shape, ranks, settings.data_parallel_replicate_dim)
     vocabulary = shape.tok_embeddings.num_embeddings
     if (planned := depths(shape.layers)) is None:
@@ -180,7 +181,7 @@ class _Rehearsal(HumanlineRecipe):
         """The recipe's model in fake tensors."""
         with unset_fake_temporarily():
             model = design_model(
-                lambda: with_layers(component(cfg, "model"), self.layers),
+                lambda: with_layers(build_decoder(cfg), self.layers),
                 mesh=self.mesh,
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],

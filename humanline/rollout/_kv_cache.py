@@ -52,7 +52,11 @@ class Prefill:
     def attend(
         self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
     ) -> Tensor:
-        return layer.attention(queries, *new, is_causal=True)
+        if layer.window is None or queries.size(2) <= layer.window:
+            return layer.attention(queries, *new, is_causal=True)
+        at = torch.arange(queries.size(2), device=queries.device)
+        distance = at[:, None] - at
+        return layer.attention(queries, *new, attn_mask=(distance >= 0) & (distance < layer.window))
 
 
 class Step:
@@ -119,8 +123,7 @@ class _LayerCache(nn.Module):
     def __init__(self, cache: KVCache, attention: nn.Module) -> None:
         super().__init__()
         self._cache = cache
-        # Gemma 2 has its own of both.
-        self.attention: Any = getattr(attention, "attend", F.scaled_dot_product_attention)
+        self.attention: Any = getattr(attention, "attend", F.scaled_dot_product_attention)  # Gemma 2 has its own
         self.window: int | None = getattr(attention, "sliding_window", None)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

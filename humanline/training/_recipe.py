@@ -26,7 +26,6 @@ from humanline.models import (
     LogProbDecoder,
     adapter_modules,
     check_adapter,
-    check_architecture,
     has_quantized_base,
     initial_adapter,
     log_probs,
@@ -57,7 +56,13 @@ from humanline.training._replace import restore_replaced
 from humanline.training._settings import COMPONENTS, DTYPES, Settings, values_of
 from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
-from humanline.training._weights import fingerprint, read_weights, rounding_on_load, sampled_digest
+from humanline.training._weights import (
+    build_decoder,
+    fingerprint,
+    read_decoder_weights,
+    rounding_on_load,
+    sampled_digest,
+)
 
 log = utils.get_logger("INFO")
 
@@ -101,7 +106,7 @@ class HumanlineRecipe(FTRecipeInterface):
         self.reference = component(cfg, "reference")
         tokenizer = component(cfg, "tokenizer")
         with torch.device("meta"):
-            shape = component(cfg, "model")
+            shape = build_decoder(cfg)
         self.source = self._setup_source(cfg, tokenizer, shape)
         self.objective.check_microbatch(settings.batch_size * self.world_size, "batch_size")
         held_out = component(cfg, "dataset_val", tokenizer)
@@ -275,7 +280,9 @@ class HumanlineRecipe(FTRecipeInterface):
 
     def _setup_models(self, cfg: DictConfig) -> LogProbDecoder:
         settings = self.settings
-        self.checkpointer, weights = read_weights(cfg)
+        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
+            shape = LogProbDecoder(build_decoder(cfg))
+        self.checkpointer, weights = read_decoder_weights(cfg, shape)
         if Path(cfg.checkpointer.output_dir).resolve() != Path(settings.output_dir).resolve():
             raise ConfigError(
                 f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
@@ -283,9 +290,6 @@ class HumanlineRecipe(FTRecipeInterface):
             )
         check_same({f"weights of {cfg.checkpointer.checkpoint_dir}": sampled_digest(weights)})
         self.checkpoint_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
-            shape = LogProbDecoder(component(cfg, "model"))
-        check_architecture(shape, weights, cfg.checkpointer.checkpoint_dir)
         check_adapter(shape, self.world_size, settings.data_parallel_replicate_dim)
         has_adapter = bool(adapter_modules(shape))
         key = "dtype" if has_adapter else "master_dtype"  # of what the checkpoint's weights are kept in
@@ -309,7 +313,7 @@ class HumanlineRecipe(FTRecipeInterface):
 
         def model(state_dict: dict[str, Tensor] | None, **kwargs: Any) -> LogProbDecoder:
             return build_model(
-                lambda: component(cfg, "model"),
+                lambda: build_decoder(cfg),
                 state_dict,
                 mesh=self.mesh if sharded else None,
                 device=self.device,

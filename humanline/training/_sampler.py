@@ -12,14 +12,14 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from humanline.errors import ConfigError, DataError
-from humanline.models import check_architecture, load_decoder
+from humanline.models import adapter_modules, load_decoder
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 from humanline.training._component import component
 from humanline.training._keys import one_of
 from humanline.training._partial_file import PartialFile
 from humanline.training._provenance import code_digest, named_files
 from humanline.training._settings import DTYPES
-from humanline.training._weights import read_weights, rounding_on_load
+from humanline.training._weights import build_decoder, read_decoder_weights, rounding_on_load
 
 log = utils.get_logger("INFO")
 
@@ -71,10 +71,15 @@ class Sampler:
         self.tokenizer = component(cfg, "tokenizer")
         self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
         with torch.device("meta"):
-            model = component(cfg, "model")
+            model = build_decoder(cfg)
+        if adapter_modules(model):
+            raise ConfigError(
+                f"model: {cfg.model._component_} makes a model with an adapter; sampling reads whole weights: name the "
+                "builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
+                "(save_adapter_weights_only: False)"
+            )
         self._check_fit(model)
-        _, weights = read_weights(cfg)
-        check_architecture(model, weights, cfg.checkpointer.checkpoint_dir)
+        _, weights = read_decoder_weights(cfg, model)
         if warning := rounding_on_load(cfg, weights, "dtype", self.dtype):
             log.warning(warning)
         self.engine = TorchtuneEngine(

@@ -6,10 +6,78 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import training
+from torchtune import training, utils
+from torchtune.modules import TransformerDecoder
+from torchtune.training.checkpointing._utils import safe_torch_load
 
 from humanline.errors import ConfigError
+from humanline.models import (
+    check_architecture,
+    check_arguments,
+    check_function,
+    drop_tied_output,
+    read_published,
+    second_opinion,
+    set_windows,
+)
 from humanline.training._component import component
+
+log = utils.get_logger("INFO")
+
+_HEAD = "lm_head.weight"
+
+
+def build_decoder(cfg: DictConfig) -> TransformerDecoder:
+    """Builds ``cfg.model``, with the sliding windows of its checkpoint's config.json.
+
+    Raises:
+        ConfigError: if an argument has no effect, or config.json is of a model that is not known.
+    """
+    model: TransformerDecoder = component(cfg, "model")
+    check_arguments(model, cfg.model)
+    if (published := read_published(cfg.checkpointer.get("checkpoint_dir") or "", model.max_seq_len)) is not None:
+        set_windows(model, published)
+    return model
+
+
+def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:
+    """Reads the weights that ``cfg.checkpointer`` points to for a model, and checks that the two belong together.
+
+    Args:
+        cfg (DictConfig): the config, of which ``model`` and ``checkpointer`` are read.
+        model (TransformerDecoder): what :func:`build_decoder` built, without memory.
+
+    Returns:
+        tuple[Any, dict[str, Tensor]]: as of :func:`read_weights`.
+
+    Raises:
+        ConfigError: if the model computes another function than config.json says, or has other weights.
+    """
+    folder = cfg.checkpointer.get("checkpoint_dir") or ""
+    is_hf = "HF" in str(cfg.checkpointer.get("_component_"))
+    remarks = []
+    if (published := read_published(folder, model.max_seq_len)) is not None:
+        check_function(model, published, cfg.model, cfg.checkpointer.get("model_type") if is_hf else None)
+        remarks = [*published.remarks, second_opinion(published)]
+    checkpointer, weights = read_weights(cfg)
+    if published is None:
+        remarks.append(f"{folder} has no config.json, so what the model computes could not be compared with it")
+    if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
+        remarks.append(f"{folder}: {_HEAD} is a copy of the embeddings, which the model ties; it is left out")
+        getattr(checkpointer, "_weight_map", {}).pop(_HEAD, None)  # by which the final weights are written
+    check_architecture(model, weights, folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for remark in filter(None, remarks):
+            log.info(remark)
+    return checkpointer, weights
+
+
+def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | None:
+    """The output layer of the files, where torchtune's conversion leaves it out (Qwen2's, if config.json ties it)."""
+    if _HEAD not in getattr(checkpointer, "_weight_map", {}) or "output.weight" in weights:
+        return None
+    files = (safe_torch_load(path) for path in checkpointer._checkpoint_paths)
+    return next((file[_HEAD] for file in files if _HEAD in file), None)
 
 
 def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:

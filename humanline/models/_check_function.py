@@ -1,0 +1,293 @@
+"""The function of a built model against that of its checkpoint's config.json."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
+
+from humanline.errors import ConfigError
+from humanline.models._measure import (
+    activation_of,
+    embedding_scale_of,
+    kind_of,
+    norm_of,
+    rotation_of,
+    scores_of,
+)
+from humanline.models._policy import LogProbDecoder
+from humanline.models._published import Published, Rotation
+
+Decoder: TypeAlias = TransformerDecoder | LogProbDecoder
+
+# How a checkpointer's conversion lays out the rows of queries and keys, by its model_type: Qwen2's and Phi-3's keep
+# them as transformers has them, with pairs of dimensions half a head apart; the others make neighbours of a pair.
+_IN_HALVES = ("QWEN2", "QWEN3", "PHI3_MINI", "PHI4")
+
+# Where builders stand that a family's checkpoints may fit, and the ones that take every size as an argument.
+_BUILDERS = {
+    "llama": ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3"),
+    "mistral": ("mistral",),
+    "qwen2": ("qwen2", "qwen2_5"),
+    "gemma": ("gemma",),
+    "gemma2": (),
+    "phi3": ("phi3", "phi4"),
+}
+_OWN_BUILDERS = {
+    "llama": {"humanline.models": ("smollm2_135m",)},
+    "gemma2": {"humanline.models.gemma2": ("gemma2_2b", "gemma2_9b", "gemma2_27b")},
+}
+_COMPONENTS = {
+    "llama": ("torchtune.models.llama3.llama3", "torchtune.models.llama3_2.llama3_2"),
+    "mistral": ("torchtune.models.mistral.mistral",),
+    "qwen2": ("torchtune.models.qwen2.qwen2",),
+    "gemma": ("torchtune.models.gemma.gemma",),
+    "gemma2": ("humanline.models.gemma2.gemma2",),
+    "phi3": ("torchtune.models.phi3.phi3",),
+}
+
+
+class Difference(NamedTuple):
+    """A quantity of which config.json has one value and the model another."""
+
+    quantity: str
+    published: object
+    built: object
+
+    def __str__(self) -> str:
+        return f"{self.quantity} is {_said(self.published)} in config.json and {_said(self.built)} in the model"
+
+
+def differences(model: Decoder, published: Published, model_type: str | None = None) -> Iterator[Difference]:
+    """In what a model computes another function than its checkpoint's config.json says.
+
+    Sliding windows that config.json has and torchtune's attention has not are no difference: see :func:`set_windows`.
+
+    Args:
+        model (Decoder): the model, which may be on the meta device.
+        published (Published): what the file says.
+        model_type (str | None): the checkpointer's, if it converts from the Hugging Face format.
+    """
+    measured: dict[Any, Any] = {}
+
+    def once(measure: Callable[..., Any], module: Any, *arguments: Any) -> Any:
+        """What a kind of module computes, measured on the first of it."""
+        key = (measure, kind_of(module))
+        if key not in measured:
+            measured[key] = _try(measure, *arguments)
+        return measured[key]
+
+    halves = None if model_type is None else model_type in _IN_HALVES
+    seen: set[tuple[str, str]] = set()
+
+    def unlike(quantity: str, expected: object, found: object) -> Iterator[Difference]:
+        difference = Difference(quantity, expected, found)
+        if not _alike(expected, found) and (quantity, str(difference)) not in seen:
+            seen.add((quantity, str(difference)))
+            yield difference
+
+    embed_dim = model.tok_embeddings.embedding_dim
+    norms = [model.norm]
+    for layer, expected in zip(model.layers, _per_layer(published.rotations, len(model.layers)), strict=True):
+        attn = layer.attn
+        yield from unlike("num_attention_heads", published.num_attention_heads, attn.num_heads)
+        yield from unlike("num_key_value_heads", published.num_key_value_heads, attn.num_kv_heads)
+        yield from unlike("head_dim", published.head_dim, attn.head_dim)
+        rope = attn.pos_embeddings
+        rotation = once(rotation_of, rope, rope, attn.head_dim)
+        wanted = Rotation(expected.frequencies, expected.factor, halves)
+        yield from unlike("the rotation of RoPE", wanted, rotation or f"another one ({type(rope).__name__})")
+        scores = once(scores_of, attn, attn._attention_call, attn.head_dim)
+        if scores is None or type(attn).forward is not MultiHeadAttention.forward:
+            yield from unlike("attention", "torchtune's MultiHeadAttention", f"another one ({type(attn).__name__})")
+        else:
+            yield from unlike("the scale of attention", published.attention_scale, scores.scale)
+            yield from unlike("attn_logit_softcapping", published.attention_cap, scores.cap)
+        mlp = layer.mlp
+        if type(mlp).forward is not FeedForward.forward or mlp.w3 is None:
+            yield from unlike("the MLP", "a gated one", f"another one ({type(mlp).__name__})")
+        else:
+            function = once(activation_of, mlp.activation, mlp.activation)
+            yield from unlike("hidden_act", published.activation, function)
+        norms += [layer.sa_norm, layer.mlp_norm, layer.sa_scale, layer.mlp_scale]
+    for norm in norms:
+        if isinstance(norm, nn.Identity):
+            continue
+        found = once(norm_of, norm, norm, embed_dim)
+        if found is None:
+            yield from unlike("a norm", "one of root mean squares", f"another one ({type(norm).__name__})")
+        else:
+            yield from unlike("rms_norm_eps", published.rms_norm_eps, found.eps)
+            words = {True: "1 + weight", False: "weight"}
+            yield from unlike("the scale of norms", words[published.one_plus_weight], words[found.one_plus_weight])
+    scale = embedding_scale_of(model.tok_embeddings, embed_dim)
+    yield from unlike("the scale of embeddings", published.embedding_scale, scale)
+    cap = getattr(model.output, "soft_cap", None)
+    yield from unlike("final_logit_softcapping", published.logit_cap, cap)
+    yield from unlike("tie_word_embeddings", published.tie_word_embeddings, isinstance(model.output, TiedLinear))
+    if len(published.windows) == len(model.layers):
+        own = [getattr(layer.attn, "sliding_window", None) for layer in model.layers]
+        settable = not any(hasattr(layer.attn, "sliding_window") for layer in model.layers)
+        if not settable and list(published.windows) != own:
+            yield from unlike("sliding_window", _windows_said(published.windows), _windows_said(own))
+
+
+def check_function(
+    model: Decoder, published: Published, builder: Mapping[str, Any], model_type: str | None = None
+) -> None:
+    """Refuses a model that computes another function than its checkpoint's config.json says.
+
+    Args:
+        model (Decoder): the model, which may be on the meta device.
+        published (Published): what the file says.
+        builder (Mapping[str, Any]): the config's ``model``: ``_component_`` and its arguments, for the message.
+        model_type (str | None): the checkpointer's, if it converts from the Hugging Face format.
+
+    Raises:
+        ConfigError: with every difference, both values, and the builder that fits.
+    """
+    found = list(differences(model, published, model_type))
+    if found:
+        raise ConfigError(
+            f"checkpointer.checkpoint_dir: {published.path.parent} is another architecture than model "
+            f"({builder.get('_component_')}): {'; '.join(map(str, found))}; {remedy(published, builder, model_type)}"
+        )
+
+
+def set_windows(model: TransformerDecoder, published: Published) -> None:
+    """Gives torchtune's attention, which has no sliding windows, those of config.json: :class:`LogProbDecoder` makes a
+    mask for each window that a layer has, and so does sampling."""
+    for layer, window in zip(model.layers, published.windows, strict=False):
+        if window is not None and not hasattr(layer.attn, "sliding_window"):
+            layer.attn.sliding_window = window
+
+
+def remedy(published: Published, builder: Mapping[str, Any], model_type: str | None) -> str:
+    """What to set for a model that computes what config.json says; each builder that is named has been tried."""
+    name = str(builder.get("_component_"))
+    prefix = next((prefix for prefix in ("qlora_", "lora_") if name.rpartition(".")[2].startswith(prefix)), "")
+    wanted = None if model_type is None else _model_types(published.model_type, model_type)
+    if wanted is not None:
+        return f"set checkpointer.model_type: {wanted}"
+    if fitting := [_with_prefix(path, prefix) for path in fitting_builders(published)]:
+        return f"set model._component_: {' or '.join(fitting)}"
+    for path in _COMPONENTS[published.model_type]:
+        arguments = _arguments(path, published)
+        if _fits(path, published, arguments):
+            path = _with_prefix(path, prefix)
+            same = path == name
+            changed = {key: value for key, value in arguments.items() if not same or builder.get(key) != value}
+            words = ", ".join(f"model.{key}: {_said(value, plain=True)}" for key, value in changed.items())
+            return f"set {words}" if same else f"set model._component_: {path}, {words}"
+    return "no builder of torchtune or humanline computes it"
+
+
+def fitting_builders(published: Published) -> list[str]:
+    """The builders of one size, of torchtune and humanline, that compute what config.json says."""
+    found = []
+    for module in (f"torchtune.models.{name}" for name in _BUILDERS[published.model_type]):
+        names = [name for name in import_module(module).__all__ if "lora" not in name and "reward" not in name]
+        found += [f"{module}.{name}" for name in names if _fits(f"{module}.{name}", published, {})]
+    for module, own in _OWN_BUILDERS.get(published.model_type, {}).items():
+        found += [f"{module}.{name}" for name in own if _fits(f"{module}.{name}", published, {})]
+    return found
+
+
+def _fits(path: str, published: Published, arguments: Mapping[str, Any]) -> bool:
+    module, _, name = path.rpartition(".")
+    try:
+        with torch.device("meta"):
+            model = getattr(import_module(module), name)(**arguments)
+    except (TypeError, AttributeError, ValueError):  # no builder, or one that wants arguments
+        return False
+    if not isinstance(model, TransformerDecoder) or not hasattr(model.layers[0].mlp, "w2"):
+        return False
+    built = {
+        "hidden_size": model.tok_embeddings.embedding_dim,
+        "vocab_size": model.tok_embeddings.num_embeddings,
+        "num_hidden_layers": len(model.layers),
+        "intermediate_size": model.layers[0].mlp.w2.in_features,
+    }
+    return built == dict(published.sizes) and next(differences(model, published), None) is None
+
+
+def _arguments(path: str, published: Published) -> dict[str, Any]:
+    """The arguments of a builder that takes every size, of those that it has."""
+    sizes, rope = published.sizes, published.rope
+    arguments = {
+        "vocab_size": sizes["vocab_size"],
+        "num_layers": sizes["num_hidden_layers"],
+        "num_heads": published.num_attention_heads,
+        "num_kv_heads": published.num_key_value_heads,
+        "head_dim": published.head_dim,
+        "embed_dim": sizes["hidden_size"],
+        "intermediate_dim": sizes["intermediate_size"],
+        "max_seq_len": published.max_position_embeddings,
+        "norm_eps": published.rms_norm_eps,
+        "rope_base": rope["rope_theta"],
+        "scale_factor": rope.get("factor", 1) if rope["rope_type"] == "llama3" else 1,
+        "tie_word_embeddings": published.tie_word_embeddings,
+        "query_pre_attn_scalar": round(published.attention_scale**-2),
+        "sliding_window_size": next(filter(None, published.windows), None),
+    }
+    module, _, name = path.rpartition(".")
+    if published.model_type == "gemma2":  # humanline's passes its arguments on to torchtune's
+        module, name = "torchtune.models.gemma2._component_builders", "gemma2"
+    taken = inspect.signature(getattr(import_module(module), name)).parameters
+    return {key: _whole(value) for key, value in arguments.items() if key in taken}
+
+
+def _with_prefix(path: str, prefix: str) -> str:
+    """The same model with an adapter, where there is a builder of it."""
+    module, _, name = path.rpartition(".")
+    return f"{module}.{prefix}{name}" if hasattr(import_module(module), prefix + name) else path
+
+
+def _model_types(family: str, given: str) -> str | None:
+    """The checkpointer's model_type for a family, if the one given lays out rows in another way."""
+    right = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+    wanted = right.get(family, "LLAMA3")
+    return wanted if (wanted in _IN_HALVES) != (given in _IN_HALVES) else None
+
+
+def _per_layer(values: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
+    """A value for each layer of the model; how many layers there are is told by the weights."""
+    return (*values, *values[-1:] * layers)[:layers]
+
+
+def _try(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module computes; None if it cannot be called as torchtune's modules are."""
+    try:
+        return measure(*arguments)
+    except Exception:  # a module of a user's own may raise anything
+        return None
+
+
+def _alike(expected: object, found: object) -> bool:
+    if isinstance(expected, Rotation) and isinstance(found, Rotation):
+        return expected.like(found)
+    if isinstance(expected, float) and isinstance(found, int | float):
+        return math.isclose(expected, found, rel_tol=1e-3)
+    return expected == found
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _said(value: object, plain: bool = False) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int | float):
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return str(value)
+
+
+def _windows_said(windows: Any) -> str:
+    sliding = [window for window in windows if window is not None]
+    return f"{sliding[0]} on {len(sliding)} of {len(windows)} layers" if sliding else "null"

@@ -1,0 +1,149 @@
+"""What the modules of a built decoder compute, found by calling them; not by their names or by their builder's.
+
+A decoder on the meta device has no numbers, so a module is called on the host with small weights in the place of its
+own. Whatever builder made it, torchtune's, humanline's or a user's, is measured alike.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from humanline.models._published import Rotation
+
+
+class Norm(NamedTuple):
+    """A norm over the last dimension: ``x / sqrt(mean(x^2) + eps)``, times its weight or one more than it."""
+
+    eps: float
+    one_plus_weight: bool
+
+
+class Scores(NamedTuple):
+    """The scores of attention: ``cap * tanh(q . k * scale / cap)``, or without a cap ``q . k * scale``."""
+
+    scale: float
+    cap: float | None
+
+
+def rotation_of(module: nn.Module | None, head_dim: int) -> Rotation | None:
+    """How rotary embeddings turn queries and keys; None if they do something else than to turn pairs of dimensions."""
+    if module is None:
+        return Rotation(torch.empty(0, dtype=torch.float64))
+    with torch.device("cpu"):
+        module = copy.deepcopy(module)
+        if hasattr(module, "rope_init"):
+            module.rope_init()  # type: ignore[operator]
+        basis = torch.eye(head_dim).view(1, 1, head_dim, head_dim)
+        turned = module(basis, input_pos=torch.ones(1, 1, dtype=torch.int64)).view(head_dim, head_dim).double()
+    for halves in (False, True):
+        found = _pairs(turned, halves)
+        if found is not None:
+            return found
+    return None
+
+
+def _pairs(turned: Tensor, halves: bool) -> Rotation | None:
+    """The angles of a matrix that turns pairs of its first dimensions, and None if it does not."""
+    head_dim = len(turned)
+    off_diagonal = turned - turned.diagonal().diag()
+    rotated = int((off_diagonal.abs().sum(1) > 0).sum())
+    first = torch.arange(rotated // 2)
+    first, second = (first, first + rotated // 2) if halves else (2 * first, 2 * first + 1)
+    cosines, sines = turned[first, first], turned[first, second]
+    expected = torch.eye(head_dim, dtype=turned.dtype)
+    expected[first, first] = expected[second, second] = cosines
+    expected[first, second], expected[second, first] = sines, -sines
+    if rotated % 2 or not torch.allclose(turned, expected, atol=1e-6, rtol=0):
+        return None
+    factor = float(torch.hypot(cosines, sines).mean()) if rotated else 1.0
+    return Rotation(torch.atan2(sines, cosines), factor, halves if rotated > 2 else None)
+
+
+def norm_of(module: nn.Module, dim: int) -> Norm | None:
+    """How a norm scales; None if it is no norm of root mean squares."""
+    x = torch.zeros(1, dim)
+    x[0, ::2] = 1e-4  # small, so that eps shows, and not of mean zero
+    mean_square = float(x.double().square().mean())
+
+    def call(weight: float) -> Tensor:
+        weights = {name: torch.full(p.shape, weight) for name, p in module.named_parameters()}
+        return functional_call(module, weights, (x,)).double()[0]
+
+    with torch.device("cpu"):
+        zero, one = call(0.0), call(1.0)
+    one_plus_weight = bool(zero[0] != 0)
+    gain = float(one[0] / x[0, 0]) / (2 if one_plus_weight else 1)
+    if gain <= 0 or bool(one[1::2].any()) or not torch.allclose(one[::2], one[0]):
+        return None
+    return Norm(max(gain**-2 - mean_square, 0.0), one_plus_weight)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def activation_of(function: Callable[[Tensor], Tensor]) -> str:
+    """The name of an activation by its values, in the words of :class:`~humanline.models._published.Published`."""
+    x = torch.linspace(-4, 4, 41)
+    values = function(x.clone())
+    alike = (name for name, known in _ACTIVATIONS.items() if torch.allclose(values, known(x), atol=1e-6))
+    return next(alike, f"another function ({getattr(function, '__name__', type(function).__name__)})")
+
+
+def scores_of(attend: Callable[..., Tensor], head_dim: int) -> Scores:
+    """The scale and the soft-cap of attention's scores, from the weights it gives to two keys.
+
+    Args:
+        attend (Callable[..., Tensor]): ``(q, k, v, *, mask, dropout_p, is_causal)``, each ``[B, H, S, D]``.
+        head_dim (int): ``D``, at least 2.
+    """
+
+    def score(product: float) -> float:
+        query, keys, values = torch.zeros(1, 1, 1, head_dim), torch.zeros(1, 1, 2, head_dim), torch.zeros(2, head_dim)
+        query[..., 0], keys[0, 0, 0, 0] = 1, product
+        values[0, 0] = values[1, 1] = 1  # so that the output is the two weights
+        arguments = (tensor.double() for tensor in (query, keys, values[None, None]))
+        weights = attend(*arguments, mask=None, dropout_p=0.0, is_causal=False).double().flatten()
+        return math.log(weights[0] / weights[1])
+
+    small = 1e-2
+    scale = score(small) / small
+    uncapped = 60.0  # far enough for caps to show, and within float32
+    capped = score(uncapped / scale)
+    if capped > 0.9999 * uncapped:
+        return Scores(scale, None)
+    low, high = capped, 1e4
+    for _ in range(60):  # bisection: the capped score grows with the cap
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * math.tanh(uncapped / middle) < capped else (low, middle)
+    return Scores(scale, high)
+
+
+def embedding_scale_of(module: nn.Module, dim: int) -> float:
+    """What embeddings are multiplied with after they are looked up."""
+    with torch.device("cpu"):
+        ids = torch.ones(1, 1, dtype=torch.int64)
+        return float(functional_call(module, {"weight": torch.ones(2, dim)}, (ids,)).double().mean())
+
+
+def kind_of(module: Any) -> tuple[Any, ...]:
+    """What modules of one type differ in, so that each kind is measured once."""
+    if not isinstance(module, nn.Module):
+        return (module,)
+    parts = [(type(part), *_plain(part)) for part in module.modules()]
+    return tuple(parts)
+
+
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    values = vars(module).items()
+    return sorted((key, value) for key, value in values if isinstance(value, int | float | str | type(None)))

@@ -1,0 +1,378 @@
+"""The function that the config.json beside a checkpoint describes, in the terms in which a built model is measured.
+
+transformers is the authority on what a key means: its defaults per family, and the two forms in which it has written
+rotary positions (``rope_theta`` with ``rope_scaling``, and ``rope_parameters``).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from humanline.errors import ConfigError
+
+# Per family: defaults of transformers where a key is absent. Keys that only some families read stand in these alone.
+_ALL: dict[str, Any] = {
+    **{"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    **{"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0},
+    **{"tie_word_embeddings": False, "max_position_embeddings": 2048, "original_max_position_embeddings": None},
+}
+_GEMMA = _ALL | {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _ALL,
+    "mistral": _ALL | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _ALL
+    | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+    | {"layer_types": None},
+    "phi3": _ALL | {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "gemma": _GEMMA | {"hidden_activation": None},
+    "gemma2": _GEMMA
+    | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    | {"layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+}
+FAMILIES = tuple(_FAMILIES)
+
+_NUMBERS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+
+# Keys that speak of the function, whatever model they are of: one that the family does not read must be neutral.
+_OF_THE_FUNCTION = re.compile(
+    r"scal|multipl|capping|norm|rope|rotary|theta|window|attn|attention|bias|_act$|^act|activation|alibi|moe|expert"
+    r"|router|qk_|residual|parallel|mask|causal|bidirection|mup|position|quant|embed|logit|pool|layer|skip|nope"
+)
+# These speak of it, but leave it as it is: the shapes and names of the weights decide them, or training or a kernel.
+_HARMLESS = re.compile(
+    r"attention_bias|mlp_bias|num_(hidden_layers|key_value_heads|attention_heads)|hidden_size|\w*(dropout|pdrop)"
+    r"|_?attn_implementation\w*|_?experts_implementation\w*|use_flash_attn|_?flash_attn\w*|\w*flash_attention\w*"
+    r"|output_(attentions|hidden_states|router_logits|scores)|num_logits_to_keep|logits_to_keep|initializer_range"
+    r"|prefix|(begin_)?suppress_tokens|forced_\w+|use_cache|\w*_token_id|return_dict\w*|_name_or_path|pretraining_tp"
+    r"|transformers_version|(torch_)?dtype|is_llama_config|unsloth\w*|task_specific_params|\w*id2label|\w*label2id"
+    r"|is_(encoder_)?decoder|transformers\.js_config|_commit_hash|chunk_size_feed_forward|cache_implementation"
+)
+
+_ACTIVATIONS = {
+    **{"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_python": "gelu"},
+    **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"},
+}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """By what rotary embeddings turn queries and keys at position 1.
+
+    Attributes:
+        frequencies (Tensor): angles in radians, float64 ``[half of the rotated dimensions]``.
+        factor (float): what sines and cosines are multiplied with.
+        halves (bool | None): whether a dimension turns with one half a head away, and not with its neighbour; None
+            where that is not known.
+    """
+
+    frequencies: Tensor
+    factor: float = 1.0
+    halves: bool | None = None
+
+    def like(self, other: "Rotation") -> bool:
+        """Whether both turn alike, up to the rounding of float32."""
+        return (
+            self.frequencies.shape == other.frequencies.shape
+            and torch.allclose(self.frequencies, other.frequencies, rtol=1e-5, atol=0)
+            and math.isclose(self.factor, other.factor, rel_tol=1e-5)
+            and (None in (self.halves, other.halves) or self.halves == other.halves)
+        )
+
+    def __str__(self) -> str:
+        count = len(self.frequencies)
+        if count == 0:
+            return "none"
+        if count == 1:
+            return f"of {2 * count} dimensions, frequency {self.frequencies[0]:.4g}"
+        base = float(self.frequencies[0] / self.frequencies[1]) ** count
+        plain = base ** (-torch.arange(count, dtype=torch.float64) / count)
+        scaling = float(plain[-1] / self.frequencies[-1])
+        words = [f"base {base:,.6g}", f"of {2 * count} dimensions"]
+        if not math.isclose(scaling, 1, rel_tol=1e-3):
+            words.append(f"the lowest frequency divided by {scaling:.4g}")
+        if not math.isclose(self.factor, 1, rel_tol=1e-4):
+            words.append(f"sines and cosines times {self.factor:.4g}")
+        if self.halves is not None:
+            words.append("dimensions paired over halves of a head" if self.halves else "neighbouring dimensions paired")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The function that a config.json describes.
+
+    Attributes:
+        path (Path): the file.
+        model_type (str): the family, one of ``FAMILIES``.
+        sizes (Mapping[str, int]): layers, widths and vocabulary by the file's own names.
+        rotations (tuple[Rotation, ...]): of each layer.
+        windows (tuple[int | None, ...]): how many positions a token of each layer sees, its own included.
+        attention_scale (float): of the products of queries and keys.
+        attention_cap (float | None): the soft-cap of attention's scores.
+        logit_cap (float | None): the soft-cap of the logits.
+        embedding_scale (float): what embeddings are multiplied with.
+        one_plus_weight (bool): whether norms scale by one more than their weight.
+        activation (str): of the MLP.
+        scaled (bool): whether rotary positions are other than plain ones.
+        remarks (tuple[str, ...]): what was passed over, to be logged.
+    """
+
+    path: Path
+    model_type: str
+    sizes: Mapping[str, int]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rotations: tuple[Rotation, ...]
+    windows: tuple[int | None, ...]
+    attention_scale: float
+    attention_cap: float | None
+    logit_cap: float | None
+    embedding_scale: float
+    one_plus_weight: bool
+    activation: str
+    tie_word_embeddings: bool
+    rope: Mapping[str, Any]
+    max_position_embeddings: int
+    scaled: bool
+    remarks: tuple[str, ...]
+
+
+def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | None:
+    """Reads a checkpoint's config.json; None where it has none.
+
+    Args:
+        checkpoint_dir (str | Path): the checkpoint's folder.
+        max_seq_len (int): the longest sequence of the model that is built, which scaled positions may depend on.
+
+    Raises:
+        ConfigError: if it cannot be read, is of a family that is not known, or has a key that changes the function
+            in a way that is not known.
+    """
+    path = Path(checkpoint_dir) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpointer.checkpoint_dir: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"checkpointer.checkpoint_dir: {path} is a {type(content).__name__}, not an object of keys")
+    content |= content.pop("text_config", None) or {}
+    family = content.get("model_type")
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, and no builder of torchtune or humanline "
+            f"is known to compute that; known are {', '.join(FAMILIES)}"
+        )
+    return _Reader(path, family, content, max_seq_len).published()
+
+
+class _Reader:
+    """One config.json of a known family."""
+
+    def __init__(self, path: Path, family: str, content: dict[str, Any], max_seq_len: int) -> None:
+        self.path, self.family, self.content, self.max_seq_len = path, family, content, max_seq_len
+        self.defaults = _FAMILIES[family]
+
+    def published(self) -> Published:
+        remarks = self._check_keys()
+        sizes = {key: self._number(key) for key in _NUMBERS}
+        heads = sizes.pop("num_attention_heads")
+        kv_heads = heads if self._value("num_key_value_heads") is None else self._number("num_key_value_heads")
+        head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._number("head_dim")
+        if self._value("head_dim") is None and sizes["hidden_size"] % heads:
+            raise self._error("hidden_size", f"{sizes['hidden_size']} does not divide into {heads} heads")
+        gemma = self.family in ("gemma", "gemma2")
+        layer_types = self._layer_types(sizes["num_hidden_layers"])
+        ropes = [self._rope(layer_type) for layer_type in layer_types]
+        by_rope = {str(rope): self._rotation(rope, head_dim) for rope in ropes}
+        scalar = self._number("query_pre_attn_scalar") if self.family == "gemma2" else head_dim
+        return Published(
+            path=self.path,
+            model_type=self.family,
+            sizes=sizes,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=self._number("rms_norm_eps"),
+            rotations=tuple(by_rope[str(rope)] for rope in ropes),
+            windows=self._windows(layer_types),
+            attention_scale=scalar**-0.5,
+            attention_cap=self._cap("attn_logit_softcapping"),
+            logit_cap=self._cap("final_logit_softcapping"),
+            embedding_scale=sizes["hidden_size"] ** 0.5 if gemma else 1.0,
+            one_plus_weight=gemma,
+            activation=self._activation(),
+            tie_word_embeddings=bool(self._value("tie_word_embeddings")),
+            rope=ropes[0],
+            max_position_embeddings=self._number("max_position_embeddings"),
+            scaled=any(rope["rope_type"] != "default" for rope in ropes),
+            remarks=remarks,
+        )
+
+    def _error(self, key: str, found: str) -> ConfigError:
+        return ConfigError(f"checkpointer.checkpoint_dir: {self.path}: {key}: {found}")
+
+    def _value(self, key: str) -> Any:
+        return self.content.get(key, self.defaults.get(key))
+
+    def _number(self, key: str) -> Any:
+        value = self._value(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self._error(key, f"expected a number above 0, got {value!r}")
+        return value
+
+    def _cap(self, key: str) -> float | None:
+        return None if self._value(key) is None else float(self._number(key))
+
+    def _check_keys(self) -> tuple[str, ...]:
+        """Refuses what changes the function and is not known; returns what was passed over without being known."""
+        if self.content.get("quantization_config"):
+            method = self.content["quantization_config"].get("quant_method", "some method")
+            raise self._error(
+                "quantization_config", f"the weights are quantised ({method}); give the checkpoint that is not"
+            )
+        known = {*self.defaults, *_NUMBERS, "model_type", "architectures", "auto_map", "quantization_config"}
+        unknown = {key: value for key, value in self.content.items() if key not in known and not _is_neutral(value)}
+        unknown = {key: value for key, value in unknown.items() if not _HARMLESS.fullmatch(key)}
+        for key, value in unknown.items():
+            if _OF_THE_FUNCTION.search(key):
+                raise self._error(
+                    key,
+                    f"{json.dumps(value)[:80]} changes what the model computes, and transformers' {self.family} does "
+                    "not read it; no builder computes it. Remove the key if the weights are of a plain "
+                    f"{self.family}",
+                )
+        remarks = []
+        if self.content.get("auto_map"):
+            remarks.append(f"{self.path}: auto_map: its own code is not run; the model is transformers' {self.family}")
+        if unknown:
+            remarks.append(f"{self.path}: not known, and taken to leave the function alone: {', '.join(unknown)}")
+        return tuple(remarks)
+
+    def _activation(self) -> str:
+        # Early Gemma files say gelu and mean its approximation, as transformers does.
+        name = self._value("hidden_activation") or self._value("hidden_act")
+        if self.family == "gemma" and name == "gelu":
+            name = "gelu_pytorch_tanh"
+        return _ACTIVATIONS.get(name, str(name))
+
+    def _layer_types(self, layers: int) -> list[str]:
+        window = self._value("sliding_window")
+        if window is None or (self.family == "qwen2" and not self._value("use_sliding_window")):
+            sliding = [False] * layers
+        elif self.family == "gemma2":
+            sliding = [layer % 2 == 0 for layer in range(layers)]
+        else:
+            first = self._value("max_window_layers") if self.family == "qwen2" else 0
+            sliding = [layer >= first for layer in range(layers)]
+        types = self._value("layer_types") or [("full", "sliding")[each] + "_attention" for each in sliding]
+        if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+            raise self._error("layer_types", f"expected full_attention or sliding_attention {layers} times")
+        return list(types)
+
+    def _windows(self, layer_types: list[str]) -> tuple[int | None, ...]:
+        if "sliding_attention" not in layer_types:
+            return (None,) * len(layer_types)
+        window = self._number("sliding_window")
+        return tuple(window if each == "sliding_attention" else None for each in layer_types)
+
+    def _rope(self, layer_type: str) -> dict[str, Any]:
+        """The parameters of rotary positions, in the form that transformers 5 writes."""
+        given = self._value("rope_parameters") or self._value("rope_scaling") or {}
+        if not isinstance(given, dict):
+            raise self._error("rope_scaling", f"expected null or an object, got {given!r}")
+        if layer_type in given:
+            given = given[layer_type]
+        kind = given.get("rope_type", given.get("type", "default"))
+        rope = {
+            "rope_theta": self._number("rope_theta"),
+            "partial_rotary_factor": self._number("partial_rotary_factor"),
+            **{key: value for key, value in given.items() if key != "type"},
+            "rope_type": "longrope" if kind == "su" or (kind == "yarn" and self.family == "phi3") else kind,
+        }
+        return rope
+
+    def _rotation(self, rope: dict[str, Any], head_dim: int) -> Rotation:
+        try:
+            return self._scaled(rope, int(head_dim * rope["partial_rotary_factor"]))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            key = "rope_parameters" if self._value("rope_parameters") else "rope_scaling"
+            raise self._error(key, f"{rope} cannot be computed ({type(error).__name__}: {error})") from error
+
+    def _scaled(self, rope: dict[str, Any], dim: int) -> Rotation:
+        base, kind = float(rope["rope_theta"]), rope["rope_type"]
+        plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        length = rope.get("original_max_position_embeddings") or self._value("original_max_position_embeddings")
+        limit = self._number("max_position_embeddings")
+        if kind == "default":
+            return Rotation(plain)
+        if kind == "linear":
+            return Rotation(plain / rope["factor"])
+        if kind == "llama3":
+            return Rotation(_llama3(plain, rope, length or limit))
+        if kind == "yarn":
+            return _yarn(plain, base, rope, length or limit)
+        if kind == "dynamic":
+            self._check_length(kind, limit)
+            return Rotation(plain)
+        if kind == "longrope":
+            length = length or limit
+            self._check_length(kind, length)
+            ratio = rope.get("factor") or limit / length
+            factor = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(length))
+            short = torch.tensor(rope["short_factor"], dtype=torch.float64)
+            return Rotation(plain / short, rope.get("attention_factor") or factor)
+        raise self._error("rope_scaling", f"rope_type {kind!r} is not known, and no builder computes it")
+
+    def _check_length(self, kind: str, limit: int) -> None:
+        if self.max_seq_len > limit:
+            raise self._error(
+                "rope_scaling",
+                f"rope_type {kind!r} turns by other angles once a sequence is longer than {limit:,} positions, which "
+                f"no builder computes; set model.max_seq_len: {limit} (the model has {self.max_seq_len})",
+            )
+
+
+def _llama3(plain: Tensor, rope: dict[str, Any], length: int) -> Tensor:
+    """Llama 3.1's: waves longer than the original context are stretched, short ones are not."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = length * plain / (2 * math.pi)  # of a dimension over the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / rope["factor"] + kept * plain
+
+
+def _yarn(plain: Tensor, base: float, rope: dict[str, Any], length: int) -> Rotation:
+    """YaRN (https://arxiv.org/abs/2309.00071)."""
+    dim, factor = 2 * len(plain), rope["factor"]
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low or 0.001)).clamp(0, 1)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    if (attention := rope.get("attention_factor")) is None:
+        both = rope.get("mscale"), rope.get("mscale_all_dim")
+        attention = magnitude(both[0]) / magnitude(both[1]) if all(both) else magnitude(1)
+    return Rotation(ramp * plain / factor + (1 - ramp) * plain, attention)
+
+
+def _is_neutral(value: Any) -> bool:
+    """Whether a key of this value says that something is not done: absent, off, empty, or a factor of one."""
+    return value is None or value is False or value in ("", [], {}) or (type(value) in (int, float) and value in (0, 1))
