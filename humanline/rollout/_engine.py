@@ -98,7 +98,7 @@ class TorchtuneEngine:
             if self._stop_tokens and not any(id < rows and not self._masked[id] for id in self._stop_tokens):
                 raise ConfigError(
                     f"tokenizer: none of its stop tokens {sorted(self._stop_tokens)} is an id with a token "
-                    f"and are below the model's {rows} rows, so no response could end; let tokenizer.path and model "
+                    f"below the model's {rows} rows, so no response could end; let tokenizer.path and model "
                     "name the same model"
                 )
 
