@@ -14,7 +14,7 @@ from toys import Letters
 from humanline.data import Group, GroupDataset, OfflineSource
 from humanline.rollout import OnlineSource
 
-AVERAGED = ("loss", "kl", "grad_norm", "rewards/margins")
+AVERAGED = ("loss", "grad_norm", "rewards/margins")
 
 
 def annealed(optimizer: torch.optim.Optimizer, num_training_steps: int) -> LRScheduler:

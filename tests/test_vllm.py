@@ -46,6 +46,7 @@ class VLLMServe:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would take a core for itself, busy or not
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
@@ -131,6 +132,7 @@ def write_config(folder: Path, model: Path, url: str) -> Path:
             "_component_": "humanline.rollout.OnlineSource",
             "prompts": str(prompts),
             "max_new_tokens": 96,
+            "temperature": 0.8,
             "generations": 8,
             "every": 2,
         },

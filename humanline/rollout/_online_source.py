@@ -503,7 +503,10 @@ def _write(file: Path, found: _Round) -> None:
         for group in found.groups:
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
             line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
-            lines.write(json.dumps(line | {"id": group.id, "policy_step": found.policy_step}) + "\n")
+            line |= {"id": group.id, "policy_step": found.policy_step}
+            if group is found.groups[0]:
+                line |= {"metrics": found.metrics}  # a run that resumes logs them as this one does
+            lines.write(json.dumps(line) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     partial.rename(file)
@@ -523,7 +526,7 @@ def _read(file: Path) -> _Round:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
-        return _Round(groups, rows[0]["policy_step"])
+        return _Round(groups, rows[0]["policy_step"], rows[0].get("metrics", {}))
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(file, error) from None
 

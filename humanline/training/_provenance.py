@@ -29,7 +29,7 @@ def code_digest(*components: str) -> str:
             import does not.
     """
     files = [file for package in _SOURCES for file in sorted(Path(inspect.getfile(package)).parent.rglob("*.py"))]
-    files += [Path(file) for dotpath in components if (file := _file_of(_get_component_from_path(dotpath)))]
+    files += [path for dotpath in components if (path := _file_of(_get_component_from_path(dotpath)))]
     total = blake2b(" ".join(f"{name} {_version(name)}" for name in _VERSIONS).encode(), digest_size=16)
     for file in files:
         total.update(file.read_bytes())
@@ -49,9 +49,9 @@ def named_files(node: Any) -> list[tuple[str, int, int]]:
     return [each for item in node for each in named_files(item)] if isinstance(node, list | tuple) else []
 
 
-def _file_of(component: Any) -> str | None:
+def _file_of(component: Any) -> Path | None:
     try:
-        return inspect.getfile(component)
+        return Path(inspect.getfile(component))
     except TypeError:  # it is built in, or an instance
         return None
 

@@ -383,7 +383,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 sums = self._accumulate_gradients(batch)
                 grad_norm = float(self._clip_gradients())
                 sums.add({"grad_norm": (grad_norm, 1)})
-                lr = get_lr(self.optimizer)  # of this step: the schedule moves on at its end
+                lr = float(get_lr(self.optimizer))  # of this step: the schedule moves on, in place where it is a tensor
                 self.reference.before_optimizer_step(self.step)
                 broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
                 if not broken:
