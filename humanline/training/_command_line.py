@@ -151,7 +151,7 @@ def _set(section: DictConfig, parts: list[str], value: str, override: str) -> No
         section[name] = value
         return
     try:
-        section[name] = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        (section[name],) = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"])).values()  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {override!r}: its value is no YAML: {_line(error)}") from error
 

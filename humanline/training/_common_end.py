@@ -14,8 +14,10 @@ from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.training._launch import meeting_place
 from humanline.training._missing_package import missing_package
 
-FAILURE, TOLD = "humanline/failure", "humanline/told"
+FAILURE, TOLD, GONE = "humanline/failure", "humanline/told", "humanline/gone"
 SECONDS_BETWEEN_LOOKS = 0.5
+OF_THIS_RANK = OSError | MemoryError | RuntimeError
+"""What other ranks need not meet; the line then names the rank."""
 PATIENCE_S = 10.0
 """How long a rank that failed waits for the others to have said so too."""
 
@@ -83,7 +85,7 @@ class _Watch:
         self.stop()
         if line is None and self._failure() is None:
             traceback.print_exception(error)
-        if not isinstance(error, ConfigError | DataError | TrainingError):
+        if not isinstance(error, ConfigError | DataError | TrainingError) or isinstance(error.__cause__, OF_THIS_RANK):
             line = f"rank {self.rank}: {line or _named(error)}"
         self._say(self._failure(line) or str(line))
         sys.exit(1)
@@ -110,11 +112,17 @@ class _Watch:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(2, f"{self.program}: {line}\n".encode())
-        deadline = time.monotonic() + PATIENCE_S
         try:
-            told = self.store.add(TOLD, 1)
-            while told < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                told = self.store.add(TOLD, 0)
+            self.store.add(TOLD, 1)
+            self._wait_until(TOLD, self.world_size)
+            if self.rank > 0:
+                self.store.add(GONE, 1)
+            else:  # whose process may have the store
+                self._wait_until(GONE, self.world_size - 1)
         except RuntimeError:
             return
+
+    def _wait_until(self, key: str, count: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while self.store.add(key, 0) < count and time.monotonic() < deadline:
+            time.sleep(0.05)

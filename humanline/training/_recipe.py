@@ -269,7 +269,6 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
                 "set it to ${output_dir}"
             )
-        check_same({f"weights of {cfg.checkpointer.checkpoint_dir}": sampled_digest(weights)})
         self.weight_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
             shape = LogProbDecoder(component(cfg, "model"))
@@ -283,6 +282,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 weights |= initial_adapter(shape, weights, settings.seed)
         elif settings.adapter:
             raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
+        check_same({"checkpointer.checkpoint_dir and adapter": sampled_digest(weights)})
         # FSDP2 on one rank gathers nothing, and torchao's NF4 fails in that; there is nothing to shard either.
         sharded = self.sharded and (self.world_size > 1 or not has_quantized_base(shape))
 
@@ -466,7 +466,9 @@ class HumanlineRecipe(FTRecipeInterface):
             "unclamped": "unclamped",
             "tokens_per_second": "tok/s",
         }
-        bar.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
+        bar.set_postfix(
+            {label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics}, refresh=False
+        )
         self._watch_for_collapse(metrics)
 
     def _write_metrics(self, metrics: dict[str, float]) -> None:
