@@ -17,6 +17,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, pack, parts
 from humanline.errors import ConfigError, DataError, TrainingError
@@ -337,7 +338,8 @@ class HumanlineRecipe(FTRecipeInterface):
         elif self.step % self.source.steps_per_epoch == 0:
             self.save_checkpoint()  # in case that the run died over it
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
-        with bar, StopRequest(getattr(self.source, "stop", lambda: None)) as request:
+        # Else what is logged stands behind the bar, in its line.
+        with bar, logging_redirect_tqdm([log]), StopRequest(getattr(self.source, "stop", lambda: None)) as request:
             while self.step < self.total_steps:
                 batch = self._next_batch()
                 if batch is None:
