@@ -65,9 +65,9 @@ def test_a_component_may_be_removed(file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("~dataset_val", "override '~dataset_val': there is no key dataset_val to remove; the nearest is dataset"),
-        ("~optimizer.lrr", "there is no key optimizer.lrr to remove; the nearest is optimizer.lr"),
-        ("~loss.beta", "there is no key loss to remove; there are seed, output_dir, optimizer, dataset"),
+        ("~dataset_val", "override: Could not find key dataset_val to remove; the nearest is dataset"),
+        ("~optimizer.lrr", "override: Could not find key optimizer.lrr to remove; the nearest is optimizer.lr"),
+        ("~loss.beta", "Could not find key loss to remove; there are seed, output_dir, optimizer, dataset"),
         ("foo", "override 'foo': is neither key=value nor ~key"),
         ("=", "override '=': is neither key=value nor ~key"),
         ("=3", "override '=3': is neither key=value nor ~key"),
@@ -126,6 +126,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_a_recipe_ends_with_that_line_and_nothing_else(trajectory, capsys):
     run = trajectory("dpo_8_k4")
     line = run.train("~dataset_val")
-    assert line.startswith("humanline_dpo_distributed.py: override '~dataset_val': there is no key dataset_val")
+    assert line.startswith("humanline_dpo_distributed.py: override: Could not find key dataset_val")
     assert run.train("epoch=3").endswith("epoch: is not a key of this recipe; did you mean epochs?")
     assert capsys.readouterr().err == ""

@@ -12,7 +12,7 @@ NEWS = [
     r"Loading the models took [\d.]+ s",
     r"106,816 parameters train",
     r"4 groups a step on 2 processes, 12 steps",
-    r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\]",
+    r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",
 ]
 # torchtune's own, when it writes weights.
 EXPORT = [r"Model checkpoint of size .*", r"Saving final epoch checkpoint\.", r"The full model checkpoint, .*"]
@@ -54,5 +54,5 @@ def test_a_program_that_is_not_under_tune_prints_nothing_but_its_line():
         [sys.executable, "-m", "humanline._cli", "plan", "--config", "configs/smollm2_135m_dpo.yaml", "~seeds"]
     )
     assert plan.returncode == 1 and plan.stdout == ""
-    line = "humanline plan: override '~seeds': there is no key seeds to remove; the nearest is seed\n"
+    line = "humanline plan: override: Could not find key seeds to remove; the nearest is seed\n"
     assert plan.stderr == line

@@ -65,7 +65,7 @@ def check_one_process() -> None:
     if training.is_distributed():
         raise ConfigError(
             f"nproc_per_node: this recipe runs in one process, and was started as {os.environ['WORLD_SIZE']}; leave it "
-            "out (a recipe that trains has a _distributed one beside it)"
+            "out"
         )
 
 

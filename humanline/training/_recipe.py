@@ -43,7 +43,7 @@ from humanline.training._draws import step_seed, uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._hand_over import HandOver
 from humanline.training._held_out import HeldOut
-from humanline.training._launch import check_one_process, hide_known_warnings, process_group, start_on_every_device
+from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._lr_schedule import lr_schedule, rehearse_optimizer
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
@@ -596,12 +596,12 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
         settings = Settings.from_config(cfg)
         if recipe_type.sharded:
             start_on_every_device(settings.device, script)
-        else:
-            check_one_process()
-            if settings.data_parallel_replicate_dim > 1:
-                raise ConfigError(
-                    "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
-                )
+        elif training.is_distributed():
+            raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
+        elif settings.data_parallel_replicate_dim > 1:
+            raise ConfigError(
+                "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
+            )
         with (
             process_group(settings.torch_device),
             sole_use(settings.output_dir, settings.resume_from_checkpoint) as folder,
