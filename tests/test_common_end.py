@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 
 RANK = "${oc.env:RANK}"
@@ -32,6 +33,7 @@ def two_ranks(trajectory):
     ("error", "expected", "tracebacks"),
     [
         ("builtins.PermissionError", ("rank 1: dataset: toys.groups_but_on_rank_1", "PermissionError", "no right"), 0),
+        ("builtins.ValueError", ("rank 1: dataset: no right; correct its arguments",), 0),
         ("builtins.MemoryError", ("rank 1: MemoryError: no right",), 0),
         ("builtins.KeyError", ("rank 1: KeyError: 'no right'",), 1),
     ],
@@ -39,6 +41,15 @@ def two_ranks(trajectory):
 def test_a_component_fails_on_one_rank(two_ranks, error, expected, tracebacks):
     two_ranks.config["dataset"] |= {"_component_": "toys.groups_but_on_rank_1", "error": error}
     assert_both_say(two_ranks, expected, tracebacks=tracebacks)
+
+
+def test_a_rank_that_is_killed_is_said_to_have_ended(two_ranks):
+    with two_ranks.start("epochs=1000", nproc=2) as ranks:
+        wait_until(lambda: 3 in logged_steps(two_ranks), ranks)
+        ranks.processes[1].kill()
+        assert ranks.wait(60) == [1, -9]
+        assert f"{PROGRAM}rank 0: another rank ended without a word; the system may have killed it" in ranks.output()
+        assert "Traceback" not in ranks.output()
 
 
 @pytest.mark.parametrize("part", ["loss", "metric_logger"])

@@ -16,8 +16,7 @@ from humanline.training._missing_package import missing_package
 
 FAILURE, TOLD, GONE = "humanline/failure", "humanline/told", "humanline/gone"
 SECONDS_BETWEEN_LOOKS = 0.5
-OF_THIS_RANK = OSError | MemoryError | RuntimeError
-"""What other ranks need not meet; the line then names the rank."""
+OURS = ConfigError | DataError | TrainingError
 PATIENCE_S = 10.0
 """How long a rank that failed waits for the others to have said so too."""
 
@@ -52,7 +51,7 @@ def common_end(program: str) -> Iterator[None]:
 
 def _line(error: Exception) -> str | None:
     """What an error says in one line; None if it takes a traceback to understand it."""
-    if isinstance(error, ConfigError | DataError | TrainingError):
+    if isinstance(error, OURS):
         return str(error)
     if (package := missing_package(error)) is not None:
         return package
@@ -83,11 +82,15 @@ class _Watch:
     def end(self, error: Exception, line: str | None) -> None:
         """Ends this rank for an error of its own, or for that of another rank of which it is only the consequence."""
         self.stop()
-        if line is None and self._failure() is None:
+        lost = line is None and "by peer" in str(error) and self._failure() is None
+        if lost:
+            line = "another rank ended without a word; the system may have killed it, for instance for its memory"
+        elif line is None and self._failure() is None:
             traceback.print_exception(error)
-        if not isinstance(error, ConfigError | DataError | TrainingError) or isinstance(error.__cause__, OF_THIS_RANK):
+        # What is not ours, or was made of what is not, other ranks need not have met.
+        if not isinstance(error, OURS) or not isinstance(error.__cause__, OURS | None):
             line = f"rank {self.rank}: {line or _named(error)}"
-        self._say(self._failure(line) or str(line))
+        self._say(self._failure(line) or str(line), wait=not lost)
         sys.exit(1)
 
     def _watch(self) -> None:
@@ -107,13 +110,15 @@ class _Watch:
         except RuntimeError:  # the process that had the store has ended
             return line
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, wait: bool = True) -> None:
         """Writes the line, and waits until every rank has: the launcher stops all when the first one ends."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(2, f"{self.program}: {line}\n".encode())
         try:
             self.store.add(TOLD, 1)
+            if not wait:
+                return
             self._wait_until(TOLD, self.world_size)
             if self.rank > 0:
                 self.store.add(GONE, 1)

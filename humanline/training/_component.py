@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from inspect import Parameter
 from typing import Any
@@ -76,7 +76,7 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
         if name not in named:
             raise ConfigError(
                 f"{key}: {path} does not take these arguments: {key}.{name} is none of them"
-                f"{_suggestion(name, named)}; they are {', '.join(named[len(args) :])}"
+                f"{suggestion(name, named)}; they are {', '.join(named[len(args) :])}"
             )
     try:
         signature.bind(*args, **given | kwargs)
@@ -125,7 +125,7 @@ def _why_not_found(path: str, error: Exception) -> str:
     if isinstance(cause, ModuleNotFoundError) and (package := missing_package(cause)) is not None:
         return package
     if isinstance(cause, ModuleNotFoundError | AttributeError) and (names := _names_in(module)):
-        return f"{module} has no {name}{_suggestion(name, names)}"
+        return f"{module} has no {name}{suggestion(name, names)}"
     frame = traceback.extract_tb(cause.__traceback__)[-1]
     return f"{type(cause).__name__}: {_said(cause)} ({frame.filename} line {frame.lineno})"
 
@@ -137,7 +137,8 @@ def _names_in(module: str) -> list[str]:
         return []
 
 
-def _suggestion(name: str, known: list[str] | Mapping[str, Any]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The nearest of the names that are known, as the end of a sentence; nothing if none is near."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
