@@ -596,7 +596,7 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
         settings = Settings.from_config(cfg)
         if recipe_type.sharded:
             start_on_every_device(settings.device, script)
-        elif training.is_distributed():
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
         elif settings.data_parallel_replicate_dim > 1:
             raise ConfigError(
