@@ -21,6 +21,11 @@ norm:
   _component_: torchtune.modules.RMSNorm
   dim: 8
 """
+COPIED_RECIPE = f"""
+import beside
+from humanline.errors import ConfigError
+{STAND_IN_RECIPE}
+"""
 FORKS_ENTRY = """
 _ALL_RECIPES.append(
     Recipe(
@@ -209,6 +214,67 @@ def test_run_refuses_torchrun_options_for_a_single_device_recipe(from_wheel: Vir
     arguments = ["run", "--nproc_per_node", "2", "recipes/humanline_standin_single_device", "--config", "standin.yaml"]
     result = from_wheel.run(from_wheel.tune_script, *arguments, cwd=clone)
     assert result.returncode != 0 and "does not support distributed training" in result.stderr
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with a copied and renamed recipe among its `recipes`, which imports what stands beside it."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "my_dpo.py").write_text(COPIED_RECIPE)
+    (tmp_path / "recipes" / "beside.py").touch()
+    (tmp_path / "mine.yaml").write_text(STAND_IN_CONFIG)
+    return tmp_path
+
+
+def test_run_a_copied_recipe_by_path(from_wheel: VirtualEnvironment, copied: Path) -> None:
+    printed = from_wheel.tune("run", "recipes/my_dpo", "--config", "mine.yaml", "norm.dim=4", cwd=copied)
+    assert f"ran {copied}/recipes/my_dpo.py as 0 of 1 with ['--config', 'mine.yaml', 'norm.dim=4']" in printed
+
+
+def test_run_a_copied_recipe_by_path_on_every_rank(from_clone: VirtualEnvironment, copied: Path) -> None:
+    recipe = copied / "recipes" / "my_dpo.py"
+    printed = from_clone.tune("run", "--nproc_per_node=2", recipe, "--config", copied / "mine.yaml", cwd=copied.parent)
+    for rank in (0, 1):
+        assert f"ran {recipe} as {rank} of 2 with ['--config', '{copied}/mine.yaml']" in printed
+
+
+def test_a_recipe_is_whatever_file_imports_humanline(
+    from_wheel: VirtualEnvironment, bare_tune: Path, copied: Path
+) -> None:
+    """And it may run on several ranks unless its class says that it does not; what only names humanline is no such."""
+    (copied / "recipes" / "mine").mkdir()
+    for name, source in {
+        "single.py": "import humanline.training as t\nclass Mine(t.HumanlineRecipe):\n    sharded: bool = False\n",
+        "mine/later.py": "def main():\n    from humanline import training\n",
+        "unfinished.py": "import humanline\nclass\n",
+        "theirs.py": '"""Not of humanline."""\nimport humanlines\nfrom . import humanline\nsharded = False\n',
+        "humanline_mine_distributed.py": "",
+        "humanline_mine_single_device.py": "",
+    }.items():
+        (copied / "recipes" / name).write_text(source)
+    (bare_tune / "tune").write_text(
+        "from torchtune._recipe_registry import get_all_recipes\n"
+        "for recipe in get_all_recipes(): print(recipe.name, recipe.supports_distributed, recipe.file_path)\n"
+    )
+
+    def registered(*arguments: str) -> dict[str, tuple[str, str]]:
+        rows = from_wheel.run("tune", "run", *arguments, cwd=bare_tune).stdout.splitlines()
+        return {name: (distributed, path) for name, distributed, path in map(str.split, rows)}
+
+    recipes = copied / "recipes"
+    forms = ["recipes/my_dpo", "recipes/my_dpo.py", "./recipes/my_dpo", f"{recipes}/my_dpo", f"{recipes}/my_dpo.py"]
+    for form in forms:
+        assert registered(form)[form] == ("True", f"{recipes}/my_dpo.py")
+    for name, distributed in {
+        "recipes/single": "False",
+        "recipes/mine/later": "True",
+        "recipes/unfinished": "True",
+        "recipes/humanline_mine_distributed": "True",
+        "recipes/humanline_mine_single_device": "False",
+    }.items():
+        assert registered("--nproc_per_node", "2", name, "--config", "x.yaml")[name][0] == distributed
+    for name in ("recipes/theirs", "recipes", "recipes/absent"):
+        assert name not in registered(name)
 
 
 def test_run_in_a_fork_by_path(from_wheel: VirtualEnvironment, fork: Path) -> None:

@@ -1,8 +1,14 @@
-"""A tokenizer, and rewards, for the golden models, whose 256 tokens mean nothing."""
+"""A tokenizer, and rewards, for the golden models, whose 256 tokens mean nothing; and parts of a run that break."""
 
+import builtins
 import os
 import signal
 
+from torch.optim import AdamW
+from torchtune.training.metric_logging import DiskLogger
+
+from humanline.data import encoded_groups
+from humanline.losses import HumanlineDPOLoss
 from humanline.rollout import Prompt
 
 
@@ -85,3 +91,51 @@ class Interrupting(MeanToken):
         if os.environ.get("RANK", "1") == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return [[0.0] * len(texts) for texts in responses]
+
+
+def groups_but_on_rank_1(tokenizer, source, error):
+    """Encoded groups; on rank 1 an error in their place."""
+    if os.environ.get("RANK") == "1":
+        raise getattr(builtins, error.removeprefix("builtins."))("no right")
+    return encoded_groups(tokenizer, source)
+
+
+class RecordingAdamW(AdamW):
+    """Keeps the rate and the betas that each of its steps applies."""
+
+    applied: list = []
+
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        if group["lr"]:  # torch takes a step of rate 0 to have a state to load into
+            self.applied.append((group["lr"], tuple(group["betas"])))
+        return super().step(closure)
+
+
+class BreakingLoss(HumanlineDPOLoss):
+    """Breaks in its third step on rank 1."""
+
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3 and os.environ.get("RANK") == "1":
+            raise ZeroDivisionError("in step 3")
+        return super().forward(*args, **kwargs)
+
+
+class BreakingLogger(DiskLogger):
+    """Breaks at step 3."""
+
+    error: Exception = ZeroDivisionError("in step 3")
+
+    def log_dict(self, payload, step):
+        if step == 3:
+            raise self.error
+        super().log_dict(payload, step)
+
+
+class FullLogger(BreakingLogger):
+    """Finds no room at step 3."""
+
+    error = OSError(28, "No space left on device")

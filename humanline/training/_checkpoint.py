@@ -31,7 +31,7 @@ from torchtune import utils
 
 from humanline.errors import ConfigError
 from humanline.reference import Reference
-from humanline.training._agreement import first_error, gathered
+from humanline.training._agreement import check_same, first_error, gathered
 from humanline.training._lr_schedule import replay
 
 log = utils.get_logger("INFO")
@@ -233,6 +233,7 @@ class TrainingCheckpoint:
         if (damage := self._damage(path)) is not None:
             raise ConfigError(f"resume_from_checkpoint: {path}{damage}; name another one, or latest")
         run = json.loads((path / RUN_FILE).read_text())
+        check_same({"resume_from_checkpoint": f"step {run['step']}, checksums {_sha256(path / CHECKSUMS_FILE)[:16]}"})
         for key, here in self.position.items():
             if run["position"].get(key) != here:
                 raise ConfigError(

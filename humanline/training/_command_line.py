@@ -114,7 +114,7 @@ def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         seen[key] = override
         section = _section(cfg, parts[:-1], override, create=not removes)
         if removes:
-            _remove(section, parts, override)
+            _remove(section, parts)
         else:
             _set(section, parts, value, override)
     try:
@@ -133,7 +133,7 @@ def _section(cfg: DictConfig, names: list[str], override: str, create: bool) -> 
         if inner is None and create:
             section[name] = {}
         elif inner is None:
-            raise _absent(override, section, names[: place + 1])
+            raise _absent(section, names[: place + 1])
         elif not isinstance(inner, dict):
             above = ".".join(names[: place + 1])
             raise ConfigError(f"override {override!r}: {above} is {inner!r}, which has no keys of its own; correct it")
@@ -151,22 +151,22 @@ def _set(section: DictConfig, parts: list[str], value: str, override: str) -> No
         section[name] = value
         return
     try:
-        section[name] = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        (section[name],) = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"])).values()  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {override!r}: its value is no YAML: {_line(error)}") from error
 
 
-def _remove(section: DictConfig, parts: list[str], override: str) -> None:
+def _remove(section: DictConfig, parts: list[str]) -> None:
     if parts[-1] not in section:
-        raise _absent(override, section, parts)
+        raise _absent(section, parts)
     del section[parts[-1]]
 
 
-def _absent(override: str, section: DictConfig, parts: list[str]) -> ConfigError:
+def _absent(section: DictConfig, parts: list[str]) -> ConfigError:
     known = list(map(str, section))
     close = get_close_matches(parts[-1], known, n=1, cutoff=0.5)
     there = f"the nearest is {'.'.join([*parts[:-1], close[0]])}" if close else f"there are {', '.join(known)}"
-    return ConfigError(f"override {override!r}: there is no key {'.'.join(parts)} to remove; {there}")
+    return ConfigError(f"override: Could not find key {'.'.join(parts)} to remove; {there}")
 
 
 def _line(error: Exception) -> str:

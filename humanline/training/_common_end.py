@@ -14,8 +14,9 @@ from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.training._launch import meeting_place
 from humanline.training._missing_package import missing_package
 
-FAILURE, TOLD = "humanline/failure", "humanline/told"
+FAILURE, TOLD, GONE = "humanline/failure", "humanline/told", "humanline/gone"
 SECONDS_BETWEEN_LOOKS = 0.5
+OURS = ConfigError | DataError | TrainingError
 PATIENCE_S = 10.0
 """How long a rank that failed waits for the others to have said so too."""
 
@@ -50,7 +51,7 @@ def common_end(program: str) -> Iterator[None]:
 
 def _line(error: Exception) -> str | None:
     """What an error says in one line; None if it takes a traceback to understand it."""
-    if isinstance(error, ConfigError | DataError | TrainingError):
+    if isinstance(error, OURS):
         return str(error)
     if (package := missing_package(error)) is not None:
         return package
@@ -81,11 +82,15 @@ class _Watch:
     def end(self, error: Exception, line: str | None) -> None:
         """Ends this rank for an error of its own, or for that of another rank of which it is only the consequence."""
         self.stop()
-        if line is None and self._failure() is None:
+        lost = line is None and "by peer" in str(error) and self._failure() is None
+        if lost:
+            line = "another rank ended without a word; the system may have killed it, for instance for its memory"
+        elif line is None and self._failure() is None:
             traceback.print_exception(error)
-        if not isinstance(error, ConfigError | DataError | TrainingError):
+        # What is not ours, or was made of what is not, other ranks need not have met.
+        if not isinstance(error, OURS) or not isinstance(error.__cause__, OURS | None):
             line = f"rank {self.rank}: {line or _named(error)}"
-        self._say(self._failure(line) or str(line))
+        self._say(self._failure(line) or str(line), wait=not lost)
         sys.exit(1)
 
     def _watch(self) -> None:
@@ -105,16 +110,24 @@ class _Watch:
         except RuntimeError:  # the process that had the store has ended
             return line
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, wait: bool = True) -> None:
         """Writes the line, and waits until every rank has: the launcher stops all when the first one ends."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(2, f"{self.program}: {line}\n".encode())
-        deadline = time.monotonic() + PATIENCE_S
         try:
-            told = self.store.add(TOLD, 1)
-            while told < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                told = self.store.add(TOLD, 0)
+            self.store.add(TOLD, 1)
+            if not wait:
+                return
+            self._wait_until(TOLD, self.world_size)
+            if self.rank > 0:
+                self.store.add(GONE, 1)
+            else:  # whose process may have the store
+                self._wait_until(GONE, self.world_size - 1)
         except RuntimeError:
             return
+
+    def _wait_until(self, key: str, count: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while self.store.add(key, 0) < count and time.monotonic() < deadline:
+            time.sleep(0.05)

@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from inspect import Parameter
 from typing import Any
@@ -75,15 +75,17 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
     for name in () if Parameter.VAR_KEYWORD in kinds.values() else given:
         if name not in named:
             raise ConfigError(
-                f"{key}.{name}: {path} has no such argument{_suggestion(name, named)}; its arguments are "
-                f"{', '.join(named[len(args) :])}"
+                f"{key}: {path} does not take these arguments: {key}.{name} is none of them"
+                f"{suggestion(name, named)}; they are {', '.join(named[len(args) :])}"
             )
     try:
         signature.bind(*args, **given | kwargs)
     except TypeError as error:
         missing = str(error).partition("missing a required argument: ")[2].strip("'")
         if missing:
-            raise ConfigError(f"{key}: {path} needs {missing}; add {key}.{missing} to the config") from error
+            raise ConfigError(
+                f"{key}: {path} does not take these arguments: {missing} is missing; add {key}.{missing}"
+            ) from error
         raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
 
 
@@ -106,7 +108,7 @@ def _found(key: str, path: Any) -> Callable[..., Any]:
     try:
         found = _get_component_from_path(path)
     except Exception as error:  # whatever the module does when it is imported
-        raise ConfigError(f"{where}: {_why_not_found(path, error)}") from error
+        raise ConfigError(f"{where}: Error loading {path!r}: {_why_not_found(path, error)}") from error
     if not callable(found):
         raise ConfigError(f"{where}: {path} is a {type(found).__name__}; name a class or function")
     return found
@@ -121,11 +123,11 @@ def _why_not_found(path: str, error: Exception) -> str:
         package = missing_package(cause)
         return f"there is no module {cause.name}; correct the name, start where its file is, or: {package}"
     if isinstance(cause, ModuleNotFoundError) and (package := missing_package(cause)) is not None:
-        return f"{path} cannot be used: {package}"
+        return package
     if isinstance(cause, ModuleNotFoundError | AttributeError) and (names := _names_in(module)):
-        return f"{module} has no {name}{_suggestion(name, names)}"
+        return f"{module} has no {name}{suggestion(name, names)}"
     frame = traceback.extract_tb(cause.__traceback__)[-1]
-    return f"{path} cannot be imported: {type(cause).__name__}: {_said(cause)} ({frame.filename} line {frame.lineno})"
+    return f"{type(cause).__name__}: {_said(cause)} ({frame.filename} line {frame.lineno})"
 
 
 def _names_in(module: str) -> list[str]:
@@ -135,7 +137,8 @@ def _names_in(module: str) -> list[str]:
         return []
 
 
-def _suggestion(name: str, known: list[str] | Mapping[str, Any]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The nearest of the names that are known, as the end of a sentence; nothing if none is near."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

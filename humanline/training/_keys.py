@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from humanline.errors import ConfigError
+from humanline.training._component import suggestion
 
 
 def check_keys(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:
@@ -18,7 +19,9 @@ def check_keys(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]
     known = dict.fromkeys((*required, *optional))
     for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"{key}: is not a key of this recipe; its keys are {', '.join(known)}")
+            raise ConfigError(
+                f"{key}: is not a key of this recipe{suggestion(key, known)}; its keys are {', '.join(known)}"
+            )
     for key in required:
         if cfg.get(key) is None:
             raise ConfigError(f"{key}: is missing; add it to the config, or {key}=... to the command line")

@@ -18,6 +18,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.recipe_interfaces import FTRecipeInterface
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from humanline._seeds import stream_seed
 from humanline.data import Group, GroupDataset, OfflineSource, Rows, pack, parts
@@ -43,7 +44,7 @@ from humanline.training._draws import uniform_draws
 from humanline.training._export import write_weights
 from humanline.training._hand_over import HandOver
 from humanline.training._held_out import HeldOut
-from humanline.training._launch import check_one_process, hide_known_warnings, process_group, start_on_every_device
+from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
 from humanline.training._lr_schedule import lr_schedule, rehearse_optimizer
 from humanline.training._metrics import MetricSums
 from humanline.training._model import build_model, mesh_of, whole_weights
@@ -288,7 +289,6 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
                 "set it to ${output_dir}"
             )
-        check_same({f"weights of {cfg.checkpointer.checkpoint_dir}": sampled_digest(weights)})
         self.checkpoint_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         check_adapter(shape, self.world_size, settings.data_parallel_replicate_dim)
         has_adapter = bool(adapter_modules(shape))
@@ -308,6 +308,7 @@ class HumanlineRecipe(FTRecipeInterface):
                 weights |= initial_adapter(shape, weights, settings.seed)
         elif settings.adapter:
             raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
+        check_same({"checkpointer.checkpoint_dir and adapter": sampled_digest(weights)})
         # FSDP2 on one rank gathers nothing, and torchao's NF4 fails in that; there is nothing to shard either.
         sharded = self.sharded and (self.world_size > 1 or not has_quantized_base(shape))
 
@@ -371,7 +372,8 @@ class HumanlineRecipe(FTRecipeInterface):
         elif self.step % self.source.steps_per_epoch == 0:
             self.save_checkpoint()  # in case that the run died over it
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
-        with bar, StopRequest(getattr(self.source, "stop", lambda: None)) as request:
+        # Else what is logged stands behind the bar, in its line.
+        with bar, logging_redirect_tqdm([log]), StopRequest(getattr(self.source, "stop", lambda: None)) as request:
             while self.step < self.total_steps:
                 batch = self._next_batch()
                 if batch is None:
@@ -501,7 +503,9 @@ class HumanlineRecipe(FTRecipeInterface):
             "unclamped": "unclamped",
             "tokens_per_second": "tok/s",
         }
-        bar.set_postfix({label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics})
+        bar.set_postfix(
+            {label: f"{metrics[name]:.4g}" for name, label in shown.items() if name in metrics}, refresh=False
+        )
         self._watch_for_collapse(metrics)
 
     def _write_metrics(self, metrics: dict[str, float]) -> None:
@@ -640,12 +644,12 @@ def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> Non
         settings = Settings.from_config(cfg)
         if recipe_type.sharded:
             start_on_every_device(settings.device, script)
-        else:
-            check_one_process()
-            if settings.data_parallel_replicate_dim > 1:
-                raise ConfigError(
-                    "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
-                )
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
+        elif settings.data_parallel_replicate_dim > 1:
+            raise ConfigError(
+                "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
+            )
         with (
             process_group(settings.torch_device),
             sole_use(settings.output_dir, settings.resume_from_checkpoint) as folder,

@@ -1,7 +1,6 @@
 """The top-level keys of a training config, checked before anything is built."""
 
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, get_args
 
 import torch
@@ -10,7 +9,7 @@ from torchtune import utils
 
 from humanline.data import RowBudget
 from humanline.errors import ConfigError
-from humanline.training._component import is_given
+from humanline.training._component import is_given, suggestion
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -137,7 +136,7 @@ class Settings:
         values = {str(key): cfg[key] for key in cfg if key not in COMPONENTS}
         for key in values:
             if key not in known:
-                raise ConfigError(f"{key}: is not a key of this recipe{_suggest(key, [*known, *COMPONENTS])}")
+                raise ConfigError(f"{key}: is not a key of this recipe{suggestion(key, [*known, *COMPONENTS])}")
         for name, field in known.items():
             if name not in values and field.default is MISSING:
                 raise ConfigError(f"{name}: is missing")
@@ -266,8 +265,3 @@ def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
 
 def _named(kinds: tuple[Any, ...]) -> str:
     return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    close = get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""

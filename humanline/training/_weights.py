@@ -108,9 +108,10 @@ def sampled_digest(weights: dict[str, Tensor]) -> str:
     """A digest of a few numbers of each weight, which tells checkpoints apart without reading them whole."""
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(weights):
-        flat = weights[name].reshape(-1)
+        whole = weights[name]
+        flat = whole.view(-1) if whole.is_contiguous() else whole[0].reshape(-1)
         numbers = flat[:: max(1, len(flat) // 16)].contiguous().view(torch.uint8)
-        total.update(f"{name} {flat.dtype} {tuple(weights[name].shape)}".encode() + numbers.numpy().tobytes())
+        total.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode() + numbers.numpy().tobytes())
     return total.hexdigest()
 
 

@@ -1,0 +1,58 @@
+"""What a run prints is about the run."""
+
+import os
+import re
+import subprocess
+import sys
+
+from conftest import ROOT, TUNE
+
+NEWS = [
+    r"dataset: 48 groups from \S+: .*",
+    r"Loading the models took [\d.]+ s",
+    r"106,816 parameters train",
+    r"4 groups a step on 2 processes, 12 steps",
+    r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",
+]
+# torchtune's own, when it writes weights.
+EXPORT = [r"Model checkpoint of size .*", r"Saving final epoch checkpoint\.", r"The full model checkpoint, .*"]
+
+
+def started(command):
+    """A command's end, with torchrun's own number of threads."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_under_torchrun_prints_nothing_but_news(trajectory):
+    run = trajectory("dpo_8_k4")
+    run.config |= {"batch_size": 2, "log_every_n_steps": 4}
+    recipe = [str(TUNE), "run", "--nproc_per_node=2", "recipes/humanline_dpo_distributed"]
+    done = started([*recipe, "--config", str(run._write_config())])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Running with torchrun...", f"Writing logs to {run.folder}/logs/log.txt"]
+    printed = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert [line for line in printed if not any(re.fullmatch(news, line) for news in (*NEWS, *EXPORT))] == []
+    for news in NEWS:
+        assert sum(bool(re.fullmatch(news, line)) for line in printed) >= 1, news
+
+    refused = started([*recipe, "--config", str(run._write_config()), "epoch=3"])
+    assert refused.returncode == 1
+    ours = "humanline_dpo_distributed.py: epoch: is not a key of this recipe; did you mean epochs?"
+    lines = refused.stderr.splitlines()
+    assert lines.count(ours) == 2
+    # And torchrun's note of which processes ended, without a traceback of itself.
+    torchruns = r"[WE]\d{4} .* torch/distributed/elastic/multiprocessing/api\.py:\d+\] (Sending process|failed) .*"
+    assert [line for line in lines if line != ours and not re.fullmatch(torchruns, line)] == []
+
+
+def test_a_program_that_is_not_under_tune_prints_nothing_but_its_line():
+    sample = started([sys.executable, "recipes/humanline_sample.py", "--config", "absent.yaml"])
+    assert sample.returncode == 1 and sample.stdout == ""
+    assert re.fullmatch(r"humanline_sample\.py: --config: there is no file absent\.yaml .*\n", sample.stderr)
+    plan = started(
+        [sys.executable, "-m", "humanline._cli", "plan", "--config", "configs/smollm2_135m_dpo.yaml", "~seeds"]
+    )
+    assert plan.returncode == 1 and plan.stdout == ""
+    line = "humanline plan: override: Could not find key seeds to remove; the nearest is seed\n"
+    assert plan.stderr == line
