@@ -210,6 +210,35 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder_under_the_name_that_is_looke
     assert [path.name for path in run.iterdir()] == ["epoch_0"] and found["a"] == "epoch_0.partial"
 
 
+def test_a_run_that_is_killed_while_it_replaces_an_epoch_leaves_a_whole_one(trajectory):
+    run = trajectory("dpo_8_k4")
+    run.config |= {"save_every_n_steps": 1, "max_steps_per_epoch": 1}
+    assert run.train() is None
+    before = written(run)
+    whole = {path.name for path in (run.folder / "out" / "epoch_0").iterdir()}
+    recipe = run.recipe
+    run.recipe = run.folder / "killed.py"
+    run.recipe.write_text(
+        f"""
+import os, runpy, signal, sys
+
+def kill(event, arguments):  # when the files of an epoch's folder are gone, and the folder is to follow
+    if event == "os.rmdir" and "epoch_" in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+runpy.run_path({str(recipe)!r}, run_name="__main__")
+"""
+    )
+    with run.start("resume_from_checkpoint=latest") as ranks:  # which writes the epoch again
+        assert ranks.wait() == [-signal.SIGKILL], ranks.output()
+    assert {path.name for path in (run.folder / "out" / "epoch_0").iterdir()} == whole
+    assert all(torch.equal(tensor, before[name]) for name, tensor in written(run).items())
+    run.recipe = recipe
+    assert run.train("resume_from_checkpoint=latest") is None
+    assert [path.name for path in (run.folder / "out").glob("epoch_*")] == ["epoch_0"]
+
+
 def killed_at(moment: int, work) -> bool:
     """Does the work in a child that is killed before its n-th system call of files; whether it ended before that."""
     child = os.fork()

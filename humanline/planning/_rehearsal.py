@@ -73,9 +73,9 @@ class Estimate:
 def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     """Runs two steps of the recipe that a config is for, the first to fill the optimizer, as rank 0 of several.
 
-    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in the second step, so that the
-    second meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there may be
-    none, it is the flash kernel of CPUs, which keeps as much for backward.
+    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in the second step, so that
+    the second meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there
+    may be none, it is the flash kernel of CPUs, which keeps as much for backward.
 
     Of a deep model a few layers run, twice, and what the others take is added: layers are alike, so that the figures
     are those of all of them.
@@ -292,7 +292,8 @@ class _FakePasses(Passes):
         group = Group([1] * prompt, responses, scores=(1.0, 0.0), advantages=(1.0, -1.0), id="a full row")
         if isinstance(self.objective, KTO):
             group = replace(group, scores=None, advantages=None, labels=(True, False))
-        return [group] * max(2, passes * self.budget.rows_per_pass * self.world_size)
+        least = 2 if isinstance(self.objective, KTO) else 1
+        return [group] * max(least, passes * self.budget.rows_per_pass * self.world_size)
 
     def over(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         with unset_fake_temporarily():
