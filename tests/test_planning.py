@@ -13,10 +13,11 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from ranks import free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchtune.models.llama3 import lora_llama3
+from torchtune.models.llama3 import llama3_70b, lora_llama3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from humanline.errors import ConfigError
+from humanline.models.gemma2 import gemma2_27b
 from humanline.planning import rehearse, report, with_overrides
 from humanline.planning._layers import depths
 from humanline.planning._meter import Meter
@@ -161,6 +162,12 @@ def test_few_layers_tell_exactly_what_many_take(name, model, ranks, changes, mon
     assert told == rehearse(cfg, ranks)  # of all layers
 
 
+def test_a_model_of_80_layers_is_planned_by_7_and_one_whose_layers_alternate_by_14():
+    with torch.device("meta"):
+        assert depths(llama3_70b().layers) == (3, 4, 76)
+        assert depths(gemma2_27b().layers) == (6, 8, 19)
+
+
 def test_layers_that_do_not_repeat_all_run():
     shape = {key: value for key, value in ALIKE.items() if key != "_component_"}
     layers = lora_llama3(["q_proj"], **shape, lora_rank=4, lora_alpha=8)
@@ -301,7 +308,9 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
             "2 ranks" in done.stdout
             and "a pass: 256 tokens" in done.stdout
             and "3 passes if a group takes a row" in done.stdout
+            and "on disk: an export 0.54 GB, a checkpoint 1.61 GB" in done.stdout
         )
+        assert "humanline plan: estimating the config as it is ..." in done.stderr
 
 
 @pytest.mark.parametrize(
