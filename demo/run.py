@@ -63,7 +63,7 @@ def main() -> None:
     aligned = output / "epoch_0"
 
     start = time.perf_counter()
-    shutil.rmtree(output, ignore_errors=True)
+    shutil.rmtree(output / "logs", ignore_errors=True)  # the rest is replaced as its successor is there
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
     before = sample(MODEL, "model.safetensors", output / "before.jsonl")
     trained = time.perf_counter()

@@ -436,6 +436,29 @@ def test_a_server_samples_from_each_round_s_weights(vocabulary, trajectory):
     assert run.log("staleness") == {step: (step - 1) % 6 for step in range(1, 13)}
 
 
+def test_a_server_gets_merged_weights_that_have_the_update(vocabulary, trajectory, caplog):
+    with Server(vocabulary) as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=6)
+        run.config["model"] |= {
+            "_component_": "torchtune.models.llama3.lora_llama3",
+            **{"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8},
+        }
+        run.config["reference"]["_component_"] = "humanline.reference.AdapterReference"
+        weights, config = run.folder / "model" / "model.safetensors", run.folder / "model" / "config.json"
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
+        config.write_text(config.read_text().replace("float32", "bfloat16"))
+        assert run.train("optimizer.lr=1e-5") is None
+    [folder] = (run.folder / "weights").iterdir()
+    assert load_file(folder / "model-00001-of-00001.safetensors")["model.layers.0.self_attn.q_proj.weight"].dtype == (
+        torch.float32
+    )
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+    [said] = [record for record in caplog.records if f"{folder}: " in record.getMessage()]
+    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding, read in bfloat16" in (
+        said.getMessage()
+    )
+
+
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_with_overlap_training_goes_on_while_the_next_round_is_sampled(vocabulary, trajectory, nproc):
     hold = vocabulary / "hold"

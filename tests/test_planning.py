@@ -13,10 +13,13 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from ranks import free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune.models.llama3 import llama3_70b, lora_llama3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from humanline.errors import ConfigError
+from humanline.models.gemma2 import gemma2_27b
 from humanline.planning import rehearse, report, with_overrides
+from humanline.planning._layers import depths
 from humanline.planning._meter import Meter
 
 CONFIGS = ROOT / "configs"
@@ -136,6 +139,61 @@ def test_ranks_divide_what_is_sharded_and_gather_it_layer_by_layer():
     assert layer < eight["gathered weights"] < 3 * output + 3 * layer
 
 
+ALIKE = TINY | {"num_layers": 11}
+ADAPTED = ALIKE | {
+    "_component_": "torchtune.models.llama3.lora_llama3",
+    **{"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "ranks", "changes"),
+    [
+        ("smollm2_135m_dpo", ALIKE, 1, {"enable_activation_checkpointing": True}),
+        ("smollm2_135m_dpo", ALIKE, 2, {"reference___component_": "humanline.reference.ModelReference"}),
+        ("smollm2_135m_dpo_lora", ADAPTED, 1, {"save_adapter_weights_only": False}),
+    ],
+)
+def test_few_layers_tell_exactly_what_many_take(name, model, ranks, changes, monkeypatch):
+    cfg = config(name, **changes)
+    cfg.model = model
+    told = rehearse(cfg, ranks)
+    monkeypatch.setattr("humanline.planning._rehearsal.depths", lambda layers: None)
+    assert told == rehearse(cfg, ranks)  # of all layers
+
+
+def test_a_model_of_80_layers_is_planned_by_7_and_one_whose_layers_alternate_by_14():
+    with torch.device("meta"):
+        assert depths(llama3_70b().layers) == (3, 4, 76)
+        assert depths(gemma2_27b().layers) == (6, 8, 19)
+
+
+def test_layers_that_do_not_repeat_all_run():
+    shape = {key: value for key, value in ALIKE.items() if key != "_component_"}
+    layers = lora_llama3(["q_proj"], **shape, lora_rank=4, lora_alpha=8)
+    assert depths(layers.layers) == (3, 4, 7)
+    layers.layers[5].attn.sliding_window = 8
+    assert depths(layers.layers) is None
+    for layer in layers.layers[1::2]:
+        layer.attn.sliding_window = 8
+    assert depths(layers.layers) is None  # seven and nine of eleven would save nothing
+
+
+def test_the_size_of_what_is_written_is_foretold(tmp_path):
+    cfg = config("smollm2_135m_dpo")
+    parameters = 134_515_008
+    told = rehearse(cfg, 1)
+    assert told.export == 4 * parameters and told.checkpoint == pytest.approx(12 * parameters, rel=1e-3)
+    assert rehearse(OmegaConf.merge(cfg, {"export_dtype": "bf16"}), 1).export == 2 * parameters
+    adapter = config("smollm2_135m_dpo_lora")
+    merged = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
+    told = rehearse(adapter, 1)
+    assert told.export == 2 * parameters + 2 * merged + 8 * 4_884_480
+    assert told.checkpoint == pytest.approx(16 * 4_884_480, rel=1e-3)  # the reference's adapter too
+    alone = rehearse(OmegaConf.merge(adapter, {"save_adapter_weights_only": True}), 1)
+    assert alone.export == 8 * 4_884_480
+
+
 def test_groups_of_ranks_each_hold_the_whole_model():
     cfg = config("smollm2_135m_dpo")
     cfg.model = TINY
@@ -250,7 +308,9 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
             "2 ranks" in done.stdout
             and "a pass: 256 tokens" in done.stdout
             and "3 passes if a group takes a row" in done.stdout
+            and "on disk: an export 0.54 GB, a checkpoint 1.61 GB" in done.stdout
         )
+        assert "humanline plan: estimating the config as it is ..." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``humanline plan``: does a config fit, and what would make it fit."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from math import inf, prod
 from typing import NamedTuple
@@ -63,16 +64,30 @@ def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimat
     room = device_memory * (1 - SPARE)
     if estimate.total / 1e9 <= room:
         return f"It fits {device_memory:g} GB, of which {room:.1f} GB are counted on."
-    made: list[Change] = []
+    stages: list[list[Change]] = []
     for change in changes(cfg, ranks):
-        made = [other for other in made if other.kind != change.kind] + [change]
-        if (total := _gigabytes(cfg, ranks, made, tell)) <= room:
-            for other in made[:-1]:
-                rest = [each for each in made if each is not other]
-                if (without := _gigabytes(cfg, ranks, rest, tell)) <= room:
-                    made, total = rest, without
-            return f"It does not fit {device_memory:g} GB. It would, with {total:.2f} GB, by {_said(made, ranks)}."
-    return f"It does not fit {device_memory:g} GB, not even by {_said(made, ranks)}: {_last_resort(cfg)}."
+        stages.append([other for other in (stages[-1] if stages else []) if other.kind != change.kind] + [change])
+    totals: dict[str, float] = {}
+
+    def total(made: list[Change]) -> float:
+        said = _said(made, ranks)
+        if said not in totals:
+            tell(f"it does not fit; estimating it with {said}")
+            totals[said] = _gigabytes(cfg, ranks, made)
+        return totals[said]
+
+    # Each stage takes less than the one before, but for those that are refused; so the last tells whether any fits.
+    possible = list(stages)
+    while possible and total(possible[-1]) == inf:
+        possible.pop()
+    if not possible or total(possible[-1]) > room:
+        return f"It does not fit {device_memory:g} GB, not even by {_said(stages[-1], ranks)}: {_last_resort(cfg)}."
+    made = possible[bisect_left(possible, True, hi=len(possible) - 1, key=lambda stage: total(stage) <= room)]
+    for other in made[:-1]:
+        rest = [each for each in made if each is not other]
+        if total(rest) <= room:
+            made = rest
+    return f"It does not fit {device_memory:g} GB. It would, with {total(made):.2f} GB, by {_said(made, ranks)}."
 
 
 def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
@@ -96,9 +111,8 @@ def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
         yield Change("ranks", [f"batch_size={groups // times}"] if groups % times == 0 else [], times)
 
 
-def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change], tell: Callable[[str], None]) -> float:
+def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change]) -> float:
     """The peak of a rank after the changes; infinite if the run would be refused."""
-    tell(f"it does not fit; estimating it with {_said(made, ranks)}")
     overrides = [override for change in made for override in change.overrides]
     try:
         return rehearse(with_overrides(cfg, overrides), ranks * prod(change.times for change in made)).total / 1e9

@@ -74,9 +74,9 @@ class Estimate:
 def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     """Runs two steps of the recipe that a config is for, the first to fill the optimizer, as rank 0 of several.
 
-    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in a step, so that the second
-    meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there may be
-    none, it is the flash kernel of CPUs, which keeps as much for backward.
+    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in the second step, so that
+    the second meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there
+    may be none, it is the flash kernel of CPUs, which keeps as much for backward.
 
     Of a deep model a few layers run, twice, and what the others take is added: layers are alike, so that the figures
     are those of all of them.
@@ -121,9 +121,9 @@ def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int
         recipe = _Rehearsal(cfg, sharded=ranks > 1, vocabulary=vocabulary, layers=layers, period=period)
         with recipe.mode, recipe.meter:
             recipe.setup(cfg)
-            recipe.take_step(1)
+            recipe.take_step(1, passes=1)
             recipe.meter.forget_peak()
-            recipe.take_step(2)
+            recipe.take_step(2, passes=2)
         with recipe.mode:
             return _Taken(recipe.meter.peaks, recipe.meter.flops, recipe.export_bytes(), recipe.checkpoint_bytes())
 
@@ -248,10 +248,10 @@ class _Rehearsal(HumanlineRecipe):
         sampled = self.objective.loss.perception == "sample"
         return lambda rows: torch.rand(2, len(rows.targets)) if sampled else None
 
-    def take_step(self, step: int) -> None:
-        """What the recipe's loop does in a step."""
+    def take_step(self, step: int, passes: int) -> None:
+        """What the recipe's loop does in a step of so many passes."""
         self.forwards = 0
-        self._accumulate_gradients([self.passes.groups()])
+        self._accumulate_gradients([self.passes.groups(passes)])
         self.passes.label_gradients()
         self.meter.moment = ("update",)
         self._clip_gradients()
@@ -276,7 +276,7 @@ class _Source:
 
 
 class _FakePasses(Passes):
-    """Two full passes a rank, in fake tensors."""
+    """Full passes, in fake tensors."""
 
     def __init__(self, recipe: _Rehearsal, budget: Any) -> None:
         self.recipe, self.objective, self.budget, self.device = recipe, recipe.objective, budget, CPU
@@ -284,15 +284,17 @@ class _FakePasses(Passes):
         limit = TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)
         self.source = _Source(limit)  # type: ignore[assignment]
 
-    def groups(self) -> list[Group]:
-        """A microbatch of all ranks: a prompt of a fifth of a row, and two responses that fill it."""
+    def groups(self, passes: int) -> list[Group]:
+        """A microbatch of all ranks that makes so many passes, or two if KTO would have nobody to pair its only group
+        with: a prompt of a fifth of a row, and two responses that fill it."""
         length = self.budget.tokens_per_row
         prompt = max(1, length // 5)
         responses = tuple([1] * ((length - prompt) // 2 + 1) for _ in range(2))
         group = Group([1] * prompt, responses, scores=(1.0, 0.0), advantages=(1.0, -1.0), id="a full row")
         if isinstance(self.objective, KTO):
             group = replace(group, scores=None, advantages=None, labels=(True, False))
-        return [group] * (2 * self.budget.rows_per_pass * self.world_size)
+        least = 2 if isinstance(self.objective, KTO) else 1
+        return [group] * max(least, passes * self.budget.rows_per_pass * self.world_size)
 
     def over(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
         with unset_fake_temporarily():

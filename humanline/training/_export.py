@@ -79,12 +79,13 @@ def write_weights(
             if layers:
                 write_adapter(partial / "adapter", adapter, policy, checkpointer)
             if weights:
-                initial = None
-                if not layers and not (is_hand_over and _holds(dtypes, weights)):
-                    initial = checkpointer.load_checkpoint()[training.MODEL_KEY]
+                exact = not layers and _holds(dtypes, weights)
+                initial = None if layers or (exact and is_hand_over) else _initial(checkpointer)
+                is_known = bool(layers) or exact or initial is not None
                 kept, read_in_bf16 = _round(weights, dtypes, changed, initial, adapter, layers)
+                del initial
                 _save(weights, partial, checkpointer)
-                level, said = _report(dtypes, kept, read_in_bf16, bool(layers), is_hand_over)
+                level, said = _report(dtypes, kept if is_known else None, read_in_bf16, bool(layers), is_hand_over)
                 if has_quantized_base(policy):
                     said += "; the adapter is merged into the base as NF4 has it, not as the checkpoint has it"
             size = _to_disk(partial)
@@ -114,6 +115,16 @@ def export_dtypes(
     changed = dict.fromkeys(changed_weights(policy), torch.float32)
     keeping = {name: trained[name].dtype if name in trained else dtype for name, dtype in changed.items()}
     return {name: export_dtype or keeping.get(name, dtype) for name, dtype in checkpoint_dtypes.items()}
+
+
+def _initial(checkpointer: Any) -> Mapping[str, Tensor] | None:
+    """The weights that the run started from, memory-mapped; None if they are gone, which must not cost the new ones."""
+    try:
+        weights: Mapping[str, Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
+        return weights
+    except Exception as failure:  # of torchtune, safetensors and the disk
+        log.warning(f"checkpointer: {checkpointer._checkpoint_dir} cannot be read any more: {failure}")
+        return None
 
 
 def _holds(dtypes: Mapping[str, torch.dtype], weights: Mapping[str, Tensor]) -> bool:
@@ -149,10 +160,16 @@ def _round(
 
 
 def _report(
-    dtypes: Mapping[str, torch.dtype], kept: KeptUpdate, read_in_bf16: KeptUpdate, has_adapter: bool, is_hand_over: bool
+    dtypes: Mapping[str, torch.dtype],
+    kept: KeptUpdate | None,
+    read_in_bf16: KeptUpdate,
+    has_adapter: bool,
+    is_hand_over: bool,
 ) -> tuple[int, str]:
-    """The log's level, and what it says of the weights' dtypes and of the update's share in them."""
+    """The log's level, and what it says of the weights' dtypes and of the update's share in them, if it is known."""
     names = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
+    if kept is None:
+        return logging.WARNING, f"{names}; what share of the update's norm survived rounding is not known"
     said = f"{names}; {kept.share:.1%} of the update's norm survived rounding"
     or_adapter = ", or use the adapter in it" if has_adapter and not is_hand_over else ""
     if kept.share < ENOUGH:
