@@ -532,9 +532,7 @@ def test_the_recipe_samples_what_the_engine_samples(sample, model_folder, llama)
     process, output = sample(LINES[:1], seed=3)
     assert process.returncode == 0, process.stderr
     tokenizer = ChatTokenizer(str(model_folder))
-    engine = TorchtuneEngine(
-        llama[1], stop_tokens=tokenizer.stop_tokens, batch_size=1, token_ids=tokenizer.token_ids
-    )
+    engine = TorchtuneEngine(llama[1], stop_tokens=tokenizer.stop_tokens, batch_size=1, token_ids=tokenizer.token_ids)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "1 + 1 = ?"}])
     [[completion]] = engine.generate([prompt], SamplingParams(max_new_tokens=16, seed=3))
     assert isinstance(completion, Completion)
