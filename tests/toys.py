@@ -19,6 +19,14 @@ class Letters:
         return "".join(chr(65 + token) for token in tokens)
 
 
+class Elsewhere(Letters):
+    """Moves rank 1 into another folder, to which relative paths then lead."""
+
+    def __init__(self) -> None:
+        if os.environ["RANK"] == "1":
+            os.chdir(os.environ["THERE"])
+
+
 class MeanToken:
     """How large the tokens of a response are on average; no two responses of a few tokens have the same."""
 
