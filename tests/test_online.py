@@ -266,13 +266,16 @@ def test_a_step_takes_no_group_twice(trajectory, monkeypatch):
     assert sizes == {20: [[4, 4], [4, 4]], 9: [[4, 4], [4, 4]], 5: [[2, 3], [2, 3]], 3: [[2, 2], [2, 2]]}
 
 
-def test_when_nothing_is_left_to_learn_the_run_ends_with_what_it_has(trajectory):
+def test_when_nothing_is_left_to_learn_the_rest_of_the_steps_leaves_the_weights_as_they_are(trajectory, caplog):
     run = online(trajectory("grpo_8_k4"), every=3)
     run.config["reward"] = {"_component_": "toys.Solved", "calls": 2}
-    message = run.train()
-    assert "round 2: the responses of every prompt are scored equal" in message
-    assert "resume_from_checkpoint: latest goes on from step 6" in message
-    assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_6"]
+    assert run.train() is None
+    assert set(run.log()) == set(range(1, 7)) and run.log("rounds/empty") == {1: 0, 4: 0, 7: 1, 10: 1}
+    assert "round 2 is empty: no prompt has responses of which the objective learns" in caplog.text
+    short = run.again("short")
+    assert short.train("max_steps_per_epoch=6") is None
+    ends = [load_file(next((each.folder / "out" / "epoch_0").glob("*.safetensors"))) for each in (run, short)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 @pytest.mark.parametrize(

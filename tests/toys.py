@@ -25,6 +25,14 @@ class Letters:
         return "".join(chr(65 + token) for token in tokens)
 
 
+class Elsewhere(Letters):
+    """Moves rank 1 into another folder, to which relative paths then lead."""
+
+    def __init__(self) -> None:
+        if os.environ["RANK"] == "1":
+            os.chdir(os.environ["THERE"])
+
+
 class MeanToken:
     """How large the tokens of a response are on average; no two responses of a few tokens have the same."""
 
@@ -55,6 +63,37 @@ class Solved(MeanToken):
     def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
         self.calls -= any(responses)
         return [[1.0] * len(texts) for texts in responses] if self.calls < 0 else super().__call__(prompts, responses)
+
+
+class Rare:
+    """1 for one response in 50, else 0."""
+
+    highest_score = 1.0
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        return [[float(sum(map(ord, text)) % 50 == 0) for text in texts] for texts in responses]
+
+
+class Wrong:
+    """0 for everything but the first calls with responses, which have a right one each."""
+
+    highest_score: float | None = 1.0
+
+    def __init__(self, calls: int = 0, then: float = 0.0) -> None:
+        self.calls = calls
+        self.then = then
+
+    def __call__(self, prompts: list[Prompt], responses: list[list[str]]) -> list[list[float]]:
+        self.calls -= any(responses)
+        if self.calls >= 0:
+            return [[float(place == 0) for place in range(len(texts))] for texts in responses]
+        return [[self.then] * len(texts) for texts in responses]
+
+
+class Judged(Wrong):
+    """The same by a reward whose highest score nobody knows."""
+
+    highest_score = None
 
 
 class TooFew(MeanToken):

@@ -14,12 +14,16 @@ _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 class FormatReward:
     """1 for a response that is a thought and an answer and nothing else, each tag occurring once; else 0."""
 
+    highest_score = 1.0
+
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         return [[format_score(text) for text in texts] for texts in responses]
 
 
 class TagCountReward:
     """A quarter for each of the four tags that occurs exactly once."""
+
+    highest_score = 1.0
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         return [[tag_count_score(text) for text in texts] for texts in responses]

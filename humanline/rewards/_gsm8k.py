@@ -32,6 +32,8 @@ class GSM8KReward:
         answer_field (str): the field of the prompt file that holds the answer.
     """
 
+    highest_score = 1.0
+
     def __init__(self, answer_field: str = "answer") -> None:
         self._answer_field = answer_field
 

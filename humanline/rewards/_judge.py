@@ -58,6 +58,8 @@ class JudgeReward:
         ConfigError: if a value cannot work.
     """
 
+    highest_score = 1.0
+
     def __init__(
         self,
         base_url: str,

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from humanline.errors import ConfigError
 from humanline.rewards._prompts import known_answer, regroup
 from humanline.rewards._settings import check_count, check_number
-from humanline.rollout import Prompt
+from humanline.rollout import Prompt, Stopped
 
 __all__ = ["MathReward"]
 
@@ -43,6 +43,8 @@ class MathReward:
         ConfigError: if a value cannot work, or math-verify is not installed.
     """
 
+    highest_score = 1.0
+
     def __init__(self, answer_field: str = "answer", timeout: float = 5.0, workers: int = 2) -> None:
         check_number("timeout", timeout)
         check_count("workers", workers)
@@ -53,6 +55,7 @@ class MathReward:
         self._answer_field = answer_field
         self._timeout = timeout
         self._workers = workers
+        self._stopped = False
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(workers):
             self._idle.put(_Worker(timeout))
@@ -74,7 +77,13 @@ class MathReward:
             )
         return regroup(map(float, map(bool, verdicts)), responses)
 
+    def stop(self) -> None:
+        """Ends checking for good: what is under way raises :class:`~humanline.rollout.Stopped` at its next check."""
+        self._stopped = True
+
     def _check(self, check: tuple[str, str]) -> bool | None:
+        if self._stopped:
+            raise Stopped("scoring was stopped")
         worker = self._idle.get()
         try:
             return worker.check(*check)

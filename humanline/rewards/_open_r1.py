@@ -37,7 +37,12 @@ class OpenR1Reward:
         for key, weight in (("accuracy", accuracy), ("format", format), ("tag_count", tag_count)):
             check_number(key, weight, positive=False)
         self._accuracy, self._format, self._tag_count = accuracy, format, tag_count
+        self.highest_score = sum(max(0.0, weight) for weight in (accuracy, format, tag_count))
         self._is_right = MathReward(answer_field, timeout, workers)
+
+    def stop(self) -> None:
+        """Ends scoring for good; see :meth:`MathReward.stop`."""
+        self._is_right.stop()
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """

@@ -97,9 +97,8 @@ class TorchtuneEngine:
             self._masked[[id for id in token_ids if id < rows]] = False
             if self._stop_tokens and not any(id < rows and not self._masked[id] for id in self._stop_tokens):
                 raise ConfigError(
-                    f"tokenizer: none of its stop tokens {sorted(self._stop_tokens)} is an id with a token "
-                    f"below the model's {rows} rows, so no response could end; let tokenizer.path and model "
-                    "name the same model"
+                    f"tokenizer: none of its stop tokens {sorted(self._stop_tokens)} has a token and a row among the "
+                    f"model's {rows}, so no response could end; let tokenizer.path and model name the same model"
                 )
 
     @property

@@ -34,6 +34,7 @@ from humanline.rollout._connection import Connection, Gone, Refused
 from humanline.rollout._engine import Completion
 from humanline.rollout._reply import Reply, read_reply
 from humanline.rollout._sampling import SamplingParams
+from humanline.rollout._token_ids import token_ids
 
 __all__ = ["HTTPEngine"]
 
@@ -125,7 +126,8 @@ class HTTPEngine:
             ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.
         """
         self._tokenizer = tokenizer
-        self._token_ids = tokenizer.token_ids
+        ids = token_ids(tokenizer)
+        self._token_ids = None if ids is None else frozenset(ids)
         self._rows = tokenizer.vocab_size if policy is None else policy.tok_embeddings.num_embeddings
         try:
             self._server.greet()
@@ -298,7 +300,7 @@ class HTTPEngine:
                 f"engine.base_url: {self._url} answers choices[0].token_ids with {largest}, outside the model's "
                 f"vocabulary of {self._rows}; serve the model that is trained"
             )
-        if not self._token_ids.issuperset(tokens):
+        if self._token_ids is not None and not self._token_ids.issuperset(tokens):
             return None
         stops = self._tokenizer.stop_tokens
         if reply.finish_reason == "stop" and not (tokens and tokens[-1] in stops):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,9 +21,10 @@ from torchtune import utils
 
 from humanline._seeds import stream_seed
 from humanline.data import Group, GroupDataset, TokenBudget
-from humanline.data._record import Message
+from humanline.data._record import Message, Record
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rollout._connection import Stopped
+from humanline.rollout._empty_rounds import EmptyRounds
 from humanline.rollout._engine import Completion
 from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._prompts import read_prompts
@@ -48,7 +48,7 @@ class Engine(Protocol):
     - ``weights_dir``, a folder: each round's weights are written into it, and each rank's engine is told of them by
       ``update(folder, announce=)``, first that of rank 0, with ``announce=True``;
     - ``ready()``: called on rank 0 before the ranks ask together, who wait until it returns;
-    - ``stop()``: called when the run has been asked to end, in a signal handler: ``generate`` then raises
+    - ``stop()``: called in another thread when the run has been asked to end: ``generate`` then raises
       :class:`Stopped` soon, instead of returning.
     """
 
@@ -58,7 +58,8 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """The ``params.samples_per_prompt`` completions of each prompt; a seed for each prompt decides its draws."""
+        """The ``params.samples_per_prompt`` completions of each prompt, or fewer where the others cannot be trained on;
+        a seed for each prompt decides its draws."""
 
 
 class OnlineSource:
@@ -72,6 +73,9 @@ class OnlineSource:
     the same tokens. A round that then has fewer groups than its steps take goes through them again, and has fewer of
     them in a step than it should if that would take one twice: where many are dropped, give it more prompts
     (``groups_per_round``). With ``desirable_above`` each response has a label of its own, and KTO drops no group.
+
+    A round without any usable group is empty: its steps leave the weights as they are, and the next round has other
+    prompts and draws.
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``, with the
     log-probs that the engine gave each token (``logps``; null where it gave none). A resumed run reads it, and samples
@@ -138,6 +142,10 @@ class OnlineSource:
         self.params = SamplingParams(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples_per_prompt=generations
         )
+        if temperature == 0:
+            raise ConfigError(
+                "source.temperature: 0 gives every prompt equal responses, which teach nothing; give one above 0"
+            )
         self.equal_scores = equal_scores
         self.desirable_above = desirable_above
         self.overlap = overlap
@@ -199,6 +207,7 @@ class OnlineSource:
         self.unlogged: list[dict[str, float]] = []  # of the rounds sampled since metrics were logged; in checkpoints
         self._ahead: Future[_Round] | None = None
         self._stopped = False
+        self.empty_rounds = EmptyRounds(desirable_above=self.desirable_above)
 
     def longest(self) -> Group:
         """A group as long as any that can be sampled."""
@@ -233,8 +242,43 @@ class OnlineSource:
 
     def digest(self) -> str:
         """What the groups are a function of, besides the policy."""
+        return f"{self.position()}, {self._changeable()}"
+
+    def position(self) -> str:
+        """What a step number means, in this run and in all that resume it."""
+        return (
+            f"{self.round_size} prompts a round, every {self.every} steps, max_new_tokens {self.params.max_new_tokens}"
+        )
+
+    def _changeable(self) -> dict[str, Any]:
+        """What a run that resumes may change: the rounds that are there stay, those to come are sampled by it."""
         ids = hashlib.blake2b(json.dumps([list(ids) for ids in self.prompt_ids]).encode(), digest_size=8).hexdigest()
-        return f"{len(self.prompts)} prompts {ids}, {self.round_size} every {self.every} steps, {self.params}"
+        return {
+            "source.prompts": f"{len(self.prompts)} ({ids})",
+            "source.generations": self.params.samples_per_prompt,
+            "source.temperature": self.params.temperature,
+            "source.top_p": self.params.top_p,
+            "source.equal_scores": self.equal_scores,
+            "source.desirable_above": self.desirable_above,
+            "shuffle": self.shuffle,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that resumes wants back; what JSON can hold."""
+        return {
+            "settings": self._changeable(),
+            "empty_rounds": self.empty_rounds.state_dict(),
+            "unlogged": list(self.unlogged),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it, and says what has changed since."""
+        self.empty_rounds.load_state_dict(state["empty_rounds"])
+        self.unlogged = state["unlogged"]
+        for name, here in self._changeable().items():
+            before = state["settings"].get(name)
+            if before != here and dist.get_rank() == 0:
+                log.warning(f"{name}: was {before} in the checkpoint and is {here} for rounds that are not sampled yet")
 
     def use(
         self,
@@ -265,12 +309,14 @@ class OnlineSource:
                 "overlap out"
             )
         self.engine, self.reward, self.derive, self.hand_over = engine, reward, derive, hand_over
-        reward(self.prompts, [[] for _ in self.prompts])  # refuses a prompt that it cannot judge
+        self.empty_rounds.highest_score = getattr(reward, "highest_score", None)
         self.total_steps = total_steps
         # A group of their own, since with overlap the ranks meet in it while they meet in training's as well; and one
         # of them may wait for its server for long.
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.folder = Path(output_dir) / "rounds"
+        # Refuses a prompt that it cannot judge; one that asks a server may fail on one rank alone.
+        self._together(lambda: reward(self.prompts, [[] for _ in self.prompts]))
 
     def stop(self) -> None:
         """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises
@@ -293,11 +339,13 @@ class OnlineSource:
     # --------------------------------------------------------------------------------------------------------- rounds
 
     def batch(self, step: int) -> list[list[Group]]:
-        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups. At a round's first step, all
-        ranks sample it together."""
+        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; none if its round is empty. At a
+        round's first step, all ranks sample it together."""
         round, index = divmod(step - 1, self.every)
         if round != self._round:
             self._enter(round, step)
+        if not self._groups:
+            return []
         # A step takes no group twice, but where there would be none for a rank, or no other one for KTO to pair with.
         least = self.accumulation * max(self.world_size, 2)
         count = min(self.groups_per_step, max(len(self._groups), least))
@@ -310,13 +358,14 @@ class OnlineSource:
 
         ``staleness`` is how many optimizer steps the policy has taken since they were sampled. Of the rounds that were
         sampled since the last call, under ``rounds/``, also: the mean ``reward`` of all responses, and the sums of
-        ``dropped`` prompts, groups that are ``unused`` since the round has more than its steps take, ``tokens``, the
-        ``seconds`` of sampling and scoring, and those that training ``waited``.
+        ``dropped`` prompts, ``empty`` rounds, groups that are ``unused`` since the round has more than its steps take,
+        ``tokens``, the ``seconds`` of sampling and scoring, and those that training ``waited``.
         """
         rounds, self.unlogged = self.unlogged, []
         metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
         if rounds:
-            metrics["rounds/reward"] /= metrics.pop("rounds/responses")
+            responses = metrics.pop("rounds/responses")
+            metrics["rounds/reward"] = metrics["rounds/reward"] / responses if responses else math.nan
         return {"staleness": step - 1 - self._policy_step, **metrics}
 
     def _enter(self, round: int, step: int) -> None:
@@ -324,10 +373,19 @@ class OnlineSource:
         start = time.perf_counter()
         found = self._ahead.result() if self._ahead else self._read_or_sample(round, step)
         self._ahead = None
-        groups = list(map(self._labelled, found.groups))
-        usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups
-        self._groups = [usable[i] for i in self._order(len(usable), stream_seed("groups of a round", self.seed, round))]
+        self._groups = []
+        if not found.empty:
+            groups = list(map(self._labelled, found.groups))
+            usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups
+            order = self._order(len(usable), stream_seed("groups of a round", self.seed, round))
+            self._groups = [usable[i] for i in order]
         self._round, self._policy_step = round, found.policy_step
+        self.empty_rounds.note(round, _scores(found.groups), found.empty)
+        if found.empty and dist.get_rank() == 0:
+            log.warning(
+                f"round {round} is empty: no prompt has responses of which the objective learns ({_range(found)}). The "
+                f"weights stay as they are to step {(round + 1) * self.every}, and the next round draws other prompts"
+            )
         if self.overlap and (round + 1) * self.every < self.total_steps and not self._is_there(round + 1):
             self.hand_over(round + 1)
             self._ahead = _in_background(lambda: self._sample(round + 1, step - 1))
@@ -352,13 +410,11 @@ class OnlineSource:
         return self.folder / f"round_{round}.jsonl"
 
     def _is_there(self, round: int) -> bool:
-        there = [self._file(round).is_file()]
-        dist.broadcast_object_list(there)
-        return there[0]
+        return self._together(self._file(round).is_file, on_rank_0=True)[0]
 
     def _read_or_sample(self, round: int, step: int) -> "_Round":
-        if self._is_there(round):
-            return _read(self._file(round))
+        if self._is_there(round):  # of a file that ranks see differently, rank 0's view counts
+            return self._together(lambda: _read(self._file(round), self.tokenizer), on_rank_0=True)[0]
         self.hand_over(round)
         return self._sample(round, step - 1)
 
@@ -369,35 +425,36 @@ class OnlineSource:
         order = self._order(len(self.prompts), stream_seed("prompts of an epoch", self.seed, epoch))
         chosen = order[index * self.round_size :][: self.round_size]
         usable: dict[int, Group] = {}
+        answered: dict[int, Group] = {}
         rewards: list[float] = []
         sampled = tokens = 0
         for attempt in range(MOST_ATTEMPTS):
             open_ = [prompt for prompt in chosen if prompt not in usable]
             sampled += len(open_)
-            for prompt, group in self._answer(open_, round, attempt).items():
+            answered = self._answer(open_, round, attempt)
+            for prompt, group in answered.items():
                 tokens += sum(map(len, group.responses))
                 rewards += group.scores or ()
                 if self._is_usable(group):
                     usable[prompt] = group
             if len(usable) == len(chosen) or (self.equal_scores == "drop" and usable):
                 break
-        if not usable:
-            raise DataError(
-                f"round {round}: the responses of every prompt are scored equal, or leave the objective nothing to "
-                "compare; nothing can be learnt from them"
-            )
-        found = _Round([usable[prompt] for prompt in chosen if prompt in usable], policy_step)
+            if not usable and self.empty_rounds.are_all_right(_scores(list(answered.values()))):
+                break
+        kept = usable or answered  # of an empty round the last answers, for people to look at
+        found = _Round([kept[prompt] for prompt in chosen if prompt in kept], policy_step, empty=not usable)
         found.metrics = {
             "rounds/reward": math.fsum(rewards),
             "rounds/responses": len(rewards),
             "rounds/dropped": len(chosen) - len(usable),
+            "rounds/empty": int(found.empty),
             "rounds/tokens": tokens,
             "rounds/seconds": time.perf_counter() - start,
         }
         if dist.get_rank() == 0:
             log.info(
                 f"round {round}: {sampled} prompts x {self.params.samples_per_prompt}, mean reward "
-                f"{fmean(rewards):.3f}, {len(chosen) - len(usable)} prompts left out"
+                f"{found.metrics['rounds/reward']:.3f}, {len(chosen) - len(usable)} prompts left out"
             )
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -432,19 +489,25 @@ class OnlineSource:
             call (Callable[[], T]): this rank's.
             on_rank_0 (bool): only rank 0 makes it, and the others wait.
         """
-        mine: T | Exception | None
+        mine: T | None = None
+        failure: tuple[type[Exception], str] | None = None  # errors themselves cannot all be sent
         try:
             mine = None if on_rank_0 and dist.get_rank() else call()
         except (ConfigError, DataError, TrainingError) as error:
-            mine = error
+            kinds = (Stopped, ConfigError, DataError, TrainingError)
+            failure = next(kind for kind in kinds if isinstance(error, kind)), str(error)
         except OSError as error:
-            mine = TrainingError(f"{self.folder}: {error}")
+            failure = TrainingError, f"{self.folder}: {error}"
+        except Exception as error:  # whatever an engine of somebody's own may raise
+            log.exception(f"rank {dist.get_rank()}: sampling failed")
+            failure = TrainingError, f"rank {dist.get_rank()}: sampling failed ({' '.join(repr(error).split())[:300]})"
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine, self.ranks)
-        for each in everyone:
-            if isinstance(each, Exception):
-                raise each
-        return everyone
+        dist.all_gather_object(everyone, (mine, failure), self.ranks)
+        for _, each in everyone:
+            if each is not None:
+                kind, message = each
+                raise kind(message)
+        return [each for each, _ in everyone]
 
     def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
         seeds = [stream_seed("completions", self.seed, round, prompt, attempt) for prompt in mine]
@@ -477,6 +540,7 @@ class _Round:
 
     groups: list[Group]
     policy_step: int
+    empty: bool = False  # nothing can be learnt from them
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -499,14 +563,16 @@ def _in_background(sample: Callable[[], _Round]) -> "Future[_Round]":
 
 def _write(file: Path, found: _Round) -> None:
     partial = file.with_name("round.partial")
+    of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
+    of_round = of_line | {"metrics": found.metrics}  # a run that resumes logs them as this one does
     with open(partial, "w") as lines:
-        for group in found.groups:
+        for index, group in enumerate(found.groups):
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
             line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
-            line |= {"id": group.id, "policy_step": found.policy_step}
-            if group is found.groups[0]:
-                line |= {"metrics": found.metrics}  # a run that resumes logs them as this one does
+            line |= {"id": group.id} | (of_round if index == 0 else of_line)
             lines.write(json.dumps(line) + "\n")
+        if not found.groups:
+            lines.write(json.dumps(of_round) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     partial.rename(file)
@@ -519,17 +585,40 @@ def _policy_step(file: Path) -> int:
             step: int = json.loads(next(lines, ""))["policy_step"]
             return step
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise _unreadable(file, error) from None
+        raise _unreadable(file, repr(error)) from None
 
 
-def _read(file: Path) -> _Round:
+def _read(file: Path, tokenizer: Any) -> _Round:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
-        return _Round(groups, rows[0]["policy_step"], rows[0].get("metrics", {}))
+        size = getattr(tokenizer, "vocab_size", None)
+        groups = []
+        for number, row in enumerate(rows, start=1):
+            if "prompt" in row:
+                record = Record(f"line {number}", row, {})
+                prompt, responses = record.ids("prompt", size), record.id_lists("responses", size)
+                scores = record.scores("scores", len(responses))
+                groups.append(Group(prompt, responses, scores, id=row["id"]))
+        first = rows[0]
+        return _Round(groups, first["policy_step"], first.get("empty", False), first.get("metrics", {}))
+    except DataError as error:
+        raise _unreadable(file, str(error)) from None
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise _unreadable(file, error) from None
+        raise _unreadable(file, repr(error)) from None
 
 
-def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read as a round ({error!r}); delete it, to have it sampled again")
+def _scores(groups: Sequence[Group]) -> list[float]:
+    return [score for group in groups for score in group.scores or ()]
+
+
+def _range(round: _Round) -> str:
+    """What the responses of a round scored, for people."""
+    scores = _scores(round.groups)
+    if not scores:
+        return "there is none"
+    low, high = min(scores), max(scores)
+    return f"all {len(scores)} scored {low:g}" if low == high else f"{len(scores)} scored {low:g} to {high:g}"
+
+
+def _unreadable(file: Path, reason: str) -> DataError:
+    return DataError(f"{file}: cannot be read as a round ({reason}); delete it, to have it sampled again")

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 class Reward(Protocol):
     """What scores the responses to prompts, higher is better.
 
-    One that may wait for long can have a method ``stop()``, which is called in a signal handler when the run has been
-    asked to end: what is under way then raises :class:`Stopped` soon.
+    One that may wait for long can have a method ``stop()``, which is called in another thread when the run has been
+    asked to end: what is under way then raises :class:`Stopped` soon. One with a highest possible score can name it in
+    ``highest_score``: a run whose responses all have it has nothing left to learn, and ends well.
     """
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torchtune import utils
 
 from humanline.errors import ConfigError, TrainingError
 from humanline.training._agreement import gathered
+
+log = utils.get_logger("INFO")
 
 
 class HandOver:
@@ -59,6 +62,12 @@ class HandOver:
                     self.engine.update(folder, announce=announces)
                 except (ConfigError, TrainingError) as failure:
                     refusal = failure
+                except Exception as failure:  # an engine of somebody's own; the other ranks wait for this one
+                    log.exception(f"rank {dist.get_rank()}: the engine could not load the weights")
+                    reason = " ".join(repr(failure).split())[:300]
+                    refusal = TrainingError(
+                        f"rank {dist.get_rank()}: the engine could not load the weights of round {round} ({reason})"
+                    )
             for each in gathered(refusal, self.ranks):
                 if each is not None:
                     raise each

@@ -20,8 +20,10 @@ NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def hide_known_warnings() -> None:
-    """Hides what torch says once a process about torchtune's norms: float32 inputs with bfloat16 weights are meant."""
+    """Hides what torch says once a process about torchtune's norms: float32 inputs with bfloat16 weights are meant;
+    and about a schedule that moves on though the optimizer did not, as at a first step that is skipped."""
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def start_on_every_device(device: str, script: str) -> None:

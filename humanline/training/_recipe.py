@@ -219,8 +219,8 @@ class HumanlineRecipe(FTRecipeInterface):
         return {
             "groups a step": self.source.groups_per_step,
             "groups a microbatch": settings.batch_size * self.world_size,
-            "shuffle": settings.shuffle,
-            "groups": self.source.digest(),
+            "shuffle": None if isinstance(self.source, OnlineSource) else settings.shuffle,
+            "groups": self.source.position() if isinstance(self.source, OnlineSource) else self.source.digest(),
             "max_steps_per_epoch": self.source.steps_per_epoch,
             "seed": settings.seed,
             "reference": type(self.reference).__name__,
@@ -371,6 +371,7 @@ class HumanlineRecipe(FTRecipeInterface):
             self.evaluate()  # what the run starts from
         elif self.step % self.source.steps_per_epoch == 0:
             self.save_checkpoint()  # in case that the run died over it
+        solved = False
         bar = tqdm(total=self.total_steps, initial=self.step, disable=self.rank != 0, unit="step")
         # Else what is logged stands behind the bar, in its line.
         with bar, logging_redirect_tqdm([log]), StopRequest(getattr(self.source, "stop", lambda: None)) as request:
@@ -387,12 +388,14 @@ class HumanlineRecipe(FTRecipeInterface):
                 sums.add({"grad_norm": (grad_norm, 1)})
                 lr = float(get_lr(self.optimizer))  # of this step: the schedule moves on, in place where it is a tensor
                 self.reference.before_optimizer_step(self.step)
-                broken, stop = on_any_rank(not self._is_finite(grad_norm), request.signal is not None)
-                if not broken:
+                empty = not batch  # its round has nothing to learn from: a step like one that is skipped
+                broken, stop = on_any_rank(not (empty or self._is_finite(grad_norm)), request.signal is not None)
+                if not broken and not empty:
                     self.optimizer.step()
                     self.sums.merge(sums)
-                self._end_step(broken)
-                self.sums.add({"tokens_per_second": (0, (time.perf_counter() - start) / self.world_size)})
+                self._end_step(broken, empty)
+                if not empty:
+                    self.sums.add({"tokens_per_second": (0, (time.perf_counter() - start) / self.world_size)})
 
                 last = self.step == self.total_steps
                 if self.step % settings.log_every_n_steps == 0 or last:
@@ -409,9 +412,13 @@ class HumanlineRecipe(FTRecipeInterface):
                 if stop:
                     self._stop(request)
                     break
+                if not last and self._is_without_signal():
+                    self._end_without_signal(held_out if evaluated else self.evaluate())
+                    solved = True
+                    break
         self.profiler.stop()
         self.checkpoint.wait()
-        if self.step == self.total_steps and settings.best_checkpoint_metric:
+        if (solved or self.step == self.total_steps) and settings.best_checkpoint_metric:
             self._save_best()
 
     def _next_batch(self) -> list[list[Group]] | None:
@@ -465,14 +472,15 @@ class HumanlineRecipe(FTRecipeInterface):
     def _is_finite(self, grad_norm: float) -> bool:
         return math.isfinite(grad_norm) and self.non_finite.loss_is_finite()
 
-    def _end_step(self, broken: bool) -> None:
+    def _end_step(self, broken: bool, empty: bool) -> None:
         """Counts the step, moves the schedule on, and stops a run whose steps are broken one after the other."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.profiler.step()
         culprits = self.non_finite.culprits() if broken else []
-        self.non_finite.count(finite=not broken)
+        if not empty:
+            self.non_finite.count(finite=not broken)
         if not broken:
             return
         if self.rank == 0:
@@ -486,12 +494,49 @@ class HumanlineRecipe(FTRecipeInterface):
                 f"(stop_after_nonfinite_steps); {self._left()}"
             )
 
+    def _is_without_signal(self) -> bool:
+        """Whether this step ends the last of too many empty rounds in a row."""
+        source = self.source
+        if not isinstance(source, OnlineSource) or self.step % source.every:
+            return False
+        return source.empty_rounds.in_a_row >= self.settings.stop_after_empty_rounds
+
+    def _end_without_signal(self, held_out: dict[str, float]) -> None:
+        """Ends a run whose rounds have nothing to learn from, with its weights and a checkpoint.
+
+        Args:
+            held_out (dict[str, float]): the metrics of ``dataset_val`` at this step.
+
+        Raises:
+            TrainingError: unless every response was right, or if the weights cannot be written.
+        """
+        assert isinstance(self.source, OnlineSource)
+        empty = self.source.empty_rounds
+        message = (
+            f"step {self.step}: the last {empty.in_a_row} rounds were empty (stop_after_empty_rounds): {empty.why()}"
+        )
+        solved = empty.is_solved
+        empty.begin_again()
+        self.source.stop()  # what is sampled ahead
+        epoch = (self.step - 1) // self.source.steps_per_epoch
+        error = self._write_weights(f"epoch_{epoch}") if self.step % self.source.steps_per_epoch else None
+        self._save_state(held_out.get(self.settings.best_checkpoint_metric or ""))
+        if error is not None:
+            raise TrainingError(f"{message}; the weights could not be written: {error}; {self._left()}")
+        message += f"; the weights are in {Path(self.settings.output_dir) / f'epoch_{epoch}'}; {self._left()}"
+        if not solved:
+            raise TrainingError(message)
+        if self.rank == 0:
+            log.info(message)
+
     def _log(self, metrics: dict[str, float], bar: "tqdm[Any]") -> None:
         metrics |= self.sums.means() | self.source.metrics(self.step)
         metrics |= {
             "steps_since_sync": self.step - self.reference.last_sync,
             "skipped_steps": self.non_finite.total,
         }
+        if isinstance(self.source, OnlineSource):
+            metrics["empty_rounds"] = self.source.empty_rounds.total
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
             metrics |= training.get_memory_stats(device=self.device)
         self._write_metrics(metrics)
@@ -612,7 +657,7 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.collapse is not None:
             progress["collapse"] = self.collapse.state_dict()
         if isinstance(self.source, OnlineSource):
-            progress["rounds"] = list(self.source.unlogged)
+            progress["source"] = self.source.state_dict()
         self.checkpoint.save(self.step, progress, score)
 
     def _load_progress(self, progress: dict[str, Any]) -> None:
@@ -621,7 +666,7 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.collapse is not None:
             self.collapse.load_state_dict(progress.get("collapse", []))
         if isinstance(self.source, OnlineSource):
-            self.source.unlogged = progress.get("rounds", [])
+            self.source.load_state_dict(progress["source"])
 
     def cleanup(self) -> None:
         """Ends what a run holds open, however it ended."""

@@ -84,6 +84,8 @@ class Settings:
             path from that one.
         stop_after_nonfinite_steps (int): after how many steps in a row with a loss or gradient that is not finite the
             run stops. Each such step is skipped.
+        stop_after_empty_rounds (int): after how many online rounds in a row with nothing to learn from the run stops.
+            The steps of such a round leave the weights as they are.
         collapse_window (int | None): how many log entries the watch for a collapse looks at; None does not watch.
         stop_on_collapse (bool): stop there, instead of warning.
 
@@ -122,6 +124,7 @@ class Settings:
     best_checkpoint_mode: str = "max"
     resume_from_checkpoint: bool | str = False
     stop_after_nonfinite_steps: int = 10
+    stop_after_empty_rounds: int = 10
     collapse_window: int | None = 50
     stop_on_collapse: bool = False
 
