@@ -67,7 +67,7 @@ def wrong(config: dict) -> dict[str, dict]:
         f"num_attention_heads is {2 * heads}": {"num_attention_heads": 2 * heads, "head_dim": head_dim},
         "num_key_value_heads is 3 ": {"num_key_value_heads": 3},
         f"head_dim is {2 * head_dim}": {"head_dim": 2 * head_dim},
-        "hidden_act is relu": {"hidden_act": "relu", "hidden_activation": "relu"},
+        "hidden_act is relu": {key: "relu" for key in ("hidden_act", "hidden_activation") if key in config},
         "tie_word_embeddings is": {"tie_word_embeddings": not config.get("tie_word_embeddings", "gemma" in family)},
         "model_type 'granite'": {"model_type": "granite"},
         "residual_multiplier: 0.22": {"residual_multiplier": 0.22},
@@ -130,11 +130,6 @@ QWEN_MATH = qwen2(4096, tied=True, **sizes(28, 1536, 8960, 12, 2, 151936)) | {"r
 PHI4 = phi3(rope_theta=250000, sliding_window=None, **sizes(40, 5120, 17920, 40, 10, 100352))
 PHI4 |= {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384}
 REMEDIES = [
-    (
-        LLAMA31,
-        "torchtune.models.llama3.llama3_8b",
-        r"set model\._component_: torchtune\.models\.llama3_1\.llama3_1_8b$",
-    ),
     (LLAMA31, "torchtune.models.llama3.qlora_llama3_8b", r"torchtune\.models\.llama3_1\.qlora_llama3_1_8b$"),
     (QWEN_MATH, "torchtune.models.qwen2_5.qwen2_5_1_5b_base", r"torchtune\.models\.qwen2\.qwen2, .*rope_base: 10000"),
     (
