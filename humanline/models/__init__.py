@@ -17,6 +17,7 @@ from humanline.models._check_function import check_function, differences, fittin
 from humanline.models._load import check_architecture, drop_tied_output, fill_rotary_tables, load_decoder
 from humanline.models._log_probs import token_log_probs
 from humanline.models._lora_arguments import check_arguments
+from humanline.models._measure import Built, measure
 from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
 from humanline.models._published import FAMILIES, Published, read_published
 from humanline.models._second_opinion import second_opinion
@@ -25,6 +26,7 @@ from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
 
 __all__ = [
     "FAMILIES",
+    "Built",
     "LogProbDecoder",
     "Published",
     "adapter_modules",
@@ -45,6 +47,7 @@ __all__ = [
     "local_shard",
     "log_probs",
     "lora_smollm2_135m",
+    "measure",
     "merged_name",
     "merged_weight",
     "read_published",

@@ -2,24 +2,16 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
-from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
-from torchtune.modules.tied_linear import TiedLinear
+from torchtune.modules import TransformerDecoder
 
 from humanline.errors import ConfigError
-from humanline.models._measure import (
-    activation_of,
-    embedding_scale_of,
-    kind_of,
-    norm_of,
-    rotation_of,
-    scores_of,
-)
+from humanline.models._measure import Built, measure
 from humanline.models._policy import LogProbDecoder
 from humanline.models._published import Published, Rotation
 
@@ -63,78 +55,49 @@ class Difference(NamedTuple):
         return f"{self.quantity} is {_said(self.published)} in config.json and {_said(self.built)} in the model"
 
 
-def differences(model: Decoder, published: Published, model_type: str | None = None) -> Iterator[Difference]:
+def differences(built: Built, published: Published, model_type: str | None = None) -> Iterator[Difference]:
     """In what a model computes another function than its checkpoint's config.json says.
 
     Sliding windows that config.json has and torchtune's attention has not are no difference: see :func:`set_windows`.
 
     Args:
-        model (Decoder): the model, which may be on the meta device.
+        built (Built): what the model computes, of :func:`~humanline.models.measure`.
         published (Published): what the file says.
         model_type (str | None): the checkpointer's, if it converts from the Hugging Face format.
     """
-    measured: dict[Any, Any] = {}
-
-    def once(measure: Callable[..., Any], module: Any, *arguments: Any) -> Any:
-        """What a kind of module computes, measured on the first of it."""
-        key = (measure, kind_of(module))
-        if key not in measured:
-            measured[key] = _try(measure, *arguments)
-        return measured[key]
-
     halves = None if model_type is None else model_type in _IN_HALVES
-    seen: set[tuple[str, str]] = set()
-
-    def unlike(quantity: str, expected: object, found: object) -> Iterator[Difference]:
-        difference = Difference(quantity, expected, found)
-        if not _alike(expected, found) and (quantity, str(difference)) not in seen:
-            seen.add((quantity, str(difference)))
-            yield difference
-
-    embed_dim = model.tok_embeddings.embedding_dim
-    norms = [model.norm]
-    for layer, expected in zip(model.layers, _per_layer(published.rotations, len(model.layers)), strict=True):
-        attn = layer.attn
-        yield from unlike("num_attention_heads", published.num_attention_heads, attn.num_heads)
-        yield from unlike("num_key_value_heads", published.num_key_value_heads, attn.num_kv_heads)
-        yield from unlike("head_dim", published.head_dim, attn.head_dim)
-        rope = attn.pos_embeddings
-        rotation = once(rotation_of, rope, rope, attn.head_dim)
-        wanted = Rotation(expected.frequencies, expected.factor, halves)
-        yield from unlike("the rotation of RoPE", wanted, rotation or f"another one ({type(rope).__name__})")
-        scores = once(scores_of, attn, attn._attention_call, attn.head_dim)
-        if scores is None or type(attn).forward is not MultiHeadAttention.forward:
-            yield from unlike("attention", "torchtune's MultiHeadAttention", f"another one ({type(attn).__name__})")
+    words = {True: "1 + weight", False: "weight"}
+    pairs: list[tuple[str, object, object]] = []
+    # How many layers there are the weights tell.
+    for layer, rotation in zip(built.layers, _per_layer(published.rotations, len(built.layers)), strict=True):
+        pairs += [
+            ("num_attention_heads", published.num_attention_heads, layer.num_heads),
+            ("num_key_value_heads", published.num_key_value_heads, layer.num_kv_heads),
+            ("head_dim", published.head_dim, layer.head_dim),
+            ("the rotation of RoPE", replace(rotation, halves=halves), layer.rotation),
+            ("hidden_act", published.activation, layer.activation),
+        ]
+        if isinstance(layer.scores, str):
+            pairs.append(("attention", "torchtune's", layer.scores))
         else:
-            yield from unlike("the scale of attention", published.attention_scale, scores.scale)
-            yield from unlike("attn_logit_softcapping", published.attention_cap, scores.cap)
-        mlp = layer.mlp
-        if type(mlp).forward is not FeedForward.forward or mlp.w3 is None:
-            yield from unlike("the MLP", "a gated one", f"another one ({type(mlp).__name__})")
+            pairs.append(("the scale of attention", published.attention_scale, layer.scores.scale))
+            pairs.append(("attn_logit_softcapping", published.attention_cap, layer.scores.cap))
+    for norm in built.norms:
+        if isinstance(norm, str):
+            pairs.append(("a norm", "of root mean squares", norm))
         else:
-            function = once(activation_of, mlp.activation, mlp.activation)
-            yield from unlike("hidden_act", published.activation, function)
-        norms += [layer.sa_norm, layer.mlp_norm, layer.sa_scale, layer.mlp_scale]
-    for norm in norms:
-        if isinstance(norm, nn.Identity):
-            continue
-        found = once(norm_of, norm, norm, embed_dim)
-        if found is None:
-            yield from unlike("a norm", "one of root mean squares", f"another one ({type(norm).__name__})")
-        else:
-            yield from unlike("rms_norm_eps", published.rms_norm_eps, found.eps)
-            words = {True: "1 + weight", False: "weight"}
-            yield from unlike("the scale of norms", words[published.one_plus_weight], words[found.one_plus_weight])
-    scale = embedding_scale_of(model.tok_embeddings, embed_dim)
-    yield from unlike("the scale of embeddings", published.embedding_scale, scale)
-    cap = getattr(model.output, "soft_cap", None)
-    yield from unlike("final_logit_softcapping", published.logit_cap, cap)
-    yield from unlike("tie_word_embeddings", published.tie_word_embeddings, isinstance(model.output, TiedLinear))
-    if len(published.windows) == len(model.layers):
-        own = [getattr(layer.attn, "sliding_window", None) for layer in model.layers]
-        settable = not any(hasattr(layer.attn, "sliding_window") for layer in model.layers)
-        if not settable and list(published.windows) != own:
-            yield from unlike("sliding_window", _windows_said(published.windows), _windows_said(own))
+            pairs.append(("rms_norm_eps", published.rms_norm_eps, norm.eps))
+            pairs.append(("the scale of norms", words[published.one_plus_weight], words[norm.one_plus_weight]))
+    pairs += [
+        ("the scale of embeddings", published.embedding_scale, built.embedding_scale),
+        ("final_logit_softcapping", published.logit_cap, built.logit_cap),
+        ("tie_word_embeddings", published.tie_word_embeddings, built.tied),
+    ]
+    own = [layer.window for layer in built.layers]
+    if any(layer.has_windows for layer in built.layers) and len(own) == len(published.windows):
+        pairs.append(("sliding_window", _windows_said(published.windows), _windows_said(own)))
+    unlike = [Difference(*pair) for pair in pairs if not _alike(*pair[1:])]
+    yield from {str(difference): difference for difference in unlike}.values()
 
 
 def check_function(
@@ -151,7 +114,7 @@ def check_function(
     Raises:
         ConfigError: with every difference, both values, and the builder that fits.
     """
-    found = list(differences(model, published, model_type))
+    found = list(differences(measure(model), published, model_type))
     if found:
         raise ConfigError(
             f"checkpointer.checkpoint_dir: {published.path.parent} is another architecture than model "
@@ -213,7 +176,7 @@ def _fits(path: str, published: Published, arguments: Mapping[str, Any]) -> bool
         "num_hidden_layers": len(model.layers),
         "intermediate_size": model.layers[0].mlp.w2.in_features,
     }
-    return built == dict(published.sizes) and next(differences(model, published), None) is None
+    return built == dict(published.sizes) and next(differences(measure(model), published), None) is None
 
 
 def _arguments(path: str, published: Published) -> dict[str, Any]:
@@ -260,14 +223,6 @@ def _per_layer(values: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
     return (*values, *values[-1:] * layers)[:layers]
 
 
-def _try(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What a module computes; None if it cannot be called as torchtune's modules are."""
-    try:
-        return measure(*arguments)
-    except Exception:  # a module of a user's own may raise anything
-        return None
-
-
 def _alike(expected: object, found: object) -> bool:
     if isinstance(expected, Rotation) and isinstance(found, Rotation):
         return expected.like(found)
@@ -288,6 +243,9 @@ def _said(value: object, plain: bool = False) -> str:
     return str(value)
 
 
-def _windows_said(windows: Any) -> str:
-    sliding = [window for window in windows if window is not None]
-    return f"{sliding[0]} on {len(sliding)} of {len(windows)} layers" if sliding else "null"
+def _windows_said(windows: Sequence[int | None]) -> str:
+    """The windows in words; with the layers, where not all are alike."""
+    if len(set(windows)) == 1:
+        return _said(windows[0])
+    sliding = [str(layer) for layer, window in enumerate(windows) if window is not None]
+    return f"{sorted(set(filter(None, windows)))} on layers {', '.join(sliding)}"

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
+from torchtune.modules.tied_linear import TiedLinear
 
+from humanline.models._policy import LogProbDecoder
 from humanline.models._published import Rotation
 
 
@@ -29,6 +32,69 @@ class Scores(NamedTuple):
 
     scale: float
     cap: float | None
+
+
+class Layer(NamedTuple):
+    """A layer. What could not be measured is the name of its module's type."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotation: Rotation | str
+    scores: Scores | str
+    activation: str
+    has_windows: bool
+    window: int | None
+
+
+class Built(NamedTuple):
+    """What a decoder computes of its weights."""
+
+    layers: list[Layer]
+    norms: list[Norm | str]
+    embedding_scale: float
+    logit_cap: float | None
+    tied: bool
+
+
+def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
+    """Measures a decoder, which may be on the meta device; modules of a kind are measured once."""
+    known: dict[Any, Any] = {}
+
+    def once(of: Callable[..., Any], module: Any, *arguments: Any) -> Any:
+        key = (of, _kind(module))
+        if key not in known:
+            try:
+                known[key] = of(*arguments)
+            except Exception:  # a module of a user's own may raise anything
+                known[key] = None
+            if known[key] is None:
+                known[key] = f"another one ({type(module).__name__})"
+        return known[key]
+
+    dim = model.tok_embeddings.embedding_dim
+    norms, layers = [once(norm_of, model.norm, model.norm, dim)], []
+    for layer in model.layers:
+        attn, mlp = layer.attn, layer.mlp
+        plain = type(attn).forward is MultiHeadAttention.forward
+        gated = type(mlp).forward is FeedForward.forward and mlp.w3 is not None
+        layers.append(
+            Layer(
+                attn.num_heads,
+                attn.num_kv_heads,
+                attn.head_dim,
+                once(rotation_of, attn.pos_embeddings, attn.pos_embeddings, attn.head_dim),
+                once(scores_of, attn, attn._attention_call, attn.head_dim) if plain else type(attn).__name__,
+                once(activation_of, mlp.activation, mlp.activation) if gated else type(mlp).__name__,
+                hasattr(attn, "sliding_window"),
+                getattr(attn, "sliding_window", None),
+            )
+        )
+        beside = (layer.sa_norm, layer.mlp_norm, layer.sa_scale, layer.mlp_scale)
+        norms += [once(norm_of, norm, norm, dim) for norm in beside if not isinstance(norm, nn.Identity)]
+    scale = embedding_scale_of(model.tok_embeddings, dim)
+    cap = getattr(model.output, "soft_cap", None)
+    return Built(layers, list(dict.fromkeys(norms)), scale, cap, isinstance(model.output, TiedLinear))
 
 
 def rotation_of(module: nn.Module | None, head_dim: int) -> Rotation | None:
@@ -136,7 +202,7 @@ def embedding_scale_of(module: nn.Module, dim: int) -> float:
         return float(functional_call(module, {"weight": torch.ones(2, dim)}, (ids,)).double().mean())
 
 
-def kind_of(module: Any) -> tuple[Any, ...]:
+def _kind(module: Any) -> tuple[Any, ...]:
     """What modules of one type differ in, so that each kind is measured once."""
     if not isinstance(module, nn.Module):
         return (module,)

@@ -1,5 +1,6 @@
 """Gemma 2 (https://arxiv.org/abs/2408.00118) in three sizes, whole and with adapters."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,8 @@ from torchtune.models.gemma2._component_builders import lora_gemma2 as torchtune
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LORA_ATTN_MODULES
 
-from humanline.models.gemma2._mend import mend
+from humanline.errors import ConfigError
+from humanline.models.gemma2._mend import ATTENTION_CAP, LOGIT_CAP, mend
 
 _ALL: dict[str, Any] = {"vocab_size": 256_000, "max_seq_len": 8192, "norm_eps": 1e-6, "sliding_window_size": 4096}
 _2B = _ALL | {
@@ -32,6 +34,7 @@ def gemma2(**shape: Any) -> TransformerDecoder:
     Returns:
         TransformerDecoder: token ids ``[B, S]`` to logits ``[B, S, V]``.
     """
+    _check_shape(shape)
     return mend(torchtune_gemma2(**shape))
 
 
@@ -64,6 +67,7 @@ def lora_gemma2(
     Returns:
         TransformerDecoder: as :func:`gemma2`, with adapters.
     """
+    _check_shape(shape)
     return mend(
         torchtune_lora_gemma2(
             lora_attn_modules,
@@ -76,6 +80,14 @@ def lora_gemma2(
             **shape,
         )
     )
+
+
+def _check_shape(shape: dict[str, Any]) -> None:
+    taken = [name for name in inspect.signature(torchtune_gemma2).parameters if "capping" not in name]
+    for name in shape:
+        if name not in taken:
+            caps = f"; the soft-caps are Gemma 2's, {ATTENTION_CAP:g} and {LOGIT_CAP:g}" if "capping" in name else ""
+            raise ConfigError(f"model.{name}: is no argument of humanline's Gemma 2{caps}; take it out")
 
 
 # 2.61e9, 9.24e9 and 27.2e9 parameters, a vocabulary of 256,000, sequences of at most 8192 tokens. The qlora_ builders

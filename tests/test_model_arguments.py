@@ -1,0 +1,135 @@
+"""What a config asks of a builder and the built model does not show is refused, LoRA's layers first of all."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.models.llama3 import llama3, lora_llama3
+
+from humanline.errors import ConfigError
+from humanline.training._weights import build_decoder
+
+SHAPE = {
+    **{"vocab_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32},
+    **{"intermediate_dim": 48, "max_seq_len": 64},
+}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+BUILDERS = {
+    "torchtune.models.llama2.lora_llama2": {},
+    "torchtune.models.llama3.lora_llama3": {},
+    "torchtune.models.llama3_1.lora_llama3_1": {},
+    "torchtune.models.llama3_2.lora_llama3_2": {},
+    "torchtune.models.mistral.lora_mistral": {},
+    "torchtune.models.qwen2.lora_qwen2": {},
+    "torchtune.models.gemma.lora_gemma": {"head_dim": 8},
+    "torchtune.models.phi3.lora_phi3": {},
+    "humanline.models.gemma2.lora_gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
+}
+
+
+def built(component: str, **arguments):
+    model = {"_component_": component, **SHAPE, **LORA, **arguments}
+    with torch.device("meta"):
+        return build_decoder(OmegaConf.create({"model": model, "checkpointer": {}}))
+
+
+def lora_that_forgets_layers(lora_attn_modules, **shape):
+    """A builder of a user's own: the last layer has no adapter."""
+    model, plain = lora_llama3(lora_attn_modules, **shape), llama3(**SHAPE)
+    model.layers[-1] = plain.layers[-1]
+    return model
+
+
+def lora_that_ignores(lora_attn_modules, lora_rank=8, **kwargs):
+    """Another one: it passes over what it does not know."""
+    return lora_llama3(lora_attn_modules, lora_rank=lora_rank, lora_alpha=16.0, **SHAPE)
+
+
+def lora_without_adapters(**kwargs):
+    return llama3(**SHAPE)
+
+
+@pytest.mark.parametrize("component", BUILDERS)
+def test_a_name_that_the_model_does_not_have_is_refused_with_the_one_that_it_has(component):
+    own = BUILDERS[component]
+    known = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    assert built(component, lora_attn_modules=known, **own) is not None
+    with pytest.raises(
+        ConfigError, match=r"^model.lora_attn_modules: o_proj is no layer .*; o_proj is output_proj here$"
+    ):
+        built(component, lora_attn_modules=["q_proj", "o_proj"], **own)
+    with pytest.raises(ConfigError, match="o_proj is output_proj here$"):  # of which all parameters were trained
+        built(component, lora_attn_modules=["o_proj"], **own)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["query_key_value"], "query_key_value is q_proj, k_proj and v_proj here"),
+        (["Wqkv"], "Wqkv is q_proj, k_proj and v_proj here"),
+        (["wq"], "wq is q_proj here"),
+        (["query"], "query is q_proj here"),
+        (["q_porj"], "q_porj is q_proj here"),
+        (["self_attn.o_proj"], "self_attn.o_proj is output_proj here"),
+        (["q_proj", "down_proj"], "down_proj is of the MLP: set model.apply_lora_to_mlp: True"),
+        (["lm_head"], "lm_head is the output layer"),
+        (["all-linear"], "name the layers, q_proj, k_proj, v_proj, output_proj, and set model.apply_lora_to_mlp: True"),
+        (["q_proj", "v_proj", "q_proj"], "q_proj stands there 2 times; name it once"),
+        ("q_proj", "expected a list of names"),
+        ([1], "expected a list of names"),
+    ],
+)
+def test_names_of_other_libraries_are_refused_with_what_to_set(names, words):
+    with pytest.raises(ConfigError) as error:
+        built("torchtune.models.llama3.lora_llama3", lora_attn_modules=names)
+    assert words in str(error.value) and str(error.value).startswith("model.lora_attn_modules: ")
+
+
+OWN = "test_model_arguments"
+
+
+@pytest.mark.parametrize(
+    ("component", "arguments", "words"),
+    [
+        (f"{OWN}.lora_that_forgets_layers", SHAPE | LORA, "q_proj has no adapter in layer 1"),
+        (f"{OWN}.lora_that_ignores", {"use_dora": True}, "model.use_dora: True has no effect"),
+        (f"{OWN}.lora_that_ignores", {"apply_lora_to_mlp": True}, "model.apply_lora_to_mlp: True has no effect"),
+        (f"{OWN}.lora_that_ignores", {"quantize_base": True}, "model.quantize_base: True has no effect"),
+        (f"{OWN}.lora_that_ignores", {"lora_alpha": 8.0}, "model.lora_alpha: 8.0 has no effect: .* with 16.0"),
+        (f"{OWN}.lora_that_ignores", {"lora_dropout": 0.1}, "model.lora_dropout: 0.1 has no effect"),
+        (f"{OWN}.lora_that_ignores", {"max_seq_len": 32}, "model.max_seq_len: 32 has no effect: .* with 64"),
+        (f"{OWN}.lora_without_adapters", {}, "model.lora_attn_modules: q_proj has no adapter in layer 0"),
+        (
+            "torchtune.models.qwen2.lora_qwen2",
+            SHAPE | LORA | {"tie_word_embeddings": True, "apply_lora_to_output": True},
+            "model: ",
+        ),
+        (
+            "humanline.models.gemma2.gemma2",
+            SHAPE | {"final_capping_value": 25.0},
+            "model.final_capping_value: is no argument",
+        ),
+    ],
+)
+def test_an_argument_that_has_no_effect_is_refused(component, arguments, words):
+    names = {} if component.endswith(".gemma2") else {"lora_attn_modules": ["q_proj"]}
+    model = {"_component_": component, **names, **arguments}
+    with pytest.raises(ConfigError, match=words), torch.device("meta"):
+        build_decoder(OmegaConf.create({"model": model, "checkpointer": {}}))
+
+
+def test_a_lora_builder_without_an_adapter_is_refused_instead_of_training_everything():
+    model = {"_component_": f"{OWN}.lora_without_adapters"}
+    with pytest.raises(ConfigError, match="made a model without a single adapter"), torch.device("meta"):
+        build_decoder(OmegaConf.create({"model": model, "checkpointer": {}}))
+
+
+def test_training_refuses_it_before_it_reads_data(trajectory):
+    run = trajectory("dpo_7_k1")
+    run.config["model"] |= {
+        "_component_": "torchtune.models.llama3.lora_llama3",
+        "lora_attn_modules": ["o_proj"],
+        **LORA,
+    }
+    run.config["dataset"]["source"] = "nowhere.jsonl"
+    line = run.train()
+    assert line.startswith("humanline_dpo_distributed.py: model.lora_attn_modules: o_proj") and "\n" not in line

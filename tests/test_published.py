@@ -1,0 +1,341 @@
+"""A checkpoint's config.json against the built model: the right file is accepted, each wrong quantity is refused."""
+
+import json
+import re
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+from published import LLAMA_8B, PUBLISHED, llama, llama3_scaling, mistral, phi3, qwen2, sizes
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchtune.models.llama3 import llama3, llama3_8b
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.training import FullModelHFCheckpointer
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from humanline.errors import ConfigError
+from humanline.models import check_function, differences, measure, read_published, second_opinion
+from humanline.models._check_function import remedy
+from humanline.training._weights import build_decoder, read_decoder_weights
+
+MODEL_TYPES = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+
+
+def build(path: str, **arguments):
+    module, _, name = path.rpartition(".")
+    with torch.device("meta"):
+        return getattr(import_module(module), name)(**arguments)
+
+
+def write(folder, config: dict):
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def complaint(folder, config: dict, built, longest: int) -> str:
+    """What is said against a config.json for a model that was measured; nothing if they agree."""
+    try:
+        published = read_published(write(folder, config), longest)
+    except ConfigError as error:
+        return str(error)
+    model_type = MODEL_TYPES.get(config["model_type"], "LLAMA3")
+    return "; ".join(map(str, differences(built, published, model_type)))
+
+
+def wrong(config: dict) -> dict[str, dict]:
+    """The same file with one quantity wrong, by what a complaint about it has to say."""
+    family, heads = config["model_type"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
+    files = {
+        "RoPE is base 30,000": {"rope_theta": 30000.0},
+        "RoPE is base 40,000": {"rope_parameters": {"rope_theta": 40000.0, "rope_type": "default"}},
+        "divided by 3": {"rope_scaling": {"type": "linear", "factor": 3.0}},
+        "rms_norm_eps is 0.001": {"rms_norm_eps": 1e-3},
+        f"num_attention_heads is {2 * heads}": {"num_attention_heads": 2 * heads, "head_dim": head_dim},
+        "num_key_value_heads is 3 ": {"num_key_value_heads": 3},
+        f"head_dim is {2 * head_dim}": {"head_dim": 2 * head_dim},
+        "hidden_act is relu": {key: "relu" for key in ("hidden_act", "hidden_activation") if key in config},
+        "tie_word_embeddings is": {"tie_word_embeddings": not config.get("tie_word_embeddings", "gemma" in family)},
+        "model_type 'granite'": {"model_type": "granite"},
+        "residual_multiplier: 0.22": {"residual_multiplier": 0.22},
+        "quantization_config: the weights are quantised (bitsandbytes)": {
+            "quantization_config": {"quant_method": "bitsandbytes"}
+        },
+        "rope_type 'mrope'": {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}},
+    }
+    if family not in ("gemma", "gemma2"):
+        files["the scale of norms is 1 + weight"] = {"model_type": "gemma", "head_dim": head_dim}
+    if family == "gemma2":
+        files |= {
+            "attn_logit_softcapping is null": {"attn_logit_softcapping": None},
+            "final_logit_softcapping is 50": {"final_logit_softcapping": 50.0},
+            "the scale of attention is 0.05": {"query_pre_attn_scalar": 400},
+            "sliding_window is [2048] on layers 0, 2": {"sliding_window": 2048},
+            "sliding_window is null": {"layer_types": ["full_attention"] * config["num_hidden_layers"]},
+        }
+    if scaling := config.get("rope_scaling"):
+        files |= {
+            "dimensions, neighbouring dimensions paired in config.json": {"rope_scaling": None},
+            "divided by 16": {"rope_scaling": scaling | {"factor": 16.0}},
+            "RoPE": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
+            "RoPE is": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
+        }
+    assert rope
+    return {words: config | change for words, change in files.items()}
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_a_builder_takes_the_config_json_of_its_checkpoints_and_no_other(path, tmp_path):
+    model = build(path)
+    built = measure(model)
+    for config in PUBLISHED[path].values():
+        assert complaint(tmp_path, config, built, model.max_seq_len) == ""
+        as_transformers_5 = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+        rope = {"rope_type": "default"} | (config.get("rope_scaling") or {}) | {"rope_theta": config["rope_theta"]}
+        assert complaint(tmp_path, as_transformers_5 | {"rope_parameters": rope}, built, model.max_seq_len) == ""
+    for words, config in wrong(next(iter(PUBLISHED[path].values()))).items():
+        assert words in complaint(tmp_path, config, built, model.max_seq_len), words
+
+
+def test_the_guide_and_the_configs_name_builders_of_the_table():
+    rows = re.findall(r"^\| `([\w.]+)` \| `(\w+)` \| (.+) \|$", (ROOT / "docs" / "models.md").read_text(), re.M)
+    assert {builder: names.split(", ") for builder, _, names in rows} == {
+        builder: list(files) for builder, files in PUBLISHED.items()
+    }
+    for path in (ROOT / "configs").glob("*.yaml"):
+        cfg = OmegaConf.load(path)
+        if "model" not in cfg or "_component_" not in cfg.model:
+            continue
+        builder = re.sub(r"\.q?lora_", ".", cfg.model._component_)
+        (model_type,) = (kind for name, kind, _ in rows if name == builder)
+        assert cfg.checkpointer.model_type == model_type, path
+        assert cfg.checkpointer.checkpoint_dir.rpartition("/")[2] in PUBLISHED[builder]
+
+
+LLAMA31 = llama(500000.0, llama3_scaling(8.0), 131072, **LLAMA_8B)
+QWEN_MATH = qwen2(4096, tied=True, **sizes(28, 1536, 8960, 12, 2, 151936)) | {"rope_theta": 10000}
+PHI4 = phi3(rope_theta=250000, sliding_window=None, **sizes(40, 5120, 17920, 40, 10, 100352))
+PHI4 |= {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384}
+REMEDIES = [
+    (LLAMA31, "torchtune.models.llama3.qlora_llama3_8b", r"torchtune\.models\.llama3_1\.qlora_llama3_1_8b$"),
+    (QWEN_MATH, "torchtune.models.qwen2_5.qwen2_5_1_5b_base", r"torchtune\.models\.qwen2\.qwen2, .*rope_base: 10000"),
+    (
+        mistral(rope_theta=1e6, sliding_window=None),
+        "torchtune.models.mistral.mistral_7b",
+        r"mistral\.mistral, .*rope_base: 1000000$",
+    ),
+    (PHI4, "torchtune.models.phi4.phi4_14b", r"torchtune\.models\.phi3\.phi3, .*rope_base: 250000$"),
+    (
+        LLAMA31 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}},
+        "torchtune.models.llama3_1.llama3_1_8b",
+        r"^no builder of torchtune or humanline computes it$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "builder", "words"), REMEDIES)
+def test_the_remedy_names_a_builder_that_computes_what_config_json_says(config, builder, words, tmp_path):
+    published = read_published(write(tmp_path, config), 4096)
+    assert re.search(words, remedy(published, {"_component_": builder}, None))
+
+
+def test_llama_3_1_in_the_builder_of_llama_3_is_refused_in_one_line(tmp_path):
+    with torch.device("meta"):
+        model = llama3_8b()
+    published = read_published(write(tmp_path, LLAMA31), model.max_seq_len)
+    with pytest.raises(ConfigError) as error:
+        check_function(model, published, {"_component_": "torchtune.models.llama3.llama3_8b"}, "LLAMA3")
+    assert str(error.value) == (
+        f"checkpointer.checkpoint_dir: {tmp_path} is another architecture than model "
+        "(torchtune.models.llama3.llama3_8b): the rotation of RoPE is base 500,000, of 128 dimensions, the lowest "
+        "frequency divided by 8, neighbouring dimensions paired in config.json and base 500,000, of 128 dimensions, "
+        "neighbouring dimensions paired in the model; set model._component_: torchtune.models.llama3_1.llama3_1_8b"
+    )
+
+
+class HalvedRope(nn.Module):
+    """Positions half as far apart, which no argument of a builder says."""
+
+    def __init__(self, theirs):
+        super().__init__()
+        self.theirs = theirs
+
+    def rope_init(self):
+        self.theirs.rope_init()
+
+    def forward(self, x, *, input_pos=None):
+        return self.theirs(x, input_pos=input_pos // 2)
+
+
+def test_a_builder_of_one_s_own_is_measured_and_not_taken_by_its_name(tmp_path):
+    shape = {"vocab_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
+    config = llama(500000.0, **sizes(2, 32, 48, 4, 2, 96))
+    with torch.device("meta"):
+        model = llama3(**shape, intermediate_dim=48, max_seq_len=64)
+    published = read_published(write(tmp_path, config), 64)
+    assert not list(differences(measure(model), published, "LLAMA3"))
+    model.layers[1].mlp.activation = nn.GELU()
+    assert "hidden_act is silu in config.json and gelu in" in str(*differences(measure(model), published, "LLAMA3"))
+    model.layers[1].mlp.activation = nn.SiLU()
+    model.layers[1].attn.pos_embeddings = HalvedRope(model.layers[1].attn.pos_embeddings)
+    assert "the rotation of RoPE" in str(*differences(measure(model), published, "LLAMA3"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "llama3", **llama3_scaling(8.0)}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}, 64),
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+    ],
+)
+def test_scaled_positions_turn_as_in_transformers(scaling, longest, tmp_path):
+    scaling = {"original_max_position_embeddings": 64} | scaling
+    config = llama(10000.0, scaling, 256, **sizes(2, 256, 48, 4, 2, 96))
+    published = read_published(write(tmp_path, config), longest)
+    assert second_opinion(published) is None
+
+
+def test_a_misreading_of_scaled_positions_is_refused(tmp_path):
+    published = read_published(write(tmp_path, LLAMA31), 64)
+    assert second_opinion(published) is None
+    misread = SimpleNamespace(
+        **vars(published)
+        | {
+            "rotations": read_published(write(tmp_path, LLAMA31 | {"rope_theta": 500001.0}), 64).rotations,
+            "rms_norm_eps": 1e-4,
+        }
+    )
+    with pytest.raises(ConfigError, match="rms_norm_eps is 1e-05 as transformers reads it and 0.0001 as humanline"):
+        write(tmp_path, LLAMA31)
+        second_opinion(misread)
+
+
+def test_positions_that_turn_otherwise_in_long_sequences_are_refused_for_them(tmp_path):
+    config = llama(10000.0, {"rope_type": "dynamic", "factor": 2.0}, 64, **sizes(2, 256, 48, 4, 2, 96))
+    with pytest.raises(ConfigError, match="longer than 64 positions, which no builder computes; set model.max_seq_len"):
+        read_published(write(tmp_path, config), 65)
+
+
+# ---- the recipes
+
+
+def edit(run, **changes) -> None:
+    path = run.folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_training_refuses_a_checkpoint_of_another_function_and_says_what_to_set(trajectory):
+    run = trajectory("dpo_7_k1")
+    edit(run, rope_theta=123456.0, rms_norm_eps=1e-3)
+    line = run.train()
+    assert (
+        "is another architecture than model (torchtune.models.llama3.llama3): the rotation of RoPE is base 123,456"
+        in line
+    )
+    assert "rms_norm_eps is 0.001 in config.json and " in line
+    assert line.endswith("; set model.norm_eps: 0.001, model.rope_base: 123456") and "\n" not in line
+
+
+def test_training_refuses_a_checkpointer_that_lays_rows_out_for_another_rotation(trajectory):
+    run = trajectory("dpo_7_k1")
+    line = run.train("checkpointer.model_type=QWEN2")
+    assert "dimensions paired over halves of a head in config.json and" in line
+    assert line.endswith("set checkpointer.model_type: LLAMA3")
+
+
+# ---- tied embeddings
+
+HF = {
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+}
+TUNE = {
+    **{"vocab_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32},
+    **{"intermediate_dim": 48, "max_seq_len": 64, "norm_eps": 1e-5},
+}
+TIED = {
+    "llama3_2": (
+        LlamaForCausalLM,
+        lambda: LlamaConfig(**HF, rope_theta=5e5),
+        {"_component_": "torchtune.models.llama3_2.llama3_2", **TUNE, "scale_factor": 1},
+        "LLAMA3_2",
+    ),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        lambda: Qwen2Config(**HF, rope_theta=1e6),
+        {"_component_": "torchtune.models.qwen2.qwen2", **TUNE, "tie_word_embeddings": True},
+        "QWEN2",
+    ),
+    "gemma": (
+        GemmaForCausalLM,
+        lambda: GemmaConfig(**HF, head_dim=8),
+        {"_component_": "torchtune.models.gemma.gemma", **TUNE, "head_dim": 8},
+        "GEMMA",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_checkpoint_with_a_copy_of_its_embeddings_loads_and_another_output_layer_is_refused(family, tmp_path):
+    hf_class, hf_config, model, model_type = TIED[family]
+    torch.manual_seed(0)
+    theirs = hf_class(hf_config()).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    plain = load_file(file)
+    embeddings = plain["model.embed_tokens.weight"]
+    save_file(plain | {"lm_head.weight": embeddings.clone()}, file, metadata={"format": "pt"})
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path / "model"),
+        "checkpoint_files": ["model.safetensors"],
+        "model_type": model_type,
+        "output_dir": str(tmp_path / "out"),
+    }
+    cfg = OmegaConf.create({"model": model, "checkpointer": checkpointer})
+    with torch.device("meta"):
+        decoder = build_decoder(cfg)
+    io, weights = read_decoder_weights(cfg, decoder)
+    assert weights.keys() == decoder.state_dict().keys() and isinstance(io, FullModelHFCheckpointer)
+    io.save_checkpoint({"model": dict(weights)}, epoch=0)
+    index = json.loads((tmp_path / "out" / "epoch_0" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == plain.keys()
+    tokens = torch.arange(9)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0").eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+    written = json.loads((tmp_path / "out" / "epoch_0" / "config.json").read_text())
+    assert written == json.loads((tmp_path / "model" / "config.json").read_text())
+
+    save_file(plain | {"lm_head.weight": embeddings + 1e-3}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"an output layer \(lm_head.weight\) that is no copy of its embeddings"):
+        read_decoder_weights(cfg, decoder)
+
+
+def test_a_tied_checkpoint_in_an_untied_builder_is_refused_with_the_argument(tmp_path):
+    with torch.device("meta"):
+        model = llama3_2(**TUNE, scale_factor=1, tie_word_embeddings=False)
+    config = llama(500000, **sizes(2, 32, 48, 4, 2, 96)) | {"tie_word_embeddings": True}
+    published = read_published(write(tmp_path, config), 64)
+    builder = {"_component_": "torchtune.models.llama3_2.llama3_2", **TUNE, "rope_base": 500000, "scale_factor": 1}
+    with pytest.raises(ConfigError) as error:
+        check_function(model, published, builder | {"head_dim": 8, "tie_word_embeddings": False})
+    assert "tie_word_embeddings is true in config.json and false in the model; set " in str(error.value)
+    assert "model.tie_word_embeddings: true" in str(error.value)
