@@ -505,7 +505,8 @@ def _write(file: Path, found: _Round) -> None:
             line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
             line |= {"id": group.id, "policy_step": found.policy_step}
             if group is found.groups[0]:
-                line |= {"metrics": found.metrics}  # a run that resumes logs them as this one does
+                # A run that resumes logs them as this one does, but for the time, which is no function of the run.
+                line |= {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
             lines.write(json.dumps(line) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
@@ -526,7 +527,8 @@ def _read(file: Path) -> _Round:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         groups = [Group(row["prompt"], tuple(row["responses"]), tuple(row["scores"]), id=row["id"]) for row in rows]
-        return _Round(groups, rows[0]["policy_step"], rows[0].get("metrics", {}))
+        metrics = rows[0].get("metrics", {})
+        return _Round(groups, rows[0]["policy_step"], metrics and metrics | {"rounds/seconds": 0.0})
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(file, error) from None
 
