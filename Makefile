@@ -17,7 +17,7 @@ test: $(INSTALLED)
 
 # Against a real vLLM on the CPU, in an environment of its own (about 3 GB).
 test-vllm: $(INSTALLED) $(VLLM)/installed
-	$(BIN)/pytest tests/test_vllm.py -v
+	$(BIN)/pytest tests/test_vllm.py -v -rP
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

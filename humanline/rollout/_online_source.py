@@ -564,7 +564,8 @@ def _in_background(sample: Callable[[], _Round]) -> "Future[_Round]":
 def _write(file: Path, found: _Round) -> None:
     partial = file.with_name("round.partial")
     of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
-    of_round = of_line | {"metrics": found.metrics}  # a run that resumes logs them as this one does
+    # A run that resumes logs them as this one does, but for the time, which is no function of the run.
+    of_round = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
     with open(partial, "w") as lines:
         for index, group in enumerate(found.groups):
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
@@ -600,7 +601,9 @@ def _read(file: Path, tokenizer: Any) -> _Round:
                 scores = record.scores("scores", len(responses))
                 groups.append(Group(prompt, responses, scores, id=row["id"]))
         first = rows[0]
-        return _Round(groups, first["policy_step"], first.get("empty", False), first.get("metrics", {}))
+        metrics = first.get("metrics", {})
+        metrics = metrics and metrics | {"rounds/seconds": 0.0}
+        return _Round(groups, first["policy_step"], first.get("empty", False), metrics)
     except DataError as error:
         raise _unreadable(file, str(error)) from None
     except (OSError, LookupError, TypeError, ValueError) as error:

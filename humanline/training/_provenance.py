@@ -18,6 +18,7 @@ import humanline
 
 # torchtune by its sources as well: a fork keeps the version.
 _SOURCES = (humanline, torchtune)
+_MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model")
 _VERSIONS = ("torch", "torchao", "transformers", "tokenizers", "math-verify")
 
 
@@ -37,13 +38,14 @@ def code_digest(*components: str) -> str:
 
 
 def named_files(node: Any) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of change in ns of every file that a part of a config names, or whose folder it
-    names."""
+    """Path, size in bytes and time of change in ns of every file that a part of a config names, and of a model's files
+    in every folder that it names."""
     if isinstance(node, Mapping):
         return named_files(list(node.values()))
     if isinstance(node, str):
         path = os.path.expanduser(node)
-        files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+        inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else []
+        files = [file for file in inside if file.suffix in _MODEL_FILES] or [Path(path)]
         stats = [(str(file.resolve()), file.stat()) for file in files if os.path.isfile(file)]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return [each for item in node for each in named_files(item)] if isinstance(node, list | tuple) else []
