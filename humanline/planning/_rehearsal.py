@@ -102,7 +102,7 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     peak = max(taken.peaks.values(), key=Counter.total)
     passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
     tokens = settings.rows_per_pass * settings.tokens_per_row
-    return Estimate(dict(peak), taken.flops // 2, passes, tokens, taken.export, taken.checkpoint)
+    return Estimate(dict(+peak), taken.flops // 2, passes, tokens, taken.export, taken.checkpoint)
 
 
 class _Taken(NamedTuple):
@@ -250,11 +250,14 @@ class _Rehearsal(HumanlineRecipe):
     def take_step(self, step: int, passes: int) -> None:
         """What the recipe's loop does in a step of so many passes."""
         self.forwards = 0
+        self.meter.moment = ("begin",)
         self._accumulate_gradients([self.passes.groups(passes)])
         self.passes.label_gradients()
-        self.meter.moment = ("update",)
+        self.meter.moment = ("clip",)
         self._clip_gradients()
+        self.meter.moment = ("sync",)
         self.reference.before_optimizer_step(step)
+        self.meter.moment = ("optimizer",)
         try:
             with self.meter.label("optimizer"):
                 self.optimizer.step()
@@ -300,6 +303,7 @@ class _FakePasses(Passes):
             laid = [lay_out(groups, planned, self.budget) for planned in pack(groups, self.budget)]
         for rows in laid:
             self.label_gradients()
+            self.recipe.meter.moment = ("rows", self.recipe.forwards)
             yield self._fake(rows), 1
 
     def _fake(self, rows: Rows) -> Rows:
