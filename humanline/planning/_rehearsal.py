@@ -93,12 +93,14 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
         shape = component(cfg, "model")
     check_adapter(shape, ranks, settings.data_parallel_replicate_dim)
     vocabulary = shape.tok_embeddings.num_embeddings
-    if (planned := depths(shape.layers)) is None:
-        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
-    else:
+    taken = None
+    if (planned := depths(shape.layers)) is not None:
         fewer, more, times = planned
         first, second = (_take(cfg, ranks, vocabulary, count, period=more - fewer) for count in (fewer, more))
-        taken = _extrapolated(first, second, times)
+        if first.peaks.keys() == second.peaks.keys():
+            taken = _extrapolated(first, second, times)
+    if taken is None:
+        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
     peak = max(taken.peaks.values(), key=Counter.total)
     passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
     tokens = settings.rows_per_pass * settings.tokens_per_row
