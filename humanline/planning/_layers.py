@@ -49,7 +49,7 @@ def with_layers(model: TransformerDecoder, count: int) -> TransformerDecoder:
 
 
 def extrapolated(fewer: Peaks, more: Peaks, times: int) -> dict[Moment, Counter[str]]:
-    """The peak of each moment after adding the difference of two runs, of the same moments, so many times to the second."""
+    """The peak of each moment after adding the difference of two runs so many times to the second."""
     return {
         moment: Counter(
             {
