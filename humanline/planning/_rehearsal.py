@@ -94,16 +94,18 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
         shape = build_decoder(cfg)
     check_adapter(shape, ranks, settings.data_parallel_replicate_dim)
     vocabulary = shape.tok_embeddings.num_embeddings
-    if (planned := depths(shape.layers)) is None:
-        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
-    else:
+    taken = None
+    if (planned := depths(shape.layers)) is not None:
         fewer, more, times = planned
         first, second = (_take(cfg, ranks, vocabulary, count, period=more - fewer) for count in (fewer, more))
-        taken = _extrapolated(first, second, times)
+        if first.peaks.keys() == second.peaks.keys():
+            taken = _extrapolated(first, second, times)
+    if taken is None:
+        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
     peak = max(taken.peaks.values(), key=Counter.total)
     passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
     tokens = settings.rows_per_pass * settings.tokens_per_row
-    return Estimate(dict(peak), taken.flops // 2, passes, tokens, taken.export, taken.checkpoint)
+    return Estimate(dict(+peak), taken.flops // 2, passes, tokens, taken.export, taken.checkpoint)
 
 
 class _Taken(NamedTuple):
@@ -251,11 +253,14 @@ class _Rehearsal(HumanlineRecipe):
     def take_step(self, step: int, passes: int) -> None:
         """What the recipe's loop does in a step of so many passes."""
         self.forwards = 0
+        self.meter.moment = ("begin",)
         self._accumulate_gradients([self.passes.groups(passes)])
         self.passes.label_gradients()
-        self.meter.moment = ("update",)
+        self.meter.moment = ("clip",)
         self._clip_gradients()
+        self.meter.moment = ("sync",)
         self.reference.before_optimizer_step(step)
+        self.meter.moment = ("optimizer",)
         try:
             with self.meter.label("optimizer"):
                 self.optimizer.step()
@@ -301,6 +306,7 @@ class _FakePasses(Passes):
             laid = [lay_out(groups, planned, self.budget) for planned in pack(groups, self.budget)]
         for rows in laid:
             self.label_gradients()
+            self.recipe.meter.moment = ("rows", self.recipe.forwards)
             yield self._fake(rows), 1
 
     def _fake(self, rows: Rows) -> Rows:
