@@ -112,7 +112,7 @@ def test_two_ranks_agree_on_empty_rounds_and_count_each_once(trajectory):
     [line] = ends()
     assert "step 9: the last 2 rounds were empty" in line
     shutil.rmtree(run.folder / "out" / "checkpoints" / "step_9")
-    assert ends("resume_from_checkpoint=latest") == {line}  # from within the first of them
+    assert ends("resume_from_checkpoint=latest", "reward.calls=0") == {line}  # from within the first of them
 
 
 def test_a_round_file_that_one_rank_alone_cannot_read_is_read_by_the_others(trajectory, tmp_path, monkeypatch):

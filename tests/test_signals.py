@@ -19,7 +19,7 @@ def wait_for_a_server(place, count):
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        server = Connection(url, {}, timeout=60, retries=0, wait=None, introduce=lambda: None)
+        server = Connection(url, {}, timeout=60, retries=1_000_000, wait=None, introduce=lambda: None)
         lines = 0
 
         def trace(frame, event, argument):
