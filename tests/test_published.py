@@ -58,14 +58,13 @@ def wrong(config: dict) -> dict[str, dict]:
     """The same file with one quantity wrong, by what a complaint about it has to say."""
     family, heads = config["model_type"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = {key: config[key] for key in ("rope_theta", "rope_scaling") if key in config}
     files = {
         "RoPE is base 30,000": {"rope_theta": 30000.0},
         "RoPE is base 40,000": {"rope_parameters": {"rope_theta": 40000.0, "rope_type": "default"}},
         "divided by 3": {"rope_scaling": {"type": "linear", "factor": 3.0}},
         "rms_norm_eps is 0.001": {"rms_norm_eps": 1e-3},
         f"num_attention_heads is {2 * heads}": {"num_attention_heads": 2 * heads, "head_dim": head_dim},
-        "num_key_value_heads is 3 ": {"num_key_value_heads": 3},
+        "num_key_value_heads is 5 ": {"num_key_value_heads": 5},
         f"head_dim is {2 * head_dim}": {"head_dim": 2 * head_dim},
         "hidden_act is relu": {key: "relu" for key in ("hidden_act", "hidden_activation") if key in config},
         "tie_word_embeddings is": {"tie_word_embeddings": not config.get("tie_word_embeddings", "gemma" in family)},
@@ -77,7 +76,8 @@ def wrong(config: dict) -> dict[str, dict]:
         "rope_type 'mrope'": {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}},
     }
     if family not in ("gemma", "gemma2"):
-        files["the scale of norms is 1 + weight"] = {"model_type": "gemma", "head_dim": head_dim}
+        no_windows = dict.fromkeys(("max_window_layers", "sliding_window", "use_sliding_window"))
+        files["the scale of norms is 1 + weight"] = {"model_type": "gemma", "head_dim": head_dim, **no_windows}
     if family == "gemma2":
         files |= {
             "attn_logit_softcapping is null": {"attn_logit_softcapping": None},
@@ -93,7 +93,6 @@ def wrong(config: dict) -> dict[str, dict]:
             "RoPE": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
             "RoPE is": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
         }
-    assert rope
     return {words: config | change for words, change in files.items()}
 
 

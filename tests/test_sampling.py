@@ -598,6 +598,7 @@ def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, 
         ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
         ({"model": {"_component_": BUILDER, **LLAMA, "vocab_size": 200}}, "tokenizer.path: its vocabulary of 258 is"),
         ({"model": {"_component_": BUILDER, **LLAMA, "vocab_size": 300}}, "checkpointer.checkpoint_dir: "),
+        ({"model": {"_component_": BUILDER, **LLAMA, "rope_base": 777}}, "in config.json and base 777, "),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, changes, message):

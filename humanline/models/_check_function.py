@@ -30,7 +30,7 @@ _BUILDERS = {
     "gemma2": (),
     "phi3": ("phi3", "phi4"),
 }
-_OWN_BUILDERS = {
+_OWN_BUILDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"humanline.models": ("smollm2_135m",)},
     "gemma2": {"humanline.models.gemma2": ("gemma2_2b", "gemma2_9b", "gemma2_27b")},
 }

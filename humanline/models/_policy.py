@@ -20,7 +20,7 @@ class LogProbDecoder(nn.Module):
 
     Args:
         decoder (TransformerDecoder): the model, from a torchtune builder with torchtune's ``MultiHeadAttention`` and an
-            output layer without bias, tied or not: Llama, Qwen2.5, Mistral and their like, and humanline's Gemma 2.
+            output layer without bias, tied or not: those of docs/models.md.
 
     Raises:
         ConfigError: if the attention or the output layer is of another kind.

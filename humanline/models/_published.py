@@ -368,8 +368,8 @@ def _yarn(plain: Tensor, base: float, rope: dict[str, Any], length: int) -> Rota
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
 
     if (attention := rope.get("attention_factor")) is None:
-        both = rope.get("mscale"), rope.get("mscale_all_dim")
-        attention = magnitude(both[0]) / magnitude(both[1]) if all(both) else magnitude(1)
+        one, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        attention = magnitude(one) / magnitude(all_dim) if one and all_dim else magnitude(1)
     return Rotation(ramp * plain / factor + (1 - ramp) * plain, attention)
 
 
