@@ -13,7 +13,7 @@ VLLM := .venv-vllm
 .PHONY: test test-vllm lint demo bench clean
 
 test: $(INSTALLED)
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
 
 # Against a real vLLM on the CPU, in an environment of its own (about 3 GB).
 test-vllm: $(INSTALLED) $(VLLM)/installed

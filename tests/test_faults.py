@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         new = logged_steps(killed)[len(before) :]
         assert new[0] == newest + 1  # nothing but the steps since the last checkpoint was lost
         resume = ["resume_from_checkpoint=latest"] if saved_steps(killed) else []
-    killed.train_on(nproc, "resume_from_checkpoint=latest")
+    killed.train_on(nproc, *resume)
     assert logged_steps(killed)[-1] == 24
     assert_same_end(killed, whole, tolerance=0 if nproc == 1 else 1e-6)
 
@@ -358,7 +358,7 @@ def test_metrics_between_two_log_entries_are_not_lost(trajectory):
     whole = run.log()
     (run.folder / "logs" / "log.txt").unlink()
     assert run.train(f"resume_from_checkpoint={folder(run) / 'step_14'}") is None
-    assert list(whole) == [5, 10, 15, 20] and run.log() == {step: whole[step] for step in (15, 20)}
+    assert list(whole) == [5, 10, 15, 20, 24] and run.log() == {step: whole[step] for step in (15, 20, 24)}
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept_and_the_best_weights_written(trajectory):

@@ -69,7 +69,7 @@ def smollm2(folder: Path) -> Path:
     """A random model of SmolLM2's shape."""
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, tie_word_embeddings=True))
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

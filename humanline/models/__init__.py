@@ -11,6 +11,7 @@ from humanline.models._adapter import (
     initial_adapter,
     merged_name,
     merged_weight,
+    rank_and_alpha,
     trainable_parameters,
 )
 from humanline.models._check_function import check_function, differences, fitting_builders, set_windows
@@ -50,6 +51,7 @@ __all__ = [
     "measure",
     "merged_name",
     "merged_weight",
+    "rank_and_alpha",
     "read_published",
     "second_opinion",
     "set_windows",

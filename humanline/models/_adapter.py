@@ -25,6 +25,13 @@ def adapter_modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | DoRALinear)}
 
 
+def rank_and_alpha(module: LoRALinear | DoRALinear) -> tuple[int, float]:
+    """Of an adapter: its update is scaled by ``alpha / rank``."""
+    if isinstance(module, DoRALinear):
+        return module.lora_a.out_features, module.scaling * module.lora_a.out_features
+    return module.rank, module.alpha
+
+
 def has_quantized_base(model: nn.Module) -> bool:
     """Whether layers of a model keep their base in NF4."""
     return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())

@@ -14,7 +14,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from humanline.errors import ConfigError
-from humanline.models._adapter import adapter_modules, has_quantized_base
+from humanline.models._adapter import adapter_modules, has_quantized_base, rank_and_alpha
 
 # What other libraries call the layers, and what to set here.
 _OUTPUT_PROJ = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "attn_out", "proj")
@@ -119,9 +119,9 @@ def _shown(model: TransformerDecoder, builder: Mapping[str, Any]) -> Iterator[tu
             yield key, builder[key], found
     adapters = adapter_modules(model)
     for module in adapters.values():
-        alpha = module.scaling * module.rank if isinstance(module, DoRALinear) else module.alpha
+        rank, alpha = rank_and_alpha(module)
         own = {
-            "lora_rank": module.lora_a.out_features,
+            "lora_rank": rank,
             "lora_alpha": round(alpha, 6),
             "lora_dropout": getattr(module.dropout, "p", 0.0),
             "use_dora": isinstance(module, DoRALinear),

@@ -21,7 +21,7 @@ from torchtune.modules.peft import DoRALinear
 from torchtune.training import ModelType
 
 from humanline.errors import ConfigError
-from humanline.models import adapter_modules
+from humanline.models import adapter_modules, rank_and_alpha
 
 Weights = dict[str, Tensor]
 
@@ -121,7 +121,7 @@ def _check_config(file: Path, model: nn.Module) -> None:
         return
     config = json.loads(path.read_text())
     for module in adapter_modules(model).values():
-        rank, alpha = _rank_and_alpha(module)
+        rank, alpha = rank_and_alpha(module)
         for key, theirs, ours in (("lora_rank", config["r"], rank), ("lora_alpha", config["lora_alpha"], alpha)):
             if theirs != ours:
                 raise ConfigError(f"adapter: {path} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
@@ -197,15 +197,9 @@ def _split(name: str, kinds: Iterable[str]) -> tuple[str, str]:
     raise ConfigError(f"adapter: {name} is no weight of LoRA or DoRA; give an adapter of one of these")
 
 
-def _rank_and_alpha(module: nn.Module) -> tuple[int, float]:
-    if isinstance(module, DoRALinear):
-        return module.lora_a.out_features, module.scaling * module.lora_a.out_features
-    return module.rank, module.alpha  # type: ignore[return-value]
-
-
 def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str, Any]:
     layers = adapter_modules(model)
-    rank, alpha = _rank_and_alpha(next(iter(layers.values())))
+    rank, alpha = rank_and_alpha(next(iter(layers.values())))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

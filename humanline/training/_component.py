@@ -1,8 +1,11 @@
 """The parts of a run that a config names by ``_component_``: found, checked and built, with an error in one line."""
 
+import ast
+import importlib
 import inspect
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -65,6 +68,7 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
         raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
     path = node["_component_"]
     built_by = _found(key, path)
+    _check_imports(key, path, built_by)
     try:
         signature = inspect.signature(built_by)
     except ValueError:  # of some compiled functions
@@ -87,6 +91,33 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
                 f"{key}: {path} does not take these arguments: {missing} is missing; add {key}.{missing}"
             ) from error
         raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
+
+
+def _check_imports(key: str, path: str, built_by: Callable[..., Any]) -> None:
+    """Imports what a class imports only when it is built, as loggers do, so that a missing package is named early."""
+    try:
+        source = inspect.getsource(built_by.__init__) if isinstance(built_by, type) else ""  # type: ignore[misc]
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):  # no source to read
+        return
+    tries = (node for node in ast.walk(tree) if isinstance(node, ast.Try))
+    optional = {
+        id(node)
+        for block in tries
+        if not any(isinstance(part, ast.Raise) for handler in block.handlers for part in ast.walk(handler))
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in optional:
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                if (package := missing_package(error)) is not None:
+                    raise ConfigError(f"{key}._component_: {path} cannot be used: {package}") from error
 
 
 def accepts(cfg: DictConfig, key: str, argument: str) -> bool:

@@ -129,7 +129,6 @@ class HumanlineRecipe(FTRecipeInterface):
         engine, reward = component(cfg, "engine"), component(cfg, "reward")
         profiler = component(cfg, "profiler")
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
-        self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
 
         self.policy = self._setup_models(cfg)
         if isinstance(self.source, OnlineSource):
@@ -175,6 +174,8 @@ class HumanlineRecipe(FTRecipeInterface):
                 log.info(f"goes on from step {self.step}")
         if isinstance(self.source, OnlineSource) and not self.restarted:
             self.source.set_aside(after=self.step if self.checkpoint.last_saved == self.step else -1)
+        # Last, since a logger makes a file or a run of its service. Its packages have been looked for at the start.
+        self.metric_logger = component(cfg, "metric_logger") if self.rank == 0 else None
         if self.metric_logger is not None:
             self.metric_logger.log_config(cfg)
             if self.device.type != self.settings.device.split(":")[0]:

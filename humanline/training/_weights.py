@@ -94,10 +94,13 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
     try:
         checkpointer = component(cfg, "checkpointer")
         return checkpointer, checkpointer.load_checkpoint()[training.MODEL_KEY]
-    except ConfigError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"{where}: {error}; download the model there (tune download) or correct the path") from error
+    except (ConfigError, OSError) as error:
+        missing = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(missing, OSError):
+            raise
+        raise ConfigError(
+            f"{where}: {missing}; download the model there (tune download) or correct the path"
+        ) from error
     except Exception as error:  # torchtune raises bare Exception for weights it has no name for
         raise ConfigError(
             f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
