@@ -122,7 +122,7 @@ def test_a_round_file_that_one_rank_alone_cannot_read_is_read_by_the_others(traj
     here, there = run.folder, tmp_path / "there"
     run.config["output_dir"] = run.config["checkpointer"]["output_dir"] = "out"
     (there / "out" / "rounds").mkdir(parents=True)
-    (here / "out").mkdir()
+    (here / "out" / "checkpoints").mkdir(parents=True)  # else a rank may meet the link before what it leads to
     for shared in ("checkpoints", "epoch_0", ".lock"):
         (there / "out" / shared).symlink_to(here / "out" / shared)
     monkeypatch.chdir(here)
