@@ -97,13 +97,13 @@ def test_optimizer_in_backward_is_refused_with_the_reason(trajectory):
     assert "optimizer_in_bwd: True does not work: the reference syncs after backward and before the optimizer" in line
 
 
-# In bfloat16 compiled code rounds elsewhere, and four steps at this trajectory's rate make 0.005 of that.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_compiled_layers_change_no_loss_on_one_device(trajectory, dtype, tolerance):
+# In bfloat16 compiled code rounds elsewhere, which grows from step to step at this trajectory's rate.
+@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("fp32", 4, 1e-5), ("bf16", 2, 2e-3)])
+def test_compiled_layers_change_no_loss_on_one_device(trajectory, dtype, steps, tolerance):
     run = with_lora(one_device(trajectory("dpo_7_k1")))
-    plain = trained(run, "max_steps_per_epoch=4", f"dtype={dtype}")
+    plain = trained(run, f"max_steps_per_epoch={steps}", f"dtype={dtype}")
     (run.folder / "logs" / "log.txt").unlink()
-    compiled = trained(run, "max_steps_per_epoch=4", f"dtype={dtype}", "compile=True")
+    compiled = trained(run, f"max_steps_per_epoch={steps}", f"dtype={dtype}", "compile=True")
     assert compiled == pytest.approx(plain, abs=tolerance)
 
 

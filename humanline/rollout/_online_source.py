@@ -79,7 +79,7 @@ class OnlineSource:
 
     A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``, with the
     log-probs that the engine gave each token (``logps``; null where it gave none). A resumed run reads it, and samples
-    only what is not there yet or was sampled later than the checkpoint that it goes on from.
+    only what is not there yet or was sampled later than the checkpoint that it resumes from.
     A round that cannot be written is trained on all the same.
 
     Args:
