@@ -9,11 +9,16 @@ from types import TracebackType
 
 
 def say_in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An excepthook. A process that failed has said why itself, so only one that could not is named here."""
+    """An excepthook. A process that failed has said why itself, so only one that could not is named here.
+
+    Nor is one that torchrun itself ended because another had failed.
+    """
     if kind.__name__ == "SignalException":
         print(f"torchrun: stopped by {error.sigval.name}", file=sys.stderr)  # type: ignore[attr-defined]
     elif kind.__name__ == "ChildFailedError":
-        for rank, failure in error.failures.items():  # type: ignore[attr-defined]
+        failures = error.failures  # type: ignore[attr-defined]
+        own = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
+        for rank, failure in (own or failures).items():
             code = failure.exitcode
             if code != 1:
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

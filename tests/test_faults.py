@@ -72,7 +72,8 @@ def stopped(run, step, number=signal.SIGTERM, resume=(), **arguments):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     trajectory, name, nproc, reference, in_background
 ):
-    """Four kills come at random moments after a new step, and one in a save. There is one at every step."""
+    """Four kills come at random moments after a new step, the last of them after a save, and one in a save; there is one
+    at every step."""
     whole = saving(trajectory(name), every=1, enable_async_checkpointing=in_background)
     whole.config["reference"]["_component_"] = f"humanline.reference.{reference}"
     whole.config["batch_size"] //= nproc
@@ -81,20 +82,22 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
     moment = random.Random(name)
     resume: list[str] = []
-    for in_a_save in (False, False, True, False, False):
+    for kill in range(5):
         before = logged_steps(killed)
         newest = max(saved_steps(killed), default=0)
         with killed.start(*resume, nproc=nproc) as ranks:
             wait_until(lambda before=before: len(logged_steps(killed)) > len(before), ranks)
-            if in_a_save:
+            if kill == 2:
                 wait_until(lambda: list(folder(killed).glob("*.partial/*")), ranks)
             else:
+                if kill == 4:
+                    wait_until(lambda: saved_steps(killed), ranks)
                 ranks.processes[0].join(moment.uniform(0, 0.25))
             moment.choice(ranks.processes).kill()
         new = logged_steps(killed)[len(before) :]
         assert new[0] == newest + 1  # nothing but the steps since the last checkpoint was lost
         resume = ["resume_from_checkpoint=latest"] if saved_steps(killed) else []
-    killed.train_on(nproc, *resume)
+    killed.train_on(nproc, "resume_from_checkpoint=latest")
     assert logged_steps(killed)[-1] == 24
     assert_same_end(killed, whole, tolerance=0 if nproc == 1 else 1e-6)
 

@@ -5,7 +5,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, TUNE
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from humanline._torchrun import say_in_a_line
 
 NEWS = [
     r"dataset: 48 groups from \S+: .*",
@@ -38,11 +42,26 @@ def test_a_run_under_torchrun_prints_nothing_but_news(trajectory):
     refused = started([*recipe, "--config", str(run._write_config()), "epoch=3"])
     assert refused.returncode == 1
     ours = "humanline_dpo_distributed.py: epoch: is not a key of this recipe; did you mean epochs?"
-    lines = refused.stderr.splitlines()
-    assert lines.count(ours) == 2
-    # And torchrun's note of which processes ended, without a traceback of itself.
-    torchruns = r"[WE]\d{4} .* torch/distributed/elastic/multiprocessing/api\.py:\d+\] (Sending process|failed) .*"
-    assert [line for line in lines if line != ours and not re.fullmatch(torchruns, line)] == []
+    assert set(refused.stderr.splitlines()) == {ours}  # once or twice: the first to say it ends the other
+
+
+SIGTERM, SIGKILL = -15, -9
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [
+        ({0: 1, 1: 1}, []),
+        ({0: SIGTERM, 1: 1}, []),  # torchrun's own, after rank 1 had said why
+        ({0: SIGTERM, 1: SIGKILL}, ["rank 1 (process 101) was ended by SIGKILL"]),
+        ({0: SIGTERM, 1: SIGTERM}, [f"rank {rank} (process {100 + rank}) was ended by SIGTERM" for rank in (0, 1)]),
+        ({0: 3}, ["rank 0 (process 100) ended with exit code 3"]),
+    ],
+)
+def test_torchrun_names_who_could_not_say_why_it_ended(capsys, ends, named):
+    failures = {rank: ProcessFailure(rank, 100 + rank, code, "") for rank, code in ends.items()}
+    say_in_a_line(ChildFailedError, ChildFailedError("recipe", failures), None)
+    assert capsys.readouterr().err.splitlines() == [f"torchrun: {line}" for line in named]
 
 
 def test_a_program_that_is_not_under_tune_prints_nothing_but_its_line():
