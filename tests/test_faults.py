@@ -72,8 +72,10 @@ def stopped(run, step, number=signal.SIGTERM, resume=(), **arguments):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     trajectory, name, nproc, reference, in_background
 ):
-    """Four kills come at random moments after a new step, the last of them after a save, and one in a save; there is one
-    at every step."""
+    """Four kills come at random moments after a new step, the last of them after a save, and one in a save.
+
+    There is a save at every step.
+    """
     whole = saving(trajectory(name), every=1, enable_async_checkpointing=in_background)
     whole.config["reference"]["_component_"] = f"humanline.reference.{reference}"
     whole.config["batch_size"] //= nproc
