@@ -108,7 +108,11 @@ def _recipes_of(config: Path) -> list[str]:
 def _local_recipe(argument: str) -> Path | None:
     """The humanline recipe file that a command-line argument is the path of, if it is one."""
     path = Path(argument if argument.endswith(".py") else f"{argument}.py").absolute()
-    return path if path.is_file() and (path.name.startswith("humanline_") or _imports_humanline(path)) else None
+    try:
+        is_ours = path.is_file() and (path.name.startswith("humanline_") or _imports_humanline(path))
+    except (OSError, ValueError):  # no path, as a long override, or a file that may not be read
+        return None
+    return path if is_ours else None
 
 
 def _imports_humanline(path: Path) -> bool:
@@ -123,8 +127,9 @@ def _imports_humanline(path: Path) -> bool:
 
 
 def _is_distributed(path: Path) -> bool:
-    """Whether a recipe may run on several ranks: by the name of one of ours, by the source of any other."""
-    if path.name.startswith("humanline_"):
+    """Whether a recipe may run on several ranks: by a name that says so, as ours do, by the source of any other."""
+    says = any(word in path.stem for word in ("_distributed", "_single_device"))
+    if path.name.startswith("humanline_") and (says or path.parent == HOME / "recipes"):
         return "_distributed" in path.stem
     try:
         nodes = ast.walk(ast.parse(path.read_bytes()))

@@ -203,7 +203,10 @@ PUBLISHED: dict[str, dict[str, Config]] = {
         "gemma-2-2b-it": gemma2(head_dim=256, query_pre_attn_scalar=256, **sizes(26, 2304, 9216, 8, 4, 256000)),
     },
     "humanline.models.gemma2.gemma2_9b": {
-        "gemma-2-9b-it": gemma2(head_dim=256, query_pre_attn_scalar=256, **sizes(42, 3584, 14336, 16, 8, 256000)),
+        "gemma-2-9b-it": gemma2(
+            **{"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window_size": 4096},
+            **sizes(42, 3584, 14336, 16, 8, 256000),
+        ),
     },
     "humanline.models.gemma2.gemma2_27b": {
         "gemma-2-27b-it": gemma2(head_dim=128, query_pre_attn_scalar=144, **sizes(46, 4608, 36864, 32, 16, 256000)),

@@ -123,6 +123,14 @@ def test_a_log_on_a_full_disk_is_said_and_ends_no_run(trajectory, caplog):
     assert sorted(run.log()) == [step for step in range(1, 13) if step != 3]
 
 
+def test_a_log_that_is_still_in_the_logger_s_buffer_ends_no_run_either(trajectory, caplog):
+    run = trajectory("dpo_8_k4")
+    (run.folder / "logs").mkdir()
+    (run.folder / "logs" / "log.txt").symlink_to("/dev/full")
+    assert run.train() is None
+    assert "metric_logger: could not be closed: [Errno 28] No space left on device" in caplog.text
+
+
 def test_an_error_of_the_disk_is_one_line_on_a_single_process_too(trajectory):
     run = trajectory("dpo_8_k4")
     run.config["dataset"] |= {"_component_": "toys.groups_but_on_rank_1", "error": "builtins.MemoryError"}

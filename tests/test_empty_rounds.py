@@ -81,10 +81,11 @@ def test_rounds_that_stay_wrong_end_the_run_and_a_resumed_one_draws_by_what_was_
     [
         ({"_component_": "toys.Wrong", "calls": 0, "then": 1.0}, True),
         ({"_component_": "toys.Judged", "calls": 2, "then": 1.0}, True),
-        ({"_component_": "toys.Judged", "calls": 0, "then": 1.0}, False),  # who knows whether it is the highest
+        ({"_component_": "toys.Judged", "calls": 0, "then": 1.0}, True),  # nothing says that there is a higher one
+        ({"_component_": "toys.Judged", "calls": 0, "then": 0.0}, False),
         ({"_component_": "toys.Wrong", "calls": 0, "then": 0.5}, False),
     ],
-    ids=["the highest", "the highest that was seen", "the only one", "not the highest"],
+    ids=["the highest", "the highest that was seen", "the only one", "the only one, 0", "not the highest"],
 )
 def test_a_policy_that_has_solved_its_prompts_ends_well(trajectory, caplog, reward, solved):
     run = online(trajectory("grpo_8_k4"), every=2)
@@ -97,6 +98,14 @@ def test_a_policy_that_has_solved_its_prompts_ends_well(trajectory, caplog, rewa
     else:
         assert f"step {end}: the last 2 rounds were empty" in message and "all wrong: every response scored" in message
     assert checkpoints(run) == [f"step_{end}"] and weights(run)
+
+
+def test_each_resumed_run_has_as_many_empty_rounds_as_the_first_one(trajectory):
+    run = online(trajectory("grpo_8_k4"))
+    run.config |= {"stop_after_empty_rounds": 3, "save_every_n_steps": 1}
+    run.config["reward"] = {"_component_": "toys.Wrong"}
+    for step, resume in ((3, ()), (6, ("resume_from_checkpoint=latest",)), (9, ("resume_from_checkpoint=latest",))):
+        assert f"step {step}: the last 3 rounds were empty" in run.train(*resume)
 
 
 def test_two_ranks_agree_on_empty_rounds_and_count_each_once(trajectory):

@@ -11,6 +11,7 @@ import torch
 from conftest import TrajectoryRun
 from safetensors.torch import load_file, save_file
 
+from humanline.training._export import _name_dtype
 from humanline.training._kept_update import KeptUpdate
 from humanline.training._replace import replace_folder, restore_replaced
 
@@ -173,6 +174,16 @@ def test_the_share_is_that_along_the_update_and_noise_does_not_add_to_it():
 
 
 # ---- The log
+
+
+def test_a_config_json_that_may_not_be_written_to_is_replaced(tmp_path):
+    """As the copy of one from a model store that is shared."""
+    path = tmp_path / "config.json"
+    path.write_text('{"torch_dtype": "bfloat16"}')
+    os.link(path, tmp_path / "original")
+    _name_dtype(path, "float32")
+    assert json.loads(path.read_text()) == {"torch_dtype": "float32"}
+    assert json.loads((tmp_path / "original").read_text()) == {"torch_dtype": "bfloat16"}
 
 
 def test_an_export_is_one_line_that_names_the_folder(trajectory):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
+from test_online import online
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from humanline.training._collapse import CollapseWatch
@@ -265,6 +266,17 @@ def test_final_weights_that_find_no_room_are_written_by_the_resumed_run(trajecto
     run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == [*range(1, 25), *range(21, 25)]
     assert_same_end(run, whole)
+
+
+def test_a_solved_run_does_not_say_that_weights_are_there_which_found_no_room(trajectory, small_disk):
+    run = online(trajectory("grpo_8_k4"), every=2)
+    run.config |= {"stop_after_empty_rounds": 2, "max_steps_per_epoch": 4, "epochs": 2}
+    run.config["reward"] = {"_component_": "toys.Wrong", "then": 1.0}
+    small_disk(run, 100_000)
+    with run.start() as ranks:
+        assert ranks.wait() == [1]
+        assert "all right: every response has the highest score (1)" in ranks.output()
+        assert "; the weights could not be written: " in ranks.output() and "the weights are in" not in ranks.output()
 
 
 # ---- Not finite

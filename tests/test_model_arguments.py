@@ -48,6 +48,20 @@ def lora_without_adapters(**kwargs):
     return llama3(**SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"lora_rank": 0}, "model.lora_rank: 0 does not work: an adapter has 1 or more dimensions"),
+        ({"lora_alpha": 0}, "model.lora_alpha: 0 does not work: it scales the adapter's update; give a number above 0"),
+        ({"lora_dropout": 1.0}, "model.lora_dropout: 1.0 does not work: it is the share of inputs left out"),
+    ],
+)
+def test_an_adapter_that_cannot_train_is_refused(setting, words):
+    with pytest.raises(ConfigError) as error:
+        built("torchtune.models.llama3.lora_llama3", lora_attn_modules=["q_proj"], **setting)
+    assert words in str(error.value)
+
+
 @pytest.mark.parametrize("component", BUILDERS)
 def test_a_name_that_the_model_does_not_have_is_refused_with_the_one_that_it_has(component):
     own = BUILDERS[component]

@@ -499,6 +499,20 @@ def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
     assert len(list((run.folder / "weights").iterdir())) == 1  # the process before left none behind
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_ends_the_wait_of_all(vocabulary, trajectory, rank):
+    hold = vocabulary / "hold"
+    hold.touch()
+    with Server(vocabulary, f"--hold={hold}") as server:
+        run = served(trajectory("grpo_8_k4"), vocabulary, server, every=3)
+        run.config |= {"batch_size": 1}
+        with run.start(nproc=2) as ranks:
+            wait_until(lambda: any((run.folder / "weights").glob("round_1_*")), ranks)
+            os.kill(ranks.processes[rank].pid, signal.SIGTERM)
+            assert ranks.wait() == [0, 0], ranks.output()
+            assert "stopped after step 3 by " in ranks.output()
+
+
 def test_a_signal_ends_the_wait_for_a_judge(trajectory):
     run = online(trajectory("grpo_8_k4"), every=3)
     with judge(lambda _, nth: says(f"Rating: {nth % 7}") if nth < 24 else (503, {})) as (reward, requests):

@@ -1,5 +1,7 @@
 """Results on disk are used again only by the code, on the device and with the files that they were computed with."""
 
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -74,6 +76,24 @@ def test_a_frozen_reference_is_taken_again_when_the_model_s_code_or_its_precisio
     shutil.rmtree(run.folder / "out")
     losses(run, "compile=False")
     assert len(kept()) == 2
+
+
+def test_log_probs_under_another_sliding_window_are_not_taken_over_and_the_run_does_not_go_on(trajectory, tmp_path):
+    run = trajectory("dpo_8_k4")
+    run.config["reference"] = {
+        "_component_": "humanline.reference.WindowedReference",
+        "sync_every": None,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    run.config |= {"save_every_n_steps": 1, "max_steps_per_epoch": 1}
+    config = run.folder / "model" / "config.json"
+    content = json.loads(config.read_text()) | {"model_type": "mistral"}
+    other = run.again("other")
+    for each, window in ((run, None), (other, 3)):
+        config.write_text(json.dumps(content | {"sliding_window": window}))
+        assert each.train() is None
+        assert each.log()[1] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one
+    assert "sliding windows" in run.train("resume_from_checkpoint=latest", "epochs=2")
 
 
 def test_the_digest_of_the_code_is_that_of_this_package_s_sources(tmp_path):

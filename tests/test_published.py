@@ -60,7 +60,14 @@ def wrong(config: dict) -> dict[str, dict]:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     files = {
         "RoPE is base 30,000": {"rope_theta": 30000.0},
-        "RoPE is base 40,000": {"rope_parameters": {"rope_theta": 40000.0, "rope_type": "default"}},
+        "RoPE is base 40,000": {
+            "rope_scaling": None,
+            "rope_parameters": {"rope_theta": 40000.0, "rope_type": "default"},
+        },
+        "divided by 5": {
+            "rope_scaling": {"type": "linear", "factor": 5.0},
+            "rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"},
+        },
         "divided by 3": {"rope_scaling": {"type": "linear", "factor": 3.0}},
         "rms_norm_eps is 0.001": {"rms_norm_eps": 1e-3},
         f"num_attention_heads is {2 * heads}": {"num_attention_heads": 2 * heads, "head_dim": head_dim},
@@ -90,8 +97,8 @@ def wrong(config: dict) -> dict[str, dict]:
         files |= {
             "dimensions, neighbouring dimensions paired in config.json": {"rope_scaling": None},
             "divided by 16": {"rope_scaling": scaling | {"factor": 16.0}},
-            "RoPE": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
-            "RoPE is": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
+            ", frequency ": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
+            " being ": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
         }
     return {words: config | change for words, change in files.items()}
 
@@ -210,6 +217,17 @@ def test_scaled_positions_turn_as_in_transformers(scaling, longest, tmp_path):
     assert second_opinion(published) is None
 
 
+def test_of_two_keys_for_scaled_positions_the_one_counts_that_transformers_reads(tmp_path):
+    """A file that transformers 5 wrote, to which a model card's scaling was added by hand."""
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    added = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = llama(10000.0, added, 256, **sizes(2, 256, 48, 4, 2, 96)) | {"rope_parameters": rope}
+    published = read_published(write(tmp_path, config), 64)
+    assert published.rope["rope_type"] == "yarn" and second_opinion(published) is None
+    plain = read_published(write(tmp_path, config | {"rope_scaling": None}), 64)
+    assert plain.rope["rope_type"] == "default" and not plain.rotations[0].like(published.rotations[0])
+
+
 def test_a_misreading_of_scaled_positions_is_refused(tmp_path):
     published = read_published(write(tmp_path, LLAMA31), 64)
     assert second_opinion(published) is None
@@ -326,6 +344,33 @@ def test_a_tied_checkpoint_with_a_copy_of_its_embeddings_loads_and_another_outpu
     save_file(plain | {"lm_head.weight": embeddings + 1e-3}, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"an output layer \(lm_head.weight\) that is no copy of its embeddings"):
         read_decoder_weights(cfg, decoder)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_on_a_tied_checkpoint_with_a_copy_of_its_embeddings_hands_out_every_weight_of_its_index(
+    trajectory, shards
+):
+    run = trajectory("dpo_7_k1")
+    folder = run.folder / "model"
+    hf_class, _, model, _ = TIED["llama3_2"]
+    theirs = hf_class(LlamaConfig(**HF | {"vocab_size": 256, "max_position_embeddings": 128}, rope_theta=5e5))
+    theirs.save_pretrained(folder)
+    plain = load_file(folder / "model.safetensors")
+    copied = {"lm_head.weight": plain["model.embed_tokens.weight"].clone()}
+    parts = [plain | copied] if shards == 1 else [plain, copied]
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    (folder / "model.safetensors").unlink()
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / file, metadata={"format": "pt"})
+    run.config["model"] = model | {"vocab_size": 256, "max_seq_len": 128}
+    run.config["checkpointer"] |= {"checkpoint_files": files, "model_type": "LLAMA3_2"}
+    assert run.train("max_steps_per_epoch=1") is None
+    out = run.folder / "out" / "epoch_0"
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == plain.keys()
+    assert all(name in load_file(out / file) for name, file in index.items())
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.equal(again.model.embed_tokens.weight, plain["model.embed_tokens.weight"])
 
 
 def test_a_tied_checkpoint_in_an_untied_builder_is_refused_with_the_argument(tmp_path):

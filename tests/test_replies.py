@@ -125,6 +125,31 @@ def test_a_completion_with_an_id_that_no_token_has_is_left_out_and_counted(engin
         assert f"{url}: 1 of 2 completions are left out: they have an id that no token has" in caplog.text
 
 
+def test_what_a_server_adds_behind_a_stop_token_is_cut_off(engine):
+    stops = []
+    logps = {"token_logprobs": [-0.1, -0.2, -0.3]}
+    with completions(lambda nth: one(token_ids=[7, stops[0], 9], logprobs=logps)) as url:
+        mine = engine(url)
+        stops += mine._tokenizer.stop_tokens
+        [[completion, _]] = mine.generate([[1, 2]], PARAMS, [3])
+    assert (completion.tokens, completion.finish_reason) == ([7, stops[0]], "stop")
+    assert completion.logps == [-0.1, -0.2]
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        ({"prompt_token_ids": [9, 9]}, "answers another prompt than it was asked for"),
+        ({"token_ids": None}, "leaves out choices[0].token_ids, which it gave to the first request"),
+    ],
+)
+def test_a_server_that_answers_otherwise_than_its_probe_said_is_refused(engine, later, words):
+    with completions(lambda nth: one(**later)) as url:
+        with pytest.raises(ConfigError) as error:
+            engine(url).generate([[1, 2]], PARAMS, [3])
+    assert words in str(error.value)
+
+
 @pytest.mark.parametrize("content", [["a"], {"text": "Rating: 5"}, 5])
 def test_a_judge_that_answers_no_text_ends_scoring_with_the_field_in_one_line(content, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -248,6 +248,7 @@ def test_a_recipe_is_whatever_file_imports_humanline(
         "mine/later.py": "def main():\n    from humanline import training\n",
         "unfinished.py": "import humanline\nclass\n",
         "theirs.py": '"""Not of humanline."""\nimport humanlines\nfrom . import humanline\nsharded = False\n',
+        "humanline_mine.py": "sharded = True\n",
         "humanline_mine_distributed.py": "",
         "humanline_mine_single_device.py": "",
     }.items():
@@ -269,12 +270,14 @@ def test_a_recipe_is_whatever_file_imports_humanline(
         "recipes/single": "False",
         "recipes/mine/later": "True",
         "recipes/unfinished": "True",
+        "recipes/humanline_mine": "True",
         "recipes/humanline_mine_distributed": "True",
         "recipes/humanline_mine_single_device": "False",
     }.items():
         assert registered("--nproc_per_node", "2", name, "--config", "x.yaml")[name][0] == distributed
     for name in ("recipes/theirs", "recipes", "recipes/absent"):
         assert name not in registered(name)
+    assert "recipes/my_dpo" in registered("recipes/my_dpo", "source.system_prompt=" + "You answer. " * 50)
 
 
 def test_run_in_a_fork_by_path(from_wheel: VirtualEnvironment, fork: Path) -> None:

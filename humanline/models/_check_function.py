@@ -52,7 +52,13 @@ class Difference(NamedTuple):
     built: object
 
     def __str__(self) -> str:
-        return f"{self.quantity} is {_said(self.published)} in config.json and {_said(self.built)} in the model"
+        theirs, ours = _said(self.published), _said(self.built)
+        if theirs == ours and isinstance(self.published, Rotation) and isinstance(self.built, Rotation):
+            one, other = self.published.frequencies, self.built.frequencies
+            at = int(((one - other).abs() / one).argmax())
+            theirs = f"{theirs}, frequency {at} being {one[at]:.5g}"
+            ours = f"{ours}, frequency {at} being {other[at]:.5g}"
+        return f"{self.quantity} is {theirs} in config.json and {ours} in the model"
 
 
 def differences(built: Built, published: Published, model_type: str | None = None) -> Iterator[Difference]:

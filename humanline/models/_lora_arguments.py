@@ -32,9 +32,16 @@ def check_arguments(model: TransformerDecoder, builder: Mapping[str, Any]) -> No
         builder (Mapping[str, Any]): the config's ``model``: ``_component_`` and its arguments.
 
     Raises:
-        ConfigError: if ``lora_attn_modules`` names a layer that the model has not, if an argument has no effect, or if
-            a ``lora_`` builder made a model without an adapter.
+        ConfigError: if an adapter of this size cannot train, if ``lora_attn_modules`` names a layer that the model has
+            not, if an argument has no effect, or if a ``lora_`` builder made a model without an adapter.
     """
+    for key, holds, remedy in (
+        ("lora_rank", lambda rank: rank >= 1, "an adapter has 1 or more dimensions"),
+        ("lora_alpha", lambda alpha: alpha > 0, "it scales the adapter's update; give a number above 0"),
+        ("lora_dropout", lambda share: 0 <= share < 1, "it is the share of inputs left out; give one in [0, 1)"),
+    ):
+        if builder.get(key) is not None and not holds(builder[key]):
+            raise ConfigError(f"model.{key}: {builder[key]} does not work: {remedy}")
     layers = list(model.layers)
     names = builder.get("lora_attn_modules")
     if names is not None:

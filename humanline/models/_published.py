@@ -55,6 +55,9 @@ _HARMLESS = re.compile(
     r"|is_(encoder_)?decoder|transformers\.js_config|_commit_hash|chunk_size_feed_forward|cache_implementation"
 )
 
+# Names under which files repeat a value that their family reads under another, as Gemma 2 9B's does.
+_SECOND_NAMES = {"sliding_window_size": "sliding_window"}
+
 _ACTIVATIONS = {
     **{"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_python": "gelu"},
     **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"},
@@ -215,7 +218,8 @@ class _Reader:
             tie_word_embeddings=bool(self._value("tie_word_embeddings")),
             rope=ropes[0],
             max_position_embeddings=self._number("max_position_embeddings"),
-            scaled=any(rope["rope_type"] != "default" for rope in ropes),
+            scaled=any(rope["rope_type"] != "default" for rope in ropes)
+            or bool(self._value("rope_scaling") and self._value("rope_parameters")),
             remarks=remarks,
         )
 
@@ -244,6 +248,9 @@ class _Reader:
         known = {*self.defaults, *_NUMBERS, "model_type", "architectures", "auto_map", "quantization_config"}
         unknown = {key: value for key, value in self.content.items() if key not in known and not _is_neutral(value)}
         unknown = {key: value for key, value in unknown.items() if not _HARMLESS.fullmatch(key)}
+        for key, name in _SECOND_NAMES.items():
+            if key in unknown and unknown[key] == self._value(name):
+                del unknown[key]
         for key, value in unknown.items():
             if _OF_THE_FUNCTION.search(key):
                 raise self._error(
@@ -288,7 +295,7 @@ class _Reader:
 
     def _rope(self, layer_type: str) -> dict[str, Any]:
         """The parameters of rotary positions, in the form that transformers 5 writes."""
-        given = self._value("rope_parameters") or self._value("rope_scaling") or {}
+        given = self._value("rope_scaling") or self._value("rope_parameters") or {}  # in transformers' order
         if not isinstance(given, dict):
             raise self._error("rope_scaling", f"expected null or an object, got {given!r}")
         if layer_type in given:
@@ -306,7 +313,7 @@ class _Reader:
         try:
             return self._scaled(rope, int(head_dim * rope["partial_rotary_factor"]))
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            key = "rope_parameters" if self._value("rope_parameters") else "rope_scaling"
+            key = "rope_scaling" if self._value("rope_scaling") else "rope_parameters"
             raise self._error(key, f"{rope} cannot be computed ({type(error).__name__}: {error})") from error
 
     def _scaled(self, rope: dict[str, Any], dim: int) -> Rotation:

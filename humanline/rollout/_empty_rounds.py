@@ -12,7 +12,7 @@ class EmptyRounds:
 
     Attributes:
         highest_score (float | None): the highest score that the reward can give; None where that is not known. Then it
-            is the highest that the run has seen, if the run has seen a lower one too.
+            is the highest that the run has seen, if the run has seen a lower one too, or nothing else but it above 0.
         desirable_above (float | None): with labels, the score that only desirable responses exceed.
         total (int): empty rounds of the whole run.
         in_a_row (int): how many of them the last rounds were.
@@ -55,7 +55,8 @@ class EmptyRounds:
             return low > self.desirable_above
         if self.highest_score is not None:
             return low >= self.highest_score or math.isclose(low, self.highest_score)
-        return low == high >= self.seen[1] and self.seen[0] < low
+        # Nobody knows the highest: it is what beats all else that was seen, or without anything else what is above 0.
+        return low == high >= self.seen[1] and (self.seen[0] < low or low > 0)
 
     @property
     def is_solved(self) -> bool:
@@ -66,7 +67,12 @@ class EmptyRounds:
         """What the last empty rounds have in common, and what would change it."""
         low, high = self.scores
         if self.is_solved:
-            return f"all right: every response has the highest score ({high:g}), so the policy has solved its prompts"
+            known = self.highest_score is not None or self.desirable_above is not None or self.seen[0] < low
+            of_what = "" if known else ", the only one seen; a reward that can give more has to say so by highest_score"
+            return (
+                f"all right: every response has the highest score ({high:g}{of_what}), so the policy has solved its "
+                "prompts"
+            )
         if low > high:
             found = "no response at all: the engine gave none that has a token; see its log"
         elif low == high:
@@ -84,6 +90,11 @@ class EmptyRounds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             setattr(self, key, tuple(value) if isinstance(value, list) else value)
+
+    def may_go_on(self, most: int) -> None:
+        """Lets a run that resumes where so many in a row have ended one begin to count anew."""
+        if self.in_a_row >= most:
+            self.begin_again()
 
 
 def _wider(range: tuple[float, float], scores: Sequence[float]) -> tuple[float, float]:

@@ -292,6 +292,16 @@ class HTTPEngine:
                 raise ConfigError(self._misunderstanding(error)) from None
             raise ConfigError(f"engine.base_url: {self._url} refuses a request ({error})") from None
         tokens, logps = reply.token_ids, reply.logps
+        if isinstance(prompt, list) and reply.prompt_ids not in (None, prompt):
+            raise ConfigError(
+                f"engine.base_url: {self._url} answers another prompt than it was asked for (choices[0]."
+                "prompt_token_ids); use a server that takes token ids as they are"
+            )
+        if isinstance(prompt, list) and tokens is None:
+            raise ConfigError(
+                f"engine.base_url: {self._url} leaves out choices[0].token_ids, which it gave to the first request; "
+                "its text may have another tokenisation"
+            )
         if tokens is None:
             tokens, logps = self._encode(reply.text), None
         largest = max(tokens, default=0)
@@ -303,6 +313,8 @@ class HTTPEngine:
         if self._token_ids is not None and not self._token_ids.issuperset(tokens):
             return None
         stops = self._tokenizer.stop_tokens
+        if (end := next((i for i, id in enumerate(tokens) if id in stops), len(tokens)) + 1) < len(tokens):
+            tokens, logps = tokens[:end], logps and logps[:end]  # a server that goes on behind a stop token
         if reply.finish_reason == "stop" and not (tokens and tokens[-1] in stops):
             tokens, logps = [*tokens, stops[0]], None
         tokens = tokens[: params.max_new_tokens]  # tokenised anew it can be longer

@@ -325,6 +325,11 @@ class OnlineSource:
         for each in (self.engine, self.reward):
             getattr(each, "stop", lambda: None)()
 
+    def wait(self) -> None:
+        """Waits until what is sampled ahead has ended: it meets the other ranks, whose group must not go before."""
+        if self._ahead is not None:
+            self._ahead.exception()
+
     def set_aside(self, after: int) -> None:
         """Rounds of a policy of more than ``after`` optimizer steps are not of the run that goes on from there: another
         name keeps them from it."""
@@ -497,7 +502,8 @@ class OnlineSource:
             kinds = (Stopped, ConfigError, DataError, TrainingError)
             failure = next(kind for kind in kinds if isinstance(error, kind)), str(error)
         except OSError as error:
-            failure = TrainingError, f"{self.folder}: {error}"
+            where = self.folder if str(self.folder) in str(error) else f"rank {dist.get_rank()}: sampling failed"
+            failure = TrainingError, f"{where}: {type(error).__name__}: {error}"
         except Exception as error:  # whatever an engine of somebody's own may raise
             log.exception(f"rank {dist.get_rank()}: sampling failed")
             failure = TrainingError, f"rank {dist.get_rank()}: sampling failed ({' '.join(repr(error).split())[:300]})"

@@ -45,7 +45,7 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{key}._component_: {path} cannot be used: {reason}") from error
     except ValueError as error:
         raise ConfigError(f"{key}: {_said(error)}; correct its arguments") from error
-    except (TypeError, AssertionError, OSError, RuntimeError) as error:
+    except Exception as error:  # packages have errors of their own, as a logger without its key has
         raise ConfigError(f"{key}: {path} cannot be built: {type(error).__name__}: {_said(error)}") from error
 
 

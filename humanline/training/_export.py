@@ -120,7 +120,8 @@ def export_dtypes(
 def _initial(checkpointer: Any) -> Mapping[str, Tensor] | None:
     """The weights that the run started from, memory-mapped; None if they are gone, which must not cost the new ones."""
     try:
-        weights: Mapping[str, Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
+        # A copy: loading renews the map by which weights are written, without what was dropped from it.
+        weights: Mapping[str, Tensor] = copy.copy(checkpointer).load_checkpoint()[training.MODEL_KEY]
         return weights
     except Exception as failure:  # of torchtune, safetensors and the disk
         log.warning(f"checkpointer: {checkpointer._checkpoint_dir} cannot be read any more: {failure}")
@@ -201,7 +202,9 @@ def _name_dtype(path: Path, dtype: str) -> None:
     if not {"torch_dtype", "dtype"} & {key for key, value in config.items() if value is not None}:
         config["torch_dtype"] = dtype
     if config != json.loads(path.read_text()):
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        new = path.with_name(f"{path.name}.new")  # a copied file has the mode of its original, which may be read-only
+        new.write_text(json.dumps(config, indent=2) + "\n")
+        new.replace(path)
 
 
 @contextmanager

@@ -227,6 +227,7 @@ class HumanlineRecipe(FTRecipeInterface):
             "reference": type(self.reference).__name__,
             "sync_every": self.reference.sync_every,
             "model": OmegaConf.to_container(cfg.model, resolve=True),
+            "sliding windows": self.policy.windows if any(self.policy.windows) else None,
             "loss": self.objective.settings(),
         }
 
@@ -337,7 +338,7 @@ class HumanlineRecipe(FTRecipeInterface):
             passes=None if isinstance(self.source, OnlineSource) else self.passes.of_step,
             total_steps=self.total_steps,
             resumes=bool(self.resume_from),
-            fingerprint=lambda: fingerprint(weights, cfg.model, settings.dtype),
+            fingerprint=lambda: fingerprint(weights, cfg.model, f"{settings.dtype} windows {shape.windows}"),
             computation=self._computation(cfg),
         )
         self.reference.setup(policy, context)
@@ -406,15 +407,16 @@ class HumanlineRecipe(FTRecipeInterface):
                 held_out = self.evaluate() if evaluated else {}
                 # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
                 # One that is to stop resumes at it, and writes them then, unless nothing else is left to do.
+                error = None
                 if self.step % self.source.steps_per_epoch == 0 and (last or not stop):
-                    self.save_checkpoint()
+                    error = self.save_checkpoint()
                 if _every(settings.save_every_n_steps, self.step):
                     self._save_state(held_out.get(settings.best_checkpoint_metric or ""))
                 if stop:
                     self._stop(request)
                     break
                 if not last and self._is_without_signal():
-                    self._end_without_signal(held_out if evaluated else self.evaluate())
+                    self._end_without_signal(held_out if evaluated else self.evaluate(), error)
                     solved = True
                     break
         self.profiler.stop()
@@ -502,11 +504,12 @@ class HumanlineRecipe(FTRecipeInterface):
             return False
         return source.empty_rounds.in_a_row >= self.settings.stop_after_empty_rounds
 
-    def _end_without_signal(self, held_out: dict[str, float]) -> None:
+    def _end_without_signal(self, held_out: dict[str, float], error: str | None) -> None:
         """Ends a run whose rounds have nothing to learn from, with its weights and a checkpoint.
 
         Args:
             held_out (dict[str, float]): the metrics of ``dataset_val`` at this step.
+            error (str | None): why the weights of the epoch that this step ends could not be written.
 
         Raises:
             TrainingError: unless every response was right, or if the weights cannot be written.
@@ -520,8 +523,10 @@ class HumanlineRecipe(FTRecipeInterface):
         empty.begin_again()
         self.source.stop()  # what is sampled ahead
         epoch = (self.step - 1) // self.source.steps_per_epoch
-        error = self._write_weights(f"epoch_{epoch}") if self.step % self.source.steps_per_epoch else None
+        if self.step % self.source.steps_per_epoch:
+            error = self._write_weights(f"epoch_{epoch}")
         self._save_state(held_out.get(self.settings.best_checkpoint_metric or ""))
+        self.source.wait()
         if error is not None:
             raise TrainingError(f"{message}; the weights could not be written: {error}; {self._left()}")
         message += f"; the weights are in {Path(self.settings.output_dir) / f'epoch_{epoch}'}; {self._left()}"
@@ -582,6 +587,9 @@ class HumanlineRecipe(FTRecipeInterface):
         if self.step > 0:
             self._save_state()
         self.checkpoint.wait()
+        if isinstance(self.source, OnlineSource):
+            self.source.stop()
+            self.source.wait()
         if self.checkpoint.last_saved != self.step:
             raise TrainingError(f"step {self.step}: stopped by a signal; {self._left()}")
         if self.rank == 0:
@@ -608,21 +616,24 @@ class HumanlineRecipe(FTRecipeInterface):
         self._write_metrics(means)
         return means
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> str | None:
         """Writes the weights of the epoch that this step ends into ``output_dir/epoch_N``.
 
         A model with an adapter writes it into ``output_dir/epoch_N/adapter``, and the merged weights only if
         ``save_adapter_weights_only`` is False. What cannot be written stops the run only at its end.
+
+        Returns:
+            str | None: why they could not be written; None if they were.
         """
         epoch = self.step // self.source.steps_per_epoch - 1
         error = self._write_weights(f"epoch_{epoch}")
         if error is None:
-            return
+            return None
         message = f"step {self.step}: the weights of epoch {epoch} could not be written: {error}"
         if self.step < self.total_steps:
             if self.rank == 0:
                 log.error(f"{message}; training goes on")
-            return
+            return error
         self._save_state()
         raise TrainingError(f"{message}; {self._left()}")
 
@@ -668,13 +679,17 @@ class HumanlineRecipe(FTRecipeInterface):
             self.collapse.load_state_dict(progress.get("collapse", []))
         if isinstance(self.source, OnlineSource):
             self.source.load_state_dict(progress["source"])
+            self.source.empty_rounds.may_go_on(self.settings.stop_after_empty_rounds)
 
     def cleanup(self) -> None:
         """Ends what a run holds open, however it ended."""
         if hasattr(self, "checkpoint"):
             self.checkpoint.wait()
         if (logger := getattr(self, "metric_logger", None)) is not None:
-            logger.close()
+            try:
+                logger.close()
+            except OSError as error:  # as on a full disk, which has been said of each step
+                log.error(f"metric_logger: could not be closed: {error}")
 
 
 def run(recipe_type: type[HumanlineRecipe], cfg: DictConfig, script: str) -> None:

@@ -26,6 +26,11 @@ log = utils.get_logger("INFO")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
+def _decides(file: Path) -> bool:
+    """Whether a file of a checkpoint decides what its model computes: its weights, and config.json's windows."""
+    return file.suffix in _WEIGHTS or file.name == "config.json"
+
+
 class Sampler:
     """Samples from a model in one process, on one device.
 
@@ -91,7 +96,7 @@ class Sampler:
         self.made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
             *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
-            [file for file in named_files(cfg.checkpointer.checkpoint_dir) if Path(file[0]).suffix in _WEIGHTS],
+            [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
             [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
             code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]

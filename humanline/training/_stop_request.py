@@ -1,3 +1,5 @@
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -6,9 +8,12 @@ from typing import Any
 
 from torchtune import utils
 
+from humanline.training._launch import meeting_place
+
 log = utils.get_logger("INFO")
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_STOP = "humanline/stop"
 
 
 class StopRequest:
@@ -25,6 +30,9 @@ class StopRequest:
         self.interrupt = interrupt
         self._number: int | None = None
         self._over = threading.Event()
+        store, _, world_size = meeting_place()
+        # A signal may come to one rank alone, while another waits for a server; a connection of its own, as in _Watch.
+        self._store = store.clone() if world_size > 1 else None  # type: ignore[attr-defined]
 
     @property
     def signal(self) -> str | None:
@@ -32,6 +40,10 @@ class StopRequest:
         return None if self._number is None else signal.Signals(self._number).name
 
     def __enter__(self) -> "StopRequest":
+        # The interpreter writes to it as a signal comes; the handler waits for a main thread that is in a collective.
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._before: dict[int, Any] = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -41,16 +53,34 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(signal.set_wakeup_fd(self._wakeup))
         self._over.set()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number
 
     def _watch(self) -> None:
-        while self._number is None:
-            if self._over.wait(_SECONDS_BETWEEN_LOOKS):
+        while not self._is_asked():
+            if self._over.is_set():
                 return
         try:
             self.interrupt()
         except Exception:  # an engine's or a reward's own; the run ends after its step all the same
             log.exception("stopping what is sampled or scored failed")
+
+    def _is_asked(self) -> bool:
+        """Whether a signal came, to this rank or another. Looks for half a second at most."""
+        if select.select([self._reader], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+            came = [number for number in os.read(self._reader, 1 << 10) if number in self._before]
+            if not came and not self._over.is_set() and self._number is None:
+                return False
+            self._number = came[-1] if came else self._number
+        if self._store is not None:
+            try:
+                if self._number is not None:
+                    self._store.set(_STOP, str(self._number))
+                elif self._store.check([_STOP]):
+                    return True
+            except RuntimeError:  # the process that had the store has ended
+                pass
+        return self._number is not None
