@@ -10,10 +10,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 
-.PHONY: test test-vllm lint demo bench clean
+.PHONY: test test-fast test-vllm lint demo bench clean
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# What a developer runs after every edit: all that neither trains nor starts programs.
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" tests
 
 # Against a real vLLM on the CPU, in an environment of its own (about 3 GB).
 test-vllm: $(INSTALLED) $(VLLM)/installed

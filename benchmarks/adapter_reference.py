@@ -15,7 +15,7 @@ import torch
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.models import fixed_log_probs, initial_adapter, lora_smollm2_135m, trainable_parameters
-from humanline.reference import AdapterReference
+from humanline.reference import AdapterReference, RunContext
 from humanline.training._model import build_model
 
 SYNCS = 50
@@ -54,8 +54,8 @@ def main() -> None:
     rows = lay_out(groups, pack(groups, budget)[0], budget).to(device)
     fixed_log_probs(policy, rows)
     before = allocated(device)
-    reference = AdapterReference(sync_every=1)
-    reference.setup(policy, None)
+    context = RunContext(policy=policy, model=None, passes=None, total_steps=SYNCS, resumes=False)
+    reference = AdapterReference(sync_every=1).build(context)
     reference.log_probs(rows)
     reference.before_optimizer_step(1)
     extra = allocated(device) - before

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,14 +61,13 @@ def second_model(steps: int) -> Iterator[float]:
     return humanline(steps, ModelReference(sync_every=1))
 
 
-def humanline(steps: int, reference: Any) -> Iterator[float]:
+def humanline(steps: int, strategy: Any) -> Iterator[float]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
     from humanline.losses import HumanlineDPOLoss
     from humanline.models import log_probs, smollm2_135m
     from humanline.reference import RunContext
-    from humanline.training import DPO
     from humanline.training._launch import process_group
     from humanline.training._model import build_model
 
@@ -96,21 +96,23 @@ def humanline(steps: int, reference: Any) -> Iterator[float]:
 
         policy = model(torch.float32, smollm2_135m().state_dict(), checkpointing=True)
         context = RunContext(
-            new_model=lambda: model(torch.bfloat16),
+            policy=policy,
+            model=SimpleNamespace(reference_model=lambda: model(torch.bfloat16)),  # type: ignore[arg-type]
             passes=passes,
             total_steps=steps + 1,  # so that the last step takes a window too
             resumes=False,
-            fingerprint=lambda: "",
         )
-        reference.setup(policy, context)
+        reference = strategy.build(context)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
-        objective = DPO(HumanlineDPOLoss())
+        dpo = HumanlineDPOLoss()
         for step in range(1, steps + 1):
             sys.stdin.readline()
             start = time.perf_counter()
             for rows in passes(step):
-                loss, _ = objective(log_probs(policy, rows), reference.log_probs(rows), rows)
-                (loss / PAIRS).backward()
+                logps, reference_logps = map(rows.per_response, (log_probs(policy, rows), reference.log_probs(rows)))
+                sides = (slice(0, None, 2), slice(1, None, 2))
+                losses, _, _ = dpo(*(each[side] for each in (logps, reference_logps, rows.mask) for side in sides))
+                (losses.sum() / PAIRS).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             reference.before_optimizer_step(step)
             optimizer.step()

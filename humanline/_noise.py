@@ -9,6 +9,8 @@ import logging
 _NOISE = (
     # torchao's compiled kernels are for another torch than ours; nothing here uses them.
     ("torchao", "Skipping import of cpp extensions due to incompatible torch version"),
+    ("torchao", "Failed to load "),
+    ("torch.utils._pytree", "is an Enum subclass and is now natively supported"),
     # torchrun's default of one thread a process, four lines for each start.
     ("torch.distributed.run", "Setting OMP_NUM_THREADS environment variable for each process"),
     # A process that exits with 1 has said why, and torchrun then stops the others.

@@ -1,8 +1,8 @@
 """Makes torchtune's `tune` know the humanline recipes and configs.
 
 `_tune_plugin.pth`, installed as `humanline_tune.pth` at the root of site-packages, imports this module when Python
-starts as `tune`, and in no other program. An import hook then waits for torchtune's registry, which `tune ls`, `cp`,
-`cat` and `run` read, and extends it:
+starts as `tune`, and humanline in the processes that `tune run` starts; no other program is touched. An import hook
+then waits for torchtune's registry, which `tune ls`, `cp`, `cat` and `run` read, and extends it:
 
 - every `recipes/humanline_*.py` goes in under its file name. One with `_distributed` in its name accepts torchrun
   options, any other refuses them.
@@ -12,6 +12,8 @@ starts as `tune`, and in no other program. An import hook then waits for torchtu
   name begins with `humanline_` or it imports humanline, as a copy under another name does. Its source is parsed for
   that, and not run. A copy accepts torchrun options unless its class says `sharded = False`. Left to itself torchtune
   imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
+- the processes that `tune run` starts import humanline first, so that torchtune imports there too with a newer torchao
+  than it knows (`_torchao_names.py`).
 - with a humanline recipe, torchrun gives its processes ten minutes to stop, for a step and the checkpoint of a large
   model, instead of 30 seconds. Over several nodes its c10d rendezvous has a new store at every start: in the one that
   it keeps by default, a node that comes back finds nobody.
@@ -69,6 +71,7 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
     configs = {f"humanline/{path.stem}": path for path in sorted((HOME / "configs").glob("*.yaml"))}
     recipes = {path.stem: path for path in sorted((HOME / "recipes").glob("humanline_*.py"))}
     if command == "run":
+        os.environ["HUMANLINE_TUNE_RUN"] = "1"
         recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
         if not recipes.keys().isdisjoint(arguments):
             sys.excepthook = say_in_a_line

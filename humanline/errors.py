@@ -4,7 +4,7 @@ The two that a user can cause are raised before training starts, and say where t
 line), what was found, and what to do about it.
 """
 
-__all__ = ["ConfigError", "DataError", "TrainingError"]
+__all__ = ["ConfigError", "DataError", "Stopped", "TrainingError"]
 
 
 class ConfigError(ValueError):
@@ -17,3 +17,7 @@ class DataError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training has to stop. The message says at which step, why, and what it left to go on from."""
+
+
+class Stopped(TrainingError):
+    """Sampling, scoring or waiting was ended from outside, because the run has been asked to stop."""

@@ -24,8 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from humanline.errors import ConfigError, DataError
 from humanline.rewards import read_samples
 from humanline.rollout import Prompt
@@ -44,6 +42,7 @@ from humanline.training import (
     write_json,
     write_jsonl,
 )
+from omegaconf import DictConfig, OmegaConf
 
 REQUIRED = ("reward", "output")
 OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")

@@ -11,25 +11,145 @@ backward and the optimizer's step).
     tune run --nproc_per_node 8 recipes/humanline_grpo_distributed --config configs/llama3_8b_offline_grpo.yaml
     tune run recipes/humanline_grpo_distributed --config configs/llama3_8b_offline_grpo.yaml reference.sync_every=4
 
-The step itself is in ``humanline.training.HumanlineRecipe.train``.
+To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+``loss_and_metrics`` calls the loss.
 """
 
 import sys
 
+from humanline.data import Rows
+from humanline.models import log_probs, trainable_parameters
+from humanline.reference import RunContext
+from humanline.training import (
+    GRPO,
+    Data,
+    Environment,
+    HeldOut,
+    InitialModel,
+    Metrics,
+    Run,
+    clip_gradients,
+    component,
+    likelier_best,
+    lr_schedule,
+    parse,
+    perception_metrics,
+    start,
+)
 from omegaconf import DictConfig
+from torch import Tensor
+from torchtune import training
+from torchtune.recipe_interfaces import FTRecipeInterface
 
-from humanline.training import GRPO, HumanlineRecipe, parse, run
 
-
-class HumanlineGRPORecipeDistributed(HumanlineRecipe):
+class HumanlineGRPORecipeDistributed(FTRecipeInterface):
     """Scored groups, GRPO on clipped log-ratios, a synced reference, FSDP2 over all ranks."""
 
-    objective_type = GRPO
+    sharded = True
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.run: Run | None = None
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        environment, settings = self.environment, self.environment.settings
+        self.loss = component(cfg, "loss")
+        self.objective = GRPO(self.loss)
+        strategy = component(cfg, "reference")
+        data = Data(cfg, environment, self.objective)
+        self.passes = data.passes
+
+        model = InitialModel(cfg, environment)
+        self.policy = model.policy()
+        self.reference = strategy.build(
+            RunContext(
+                policy=self.policy,
+                model=model,
+                passes=data.ahead,
+                total_steps=data.total_steps,
+                resumes=bool(environment.resume_from),
+            )
+        )
+        weights_out = model.weights_out(self.policy)
+        del model  # and with it the checkpoint's weights
+        source = data.source(self.policy, weights_out)
+        self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
+        self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
+        self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
+        self.max_grad_norm = settings.clip_grad_norm
+
+        held_out = None
+        if data.held_out is not None:
+            held_out = HeldOut(data.held_out, self.passes, self.policy, self.loss_and_metrics)
+        self.run = Run(
+            cfg,
+            environment,
+            data,
+            source=source,
+            policy=self.policy,
+            reference=self.reference,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            weights_out=weights_out,
+            held_out=held_out,
+        )
+
+    def train(self) -> None:
+        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        with self.run as run:
+            for step, batch in run.steps():
+                for index, divisor in enumerate(self.objective.divisors(batch)):
+                    for rows, weight, draws in self.passes.of(batch[index], step, index):
+                        reference_logps = self.reference.log_probs(rows)
+                        with self.activations:
+                            policy_logps = log_probs(self.policy, rows)
+                        loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws)
+                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
+                grad_norm = clip_gradients(self.policy, self.max_grad_norm)
+                self.reference.before_optimizer_step(step)
+                if run.is_sound(grad_norm):
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                run.end_step()
+
+    def loss_and_metrics(
+        self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+
+        Args:
+            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            reference_logps (Tensor): the same under the reference, ``[N]``.
+            rows (Rows): the pass.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+        """
+        policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
+        advantages = rows.advantages  # [B]
+        loss = self.loss.total(policy, reference, mask, advantages, draws)
+        scores = [group.scores for group in rows.groups]
+        log_probs, responses = policy.detach().sum(1), len(advantages)
+        return loss, {
+            "rewards/mean": (sum(map(sum, scores)), responses),
+            "advantages/abs": (advantages.abs().sum(), responses),
+            "advantages/gain": ((advantages * (policy.detach() - reference).sum(1)).sum(), responses),
+            "log_probs/accuracies": likelier_best(log_probs, scores),
+            **perception_metrics(self.loss, policy, reference, mask),
+        }
+
+    def cleanup(self) -> None:
+        """Ends what is held open, however the run ended."""
+        if self.run is not None:
+            self.run.close()
 
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    run(HumanlineGRPORecipeDistributed, cfg, script=__file__)
+    start(HumanlineGRPORecipeDistributed, cfg, script=__file__)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,171 @@ optimizer-in-backward (the reference has to sync between backward and the optimi
     tune run --nproc_per_node 8 recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml
     tune run recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml reference.sync_every=4
 
-The step itself is in ``humanline.training.HumanlineRecipe.train``.
+To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+``loss_and_metrics`` calls the loss.
 """
 
 import sys
+from collections.abc import Iterable
 
+import torch
+from humanline.data import Rows
+from humanline.models import fixed_log_probs, log_probs, trainable_parameters
+from humanline.reference import RunContext
+from humanline.training import (
+    KTO,
+    Data,
+    Environment,
+    HeldOut,
+    InitialModel,
+    Metrics,
+    Run,
+    clip_gradients,
+    component,
+    likelier_best,
+    lr_schedule,
+    parse,
+    perception_metrics,
+    start,
+)
 from omegaconf import DictConfig
+from torch import Tensor
+from torchtune import training
+from torchtune.recipe_interfaces import FTRecipeInterface
 
-from humanline.training import KTO, HumanlineRecipe, parse, run
 
-
-class HumanlineKTORecipeDistributed(HumanlineRecipe):
+class HumanlineKTORecipeDistributed(FTRecipeInterface):
     """Labelled responses, KTO on clipped log-ratios, a synced reference, FSDP2 over all ranks."""
 
-    objective_type = KTO
+    sharded = True
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.run: Run | None = None
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        environment, settings = self.environment, self.environment.settings
+        self.loss = component(cfg, "loss")
+        self.objective = KTO(self.loss)
+        strategy = component(cfg, "reference")
+        data = Data(cfg, environment, self.objective)
+        self.passes = data.passes
+
+        model = InitialModel(cfg, environment)
+        self.policy = model.policy()
+        self.reference = strategy.build(
+            RunContext(
+                policy=self.policy,
+                model=model,
+                passes=data.ahead,
+                total_steps=data.total_steps,
+                resumes=bool(environment.resume_from),
+            )
+        )
+        weights_out = model.weights_out(self.policy)
+        del model  # and with it the checkpoint's weights
+        source = data.source(self.policy, weights_out)
+        self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
+        self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
+        self.activations = training.get_act_offloading_ctx_manager(self.policy, settings.enable_activation_offloading)
+        self.max_grad_norm = settings.clip_grad_norm
+
+        held_out = None
+        if data.held_out is not None:
+            held_out = HeldOut(data.held_out, self.passes, self.policy, self.loss_and_metrics, self.kl_baseline)
+        self.run = Run(
+            cfg,
+            environment,
+            data,
+            source=source,
+            policy=self.policy,
+            reference=self.reference,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            weights_out=weights_out,
+            held_out=held_out,
+        )
+
+    def train(self) -> None:
+        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        with self.run as run:
+            for step, batch in run.steps():
+                for index, divisor in enumerate(self.objective.divisors(batch)):
+                    passes = self.passes.of_kl(batch[index])
+                    kl = self.kl_baseline((rows, weight, self.reference.log_probs(rows)) for rows, weight in passes)
+                    for rows, weight, draws in self.passes.of(batch[index], step, index):
+                        reference_logps = self.reference.log_probs(rows)
+                        with self.activations:
+                            policy_logps = log_probs(self.policy, rows)
+                        loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws, kl)
+                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
+                grad_norm = clip_gradients(self.policy, self.max_grad_norm)
+                self.reference.before_optimizer_step(step)
+                if run.is_sound(grad_norm):
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                run.end_step()
+
+    def loss_and_metrics(
+        self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+
+        Args:
+            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            reference_logps (Tensor): the same under the reference, ``[N]``.
+            rows (Rows): the pass.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+            kl (Tensor): the microbatch's baseline, scalar, nats.
+        """
+        policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
+        desirable = rows.labels  # [B]
+        losses, rewards = self.loss(policy, reference, mask, desirable, kl, draws)
+        gains = torch.where(desirable, rewards - kl, kl - rewards)
+        log_probs, responses = policy.detach().sum(1), len(losses)
+        return losses.sum(), {
+            "rewards/desirable": (rewards.where(desirable, 0).sum(), desirable.sum()),
+            "rewards/undesirable": (rewards.where(~desirable, 0).sum(), (~desirable).sum()),
+            "rewards/gain": (gains.sum(), responses),
+            "rewards/accuracies": ((gains > 0).sum(), responses),
+            "kl_baseline": (kl * responses, responses),
+            "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
+            "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
+            "log_probs/accuracies": likelier_best(log_probs, [group.labels for group in rows.groups]),
+            **perception_metrics(self.loss, policy, reference, mask),
+        }
+
+    def kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor:
+        """``z0`` of a microbatch, of all ranks alike: a scalar, nats, without gradient.
+
+        Args:
+            passes (Iterable[tuple[Rows, int, Tensor]]): this rank's passes of the KL sequences, each with its weight
+                and its reference log-probs, ``[N]``.
+        """
+        return self.loss.kl_baseline_of(
+            [
+                weight
+                * self.loss.kl_sum(
+                    rows.per_response(fixed_log_probs(self.policy, rows)), rows.per_response(reference_logps), rows.mask
+                )
+                for rows, weight, reference_logps in passes
+            ]
+        )
+
+    def cleanup(self) -> None:
+        """Ends what is held open, however the run ended."""
+        if self.run is not None:
+            self.run.close()
 
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    run(HumanlineKTORecipeDistributed, cfg, script=__file__)
+    start(HumanlineKTORecipeDistributed, cfg, script=__file__)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from humanline.errors import ConfigError
 from humanline.rewards import read_samples
 from humanline.training import (
@@ -33,6 +31,7 @@ from humanline.training import (
     score_sources,
     scored_rows,
 )
+from omegaconf import DictConfig
 
 REQUIRED = ("samples", "output", "reward")
 OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to

@@ -22,8 +22,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from humanline.errors import ConfigError
 from humanline.rollout import Prompt
 from humanline.training import (
@@ -37,6 +35,7 @@ from humanline.training import (
     write_json,
     write_jsonl,
 )
+from omegaconf import DictConfig
 
 REQUIRED = (*Sampler.REQUIRED, "output")
 OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")

@@ -17,12 +17,35 @@ import yaml
 from hypothesis import settings
 from ranks import Ranks
 
+import humanline  # noqa: F401, before any test imports torchtune, which imports with today's torchao through it
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 TUNE = Path(sys.executable).with_name("tune")
 
 settings.register_profile("humanline", deadline=None)  # a busy machine must not fail a property
 settings.load_profile("humanline")
+
+
+# Files whose tests train, start programs or build large models. The first ones take longest, so they start first.
+SLOW = (
+    *("multinode", "planning", "windowed_reference", "faults", "online", "objectives", "adapters", "sampling"),
+    *("trajectories", "tune_plugin", "training", "smollm2", "hsdp", "families", "eval", "launch", "packaging", "noise"),
+    *("rewards", "http_engine", "signals", "stochastic_adamw", "label", "command_line", "vllm", "oldest_packages"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files by how long they take, and marks what is slow."""
+
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)
+    for item in items:
+        if place(item) < len(SLOW) or "trajectory" in item.fixturenames:
+            item.add_marker("slow")
 
 
 def hf_config(shape):
@@ -196,3 +219,12 @@ def run(command: list[str], *, cwd: Path, check: bool = True) -> subprocess.Comp
 def trajectory(tmp_path):
     """``trajectory(name)`` lays a golden trajectory out in a folder of its own."""
     return lambda name: TrajectoryRun(name, tmp_path / name)
+
+
+def loss_and_metrics(loss):
+    """The recipe's function of this name, with a loss: what it makes of log-probs and rows."""
+    name = type(loss).__name__.removeprefix("Humanline").removesuffix("Loss").lower()
+    module = runpy.run_path(str(ROOT / "recipes" / f"humanline_{name}_single_device.py"))
+    recipe = module[f"Humanline{name.upper()}RecipeSingleDevice"](None)
+    recipe.loss = loss
+    return recipe.loss_and_metrics

@@ -21,7 +21,7 @@ from torchtune.modules.peft.lora import to_nf4
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, check_adapter, fixed_log_probs, initial_adapter, trainable_parameters
-from humanline.reference import AdapterReference
+from humanline.reference import AdapterReference, RunContext
 from humanline.training._model import build_model
 
 LORA = {
@@ -176,6 +176,11 @@ def rows():
     return lay_out(groups, pack(groups, budget)[0], budget)
 
 
+def context_of(model):
+    """A run of a policy, as far as the reference of an adapter looks at it."""
+    return RunContext(policy=model, model=None, passes=None, total_steps=1, resumes=False)
+
+
 def nudge(model):
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -184,8 +189,7 @@ def nudge(model):
 
 def test_the_reference_is_the_adapter_of_the_last_sync_and_leaves_the_policy_alone():
     model = policy(lora_dropout=0.5)
-    reference = AdapterReference(sync_every=2)
-    reference.setup(model, None)
+    reference = AdapterReference(sync_every=2).build(context_of(model))
     start, before = fixed_log_probs(model, rows()), {k: v.clone() for k, v in model.state_dict().items()}
     assert torch.equal(reference.log_probs(rows()), start)  # dropout is off
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -204,8 +208,7 @@ def test_the_reference_keeps_the_adapter_and_nothing_more():
     batch.attention_mask()  # rows keep it from the first pass on
     adapter = sum(parameter.nbytes for parameter in trainable_parameters(model).values())
     before = bytes_of_live_tensors()
-    reference = AdapterReference()
-    reference.setup(model, None)
+    reference = AdapterReference().build(context_of(model))
     reference.log_probs(batch)
     reference.before_optimizer_step(1)
     assert adapter <= bytes_of_live_tensors() - before <= 1.05 * adapter

@@ -276,7 +276,10 @@ def test_a_solved_run_does_not_say_that_weights_are_there_which_found_no_room(tr
     with run.start() as ranks:
         assert ranks.wait() == [1]
         assert "all right: every response has the highest score (1)" in ranks.output()
-        assert "; the weights could not be written: " in ranks.output() and "the weights are in" not in ranks.output()
+        assert (
+            "; the weights of epoch 0 could not be written: " in ranks.output()
+            and "the weights are in" not in ranks.output()
+        )
 
 
 # ---- Not finite

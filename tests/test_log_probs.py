@@ -28,7 +28,7 @@ def full_logits(hidden, weight, targets, soft_cap=None):
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("tokens_a_piece", [1, 10, 1000])
 def test_values_and_gradients_equal_those_of_full_logits(monkeypatch, soft_cap, tokens_a_piece):
-    monkeypatch.setattr(head, "_LOGITS_ON_CPU", tokens_a_piece * VOCAB)
+    monkeypatch.setitem(head._LOGITS, "cpu", tokens_a_piece * VOCAB)
     grad = torch.linspace(-1, 1, TOKENS)
     results = []
     for log_probs in (token_log_probs, full_logits):
@@ -42,7 +42,7 @@ def test_values_and_gradients_equal_those_of_full_logits(monkeypatch, soft_cap, 
 
 def test_bfloat16_weight_gradients_are_summed_over_pieces_in_float32(monkeypatch):
     def weight_grad(dtype, tokens_a_piece):
-        monkeypatch.setattr(head, "_LOGITS_ON_CPU", tokens_a_piece * VOCAB)
+        monkeypatch.setitem(head._LOGITS, "cpu", tokens_a_piece * VOCAB)
         hidden, weight, targets = inputs(dtype)
         token_log_probs(hidden, weight, targets).sum().backward()
         return weight.grad.double()
@@ -67,7 +67,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_full_logits_never_exist(monkeypatch):
-    monkeypatch.setattr(head, "_LOGITS_ON_CPU", 4 * VOCAB)
+    monkeypatch.setitem(head._LOGITS, "cpu", 4 * VOCAB)
     hidden, weight, targets = inputs(torch.float32)
     with LargestTensor() as largest:
         token_log_probs(hidden, weight, targets).sum().backward()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_online import lines, online
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
-from toys import Letters
+from toys import Letters, sampled_source
 
 from humanline.data import Group, GroupDataset, OfflineSource
-from humanline.rollout import OnlineSource
+from humanline.rollout import OnlineSource, RoundPlan, Steps
 
 AVERAGED = ("loss", "grad_norm", "rewards/margins")
 
@@ -80,22 +80,21 @@ def test_the_rounds_since_the_last_entry_are_in_the_first_one_after_a_resume(tra
 
 
 def test_the_mean_reward_of_rounds_is_that_of_their_responses(tmp_path):
-    source = online_source(4, tmp_path, every=1)
-    source._policy_step = 0
-    facts = {"rounds/dropped": 0, "rounds/tokens": 1, "rounds/seconds": 1.0}
-    source.unlogged = [
-        {"rounds/reward": 6.0, "rounds/responses": 6} | facts,
-        {"rounds/reward": 0.0, "rounds/responses": 2} | facts,
-    ]
-    assert source.metrics(1)["rounds/reward"] == 6 / 8
+    with sampled_source(plan(4, tmp_path, every=1), tmp_path) as source:
+        source._policy_step = 0
+        facts = {"rounds/dropped": 0, "rounds/tokens": 1, "rounds/seconds": 1.0}
+        source._unlogged = [
+            {"rounds/reward": 6.0, "rounds/responses": 6} | facts,
+            {"rounds/reward": 0.0, "rounds/responses": 2} | facts,
+        ]
+        assert source.metrics(1)["rounds/reward"] == 6 / 8
 
 
-def online_source(count: int, folder: Path, **settings) -> OnlineSource:
+def plan(count: int, folder: Path, **settings) -> RoundPlan:
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a" * (1 + i)}) + "\n" for i in range(count)))
     source = OnlineSource(str(path), max_new_tokens=4, **settings)
-    source.setup(Letters(), batch_size=2, accumulation=1, world_size=1, seed=0, shuffle=True)
-    return source
+    return source.plan(Letters(), Steps(batch_size=2, accumulation=1, world_size=1, seed=0, shuffle=True))
 
 
 def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp_path):
@@ -113,8 +112,8 @@ def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp
     (line,) = OfflineSource(GroupDataset(groups), batch_size=3, **shape).left_out()
     assert line.startswith("dataset: 2 of 8 groups are left out of every epoch (a different choice in each)")
 
-    assert online_source(8, tmp_path, every=2).left_out() == []
-    said = online_source(9, tmp_path, every=2, groups_per_round=5, max_prompt_tokens=8).left_out()
+    assert plan(8, tmp_path, every=2).left_out() == []
+    said = plan(9, tmp_path, every=2, groups_per_round=5, max_prompt_tokens=8).left_out()
     assert [line.split(":")[1].strip() for line in said] == [
         "1 of 9 prompts are left out",
         "3 of 8 prompts are left out of every epoch (a different choice in each)",

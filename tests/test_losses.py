@@ -184,9 +184,10 @@ def test_grpo_aggregations_differ_in_what_they_take_the_mean_of():
     value = {name: loss(policy, reference, mask, advantages).item() for name, loss in losses.items()}
     assert value["token"] == value["dapo"] == pytest.approx((-3 + 0.8) / 4)
     assert value["sequence"] == pytest.approx((-1 + 0.8) / 2)
-    halves = [losses["dapo"](policy[i : i + 1], reference[:1], mask[i : i + 1], advantages[i : i + 1], normalizer=4)
-              for i in (0, 1)]  # fmt: skip
-    assert sum(halves).item() == pytest.approx(value["dapo"])
+    halves = [
+        losses["dapo"].total(policy[i : i + 1], reference[:1], mask[i : i + 1], advantages[i : i + 1]) for i in (0, 1)
+    ]
+    assert sum(halves).item() / 4 == pytest.approx(value["dapo"])
 
 
 def test_grpo_s_kl_is_of_the_unclipped_ratio():

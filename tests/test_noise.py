@@ -13,7 +13,7 @@ from humanline._torchrun import say_in_a_line
 
 NEWS = [
     r"dataset: 48 groups from \S+: .*",
-    r"Loading the models took [\d.]+ s",
+    r"Loading the model took [\d.]+ s",
     r"106,816 parameters train",
     r"4 groups a step on 2 processes, 12 steps",
     r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",

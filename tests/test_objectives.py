@@ -8,6 +8,7 @@ import shutil
 import hypothesis
 import pytest
 import torch
+from conftest import loss_and_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,7 +113,7 @@ BATCH = [[scored(2, 3), scored(1, 1, 5)], [scored(7, 7), scored(1, 2)]]
 
 
 @pytest.mark.parametrize(
-    ("objective", "normalizers"),
+    ("objective", "divisors"),
     [
         (DPO(HumanlineDPOLoss()), [4, 4]),
         (KTO(HumanlineKTOLoss()), [10, 8]),
@@ -121,14 +122,15 @@ BATCH = [[scored(2, 3), scored(1, 1, 5)], [scored(7, 7), scored(1, 2)]]
         (GRPO(HumanlineGRPOLoss(aggregation="dapo")), [29, 29]),
     ],
 )
-def test_what_each_microbatch_of_two_is_divided_by(objective, normalizers):
-    assert objective.normalizers(BATCH) == normalizers
+def test_what_each_microbatch_of_two_is_divided_by(objective, divisors):
+    assert objective.divisors(BATCH) == divisors
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "dapo"])
-def test_the_sum_over_passes_by_the_normalizer_is_the_loss_of_the_whole(aggregation):
+def test_the_sum_over_passes_by_the_divisor_is_the_loss_of_the_whole(aggregation):
     torch.manual_seed(0)
     objective = GRPO(HumanlineGRPOLoss(aggregation=aggregation))
+    call = loss_and_metrics(objective.loss)
     groups = objective.examples(GroupDataset(BATCH[0])).groups
     budget = RowBudget(tokens_per_row=16, rows_per_pass=2)
     count = sum(len(response) for group in groups for response in group.responses)
@@ -136,13 +138,13 @@ def test_the_sum_over_passes_by_the_normalizer_is_the_loss_of_the_whole(aggregat
 
     def loss(subset, values):
         rows = lay_out(subset, pack(subset, budget)[0], budget)
-        return objective(*values, rows)[0]
+        return call(*values, rows, None)[0]
 
-    whole = loss(groups, (policy, reference)) / objective.normalizers([groups])[0]
+    whole = loss(groups, (policy, reference)) / objective.divisors([groups])[0]
     first = sum(map(len, groups[0].responses))
     pieces = (
         loss(groups[:1], (policy[:first], reference[:first])) + loss(groups[1:], (policy[first:], reference[first:]))
-    ) / objective.normalizers([groups])[0]
+    ) / objective.divisors([groups])[0]
     rows = lay_out(groups, pack(groups, budget)[0], budget)
     advantages = torch.tensor([-1 / 1.02, 1 / 1.02, *(torch.tensor([-1.0, 0.0, 1.0]) / ((2 / 3) ** 0.5 + 0.01))])
     definition = objective.loss(rows.per_response(policy), rows.per_response(reference), rows.mask, advantages)
@@ -153,15 +155,16 @@ def test_the_sum_over_passes_by_the_normalizer_is_the_loss_of_the_whole(aggregat
 # ---- What is logged of a pass
 
 
-def measured(objective, group, policy, reference):
+def measured(loss, group, policy, reference):
     rows = lay_out([group], pack([group], RowBudget())[0], RowBudget())
     policy = torch.tensor(policy, requires_grad=True)
-    return objective(policy, torch.tensor(reference), rows, kl=torch.tensor(0.2))[1]
+    kl = {"kl": torch.tensor(0.2)} if isinstance(loss, HumanlineKTOLoss) else {}
+    return loss_and_metrics(loss)(policy, torch.tensor(reference), rows, None, **kl)[1]
 
 
 def test_kto_s_gain_is_how_far_rewards_lie_on_their_label_s_side_of_the_baseline():
     group = Group([1], ([2], [3, 4]), labels=(True, False))
-    metrics = measured(KTO(HumanlineKTOLoss()), group, [-0.5, -2.0, -1.0], [-1.0, -1.5, -0.5])
+    metrics = measured(HumanlineKTOLoss(), group, [-0.5, -2.0, -1.0], [-1.0, -1.5, -0.5])
     total, count = metrics["rewards/gain"]
     assert total.item() == pytest.approx((0.5 - 0.2) + (0.2 + 1.0)) and count == 2
     desirable, undesirable = (metrics[f"rewards/{kind}"] for kind in ("desirable", "undesirable"))
@@ -169,13 +172,11 @@ def test_kto_s_gain_is_how_far_rewards_lie_on_their_label_s_side_of_the_baseline
 
 
 @pytest.mark.parametrize(
-    "objective",
-    [DPO(HumanlineDPOLoss()), KTO(HumanlineKTOLoss()), GRPO(HumanlineGRPOLoss())],
-    ids=["dpo", "kto", "grpo"],
+    "loss", [HumanlineDPOLoss(), HumanlineKTOLoss(), HumanlineGRPOLoss()], ids=["dpo", "kto", "grpo"]
 )
-def test_what_is_logged_carries_no_gradient(objective):
+def test_what_is_logged_carries_no_gradient(loss):
     group = Group([1], ([2], [3, 4]), scores=(1.0, 0.0), advantages=(1.0, -1.0), labels=(True, False))
-    metrics = measured(objective, group, [-0.5, -2.0, -1.0], [-1.0, -1.5, -0.5])
+    metrics = measured(loss, group, [-0.5, -2.0, -1.0], [-1.0, -1.5, -0.5])
     assert {"kl", "unclamped", "log_probs/accuracies"} <= metrics.keys()
     assert not any(torch.as_tensor(number).requires_grad for pair in metrics.values() for number in pair)
 

@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import shutil
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_http_engine import Server, write_tokenizer
 from test_rewards import judge, says
 from torchtune.models.llama3 import llama3
-from toys import Letters
+from toys import Letters, sampled_source
 
 from humanline.data import ChatTokenizer, Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.rollout import InProcessEngine, OnlineSource, SamplingParams, Stopped, TorchtuneEngine
+from humanline.rollout import InProcessEngine, OnlineSource, SamplingParams, Steps, Stopped, TorchtuneEngine
 
 
 def online(run: TrajectoryRun, **source) -> TrajectoryRun:
@@ -255,17 +255,18 @@ def test_labels_by_a_threshold_are_kept_group_by_group(trajectory):
     assert other.log() == pytest.approx(run.log(), abs=1e-5)
 
 
-def test_a_step_takes_no_group_twice(trajectory, monkeypatch):
+def test_a_step_takes_no_group_twice(trajectory, tmp_path):
     """With fewer groups than it should have it is smaller, down to one a rank and microbatch, and two in all."""
     source = OnlineSource(str(online(trajectory("grpo_8_k4")).folder / "prompts.jsonl"), max_new_tokens=4, every=2)
-    source.setup(Letters(), batch_size=2, accumulation=2, world_size=2, seed=1, shuffle=False)
+    plan = source.plan(Letters(), Steps(batch_size=2, accumulation=2, world_size=2, seed=1, shuffle=False))
     sizes = {}
-    for count in (20, 9, 5, 3):
-        source._round, source._groups = 0, [Group([1], ([2], [3]), id=str(i)) for i in range(count)]
-        steps = [[[group.id for group in microbatch] for microbatch in source.batch(step)] for step in (1, 2)]
-        sizes[count] = [list(map(len, microbatches)) for microbatches in steps]
-        taken = [int(i) for microbatches in steps for microbatch in microbatches for i in microbatch]
-        assert taken == [i % count for i in range(len(taken))]
+    with sampled_source(plan, tmp_path) as sampled:
+        for count in (20, 9, 5, 3):
+            sampled._round, sampled._groups = 0, [Group([1], ([2], [3]), id=str(i)) for i in range(count)]
+            steps = [[[group.id for group in microbatch] for microbatch in sampled.batch(step)] for step in (1, 2)]
+            sizes[count] = [list(map(len, microbatches)) for microbatches in steps]
+            taken = [int(i) for microbatches in steps for microbatch in microbatches for i in microbatch]
+            assert taken == [i % count for i in range(len(taken))]
     assert sizes == {20: [[4, 4], [4, 4]], 9: [[4, 4], [4, 4]], 5: [[2, 3], [2, 3]], 3: [[2, 2], [2, 2]]}
 
 
@@ -305,7 +306,7 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_what_they_have(trajectory
     run.config |= {"batch_size": 1, "reward": {"_component_": "toys.Failing"}}
     with run.start(nproc=2) as ranks:
         assert ranks.wait() == [1, 1], ranks.output()
-        ends = [line for line in ranks.output().splitlines() if line.startswith("humanline_grpo_distributed.py: ")]
+        ends = re.findall(r"humanline_grpo_distributed\.py: reward.*?from step \d+", ranks.output())
     assert len(ends) == 2 and len(set(ends)) == 1
     assert "reward: Failing failed at " in ends[0] and "(KeyError('solution')); correct the reward" in ends[0]
     assert "resume_from_checkpoint: latest goes on from step 3" in ends[0]
@@ -328,8 +329,8 @@ def test_a_signal_ends_sampling_in_the_process(trajectory, nproc):
 
 def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_policy_as_it_was():
     torch.manual_seed(0)
-    model, ids = llama3(256, 2, 4, 2, 64, 128), torch.tensor([[5, 6, 7]])
-    before, passes, left = model(ids), [], []
+    decoder, ids = llama3(256, 2, 4, 2, 64, 128), torch.tensor([[5, 6, 7]])
+    before, passes = decoder(ids), []
     engine = InProcessEngine(batch_size=4)
 
     def note(*_):
@@ -337,19 +338,12 @@ def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_polic
         if len(passes) == 5:
             engine.stop()
 
-    @contextmanager
-    def whole():
-        try:
-            yield
-        finally:
-            left.append((len(passes), model(ids)))
-
-    model.tok_embeddings.register_forward_pre_hook(note)
-    engine.setup(Letters(), model, whole)
+    hook = decoder.tok_embeddings.register_forward_pre_hook(note)
+    engine.setup(Letters(), LogProbDecoder(decoder))
     with pytest.raises(Stopped):
         engine.generate([[1, 2]], SamplingParams(max_new_tokens=100), seeds=[1])
-    [(passed, after)] = left
-    assert passed == 5 and torch.equal(after, before)
+    hook.remove()
+    assert len(passes) == 5 and torch.equal(decoder(ids), before)
 
 
 def test_a_reward_that_leaves_responses_out_is_refused(trajectory):

@@ -70,9 +70,9 @@ def test_core_dependencies_are_the_six_and_everything_else_is_an_extra(requireme
 @pytest.mark.parametrize(
     ("version", "imports"),
     [("0.10.0", True), ("0.11.0", True), ("0.12.0", False), ("0.13.0", True), ("0.14.1", True)]
-    + [("0.15.0", True), ("0.16.0", False), ("0.17.0", False)],
+    + [("0.15.0", True), ("0.16.0", True), ("0.17.0", True), ("0.18.0", True)],
 )
-def test_torchao_is_one_with_which_torchtune_imports(
+def test_torchao_is_any_that_imports_with_the_torch_that_is_required(
     requirements: list[Requirement], version: str, imports: bool
 ) -> None:
     (torchao,) = (requirement for requirement in requirements if requirement.name == "torchao")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from humanline.data import Group, RowBudget
+from humanline.data import Group, RowBudget, TokenBudget
 from humanline.losses import HumanlineGRPOLoss
 from humanline.training import GRPO
 from humanline.training._passes import Passes, deal
@@ -38,7 +38,13 @@ def test_over_the_ranks_each_response_has_a_place_of_its_own():
     for rank in range(3):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
         try:  # rows so short that groups are cut
-            passes = Passes(None, GRPO(HumanlineGRPOLoss()), RowBudget(tokens_per_row=16), torch.device("cpu"))
+            passes = Passes(
+                objective=GRPO(HumanlineGRPOLoss()),
+                budget=RowBudget(tokens_per_row=16),
+                limits=TokenBudget(max_tokens=16, max_prompt_tokens=None),
+                device=torch.device("cpu"),
+                seed=0,
+            )
             for first, group in zip(passes.places(microbatch), passes.share(microbatch), strict=True):
                 taken += [(first + i, tuple(response)) for i, response in enumerate(group.responses)]
         finally:

@@ -90,15 +90,15 @@ def wrong(config: dict) -> dict[str, dict]:
             "attn_logit_softcapping is null": {"attn_logit_softcapping": None},
             "final_logit_softcapping is 50": {"final_logit_softcapping": 50.0},
             "the scale of attention is 0.05": {"query_pre_attn_scalar": 400},
-            "sliding_window is [2048] on layers 0, 2": {"sliding_window": 2048},
+            "sliding_window is [2048] on layers 0, 2": {"sliding_window": 2048, "sliding_window_size": 2048},
             "sliding_window is null": {"layer_types": ["full_attention"] * config["num_hidden_layers"]},
         }
     if scaling := config.get("rope_scaling"):
         files |= {
             "dimensions, neighbouring dimensions paired in config.json": {"rope_scaling": None},
             "divided by 16": {"rope_scaling": scaling | {"factor": 16.0}},
-            ", frequency ": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
-            " being ": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
+            "RoPE": {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}},
+            "RoPE is": {"rope_scaling": scaling | {"low_freq_factor": 2.0}},
         }
     return {words: config | change for words, change in files.items()}
 
@@ -156,6 +156,14 @@ REMEDIES = [
 def test_the_remedy_names_a_builder_that_computes_what_config_json_says(config, builder, words, tmp_path):
     published = read_published(write(tmp_path, config), 4096)
     assert re.search(words, remedy(published, {"_component_": builder}, None))
+
+
+def test_rotations_of_one_base_and_one_lowest_frequency_are_told_apart_by_another_frequency(tmp_path):
+    scaling = LLAMA31["rope_scaling"] | {"low_freq_factor": 2.0}
+    built_one = measure(build("torchtune.models.llama3_1.llama3_1_8b"))
+    said = complaint(tmp_path, LLAMA31 | {"rope_scaling": scaling}, built_one, 131072)
+    one, other = re.findall(r", frequency 3\d being ([\d.e-]+)", said)
+    assert float(one) != float(other)
 
 
 def test_llama_3_1_in_the_builder_of_llama_3_is_refused_in_one_line(tmp_path):

@@ -9,21 +9,21 @@ from humanline.reference import AdapterReference, ModelReference, Reference, Win
 
 
 class Noting(Reference):
-    """A strategy that only notes the steps at which it is told to sync."""
+    """A reference that only notes the steps at which it is told to sync."""
 
-    def setup(self, policy, context):
+    def __init__(self, sync_every):
+        super().__init__(sync_every)
         self.synced = []
 
     def log_probs(self, rows):
         raise NotImplementedError
 
-    def sync(self, step):
+    def become_policy(self, step):
         self.synced.append(step)
 
 
 def noting(sync_every, steps):
     reference = Noting(sync_every)
-    reference.setup(None, None)
     for step in steps:
         reference.before_optimizer_step(step)
     return reference

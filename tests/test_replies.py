@@ -77,7 +77,7 @@ def engine(tmp_path, monkeypatch):
 
     def setup(url):
         engine = HTTPEngine(url, model="policy", retries=0, max_concurrency=2)
-        engine.setup(tokenizer, policy, lambda: None)
+        engine.setup(tokenizer, policy)
         return engine
 
     return setup

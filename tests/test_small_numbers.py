@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+from conftest import loss_and_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from humanline.models._log_probs import token_log_probs
 from humanline.perception import acceptance_probability, weighting
 from humanline.training import StochasticAdamW
 from humanline.training._metrics import MetricSums
-from humanline.training._objectives import GRPO
 
 magnitudes = st.floats(-12, 1.3).map(lambda exponent: 10**exponent)
 log_ratios = st.builds(math.copysign, magnitudes, st.sampled_from([1.0, -1.0]))
@@ -57,7 +57,7 @@ def test_loss_and_metric_of_grpo_have_the_kl_of_float64(size):
     torch.testing.assert_close(policy.grad.double(), expected_grad, rtol=1e-5, atol=0)
 
     rows = rows_of(Group([1, 2], (list(range(count)),), scores=(1.0,), advantages=(0.0,)))
-    _, metrics = GRPO(loss)(policy.detach()[0], reference[0], rows)
+    _, metrics = loss_and_metrics(loss)(policy.detach()[0], reference[0], rows, None)
     total, tokens = metrics["kl"]
     assert float(total / tokens) == pytest.approx(expected, rel=1e-5, abs=0)
 
@@ -113,7 +113,7 @@ def test_grpo_s_gain_is_the_sum_of_differences_and_not_the_difference_of_sums():
     reference = -torch.rand(4096) * 3
     policy = reference + (torch.rand(4096) - 0.5) * 1e-5
     rows = rows_of(Group([1, 2], ([1] * 4096,), scores=(1.0,), advantages=(1.0,)))
-    _, metrics = GRPO(HumanlineGRPOLoss(perception="none"))(policy, reference, rows)
+    _, metrics = loss_and_metrics(HumanlineGRPOLoss(perception="none"))(policy, reference, rows, None)
     gain = float(metrics["advantages/gain"][0])
     exact = (policy.double() - reference.double()).sum().item()
     assert gain == pytest.approx(exact, rel=1e-3)

@@ -12,7 +12,10 @@ NAMES = [f"{objective}_{run}" for objective in ("dpo", "kto", "grpo") for run in
 def test_every_step_has_the_loss_of_the_authors_code(trajectory, name, nproc):
     run = trajectory(name)
     run.config["batch_size"] //= nproc
-    run.tune(nproc=nproc if nproc > 1 else None)
+    if name == "dpo_8_k4":
+        run.tune(nproc=nproc if nproc > 1 else None)
+    else:  # the same file without the seconds that tune takes to start
+        run.train_on(nproc)
     losses = run.log()
     assert list(losses) == list(range(1, len(run.golden["losses"]) + 1))
     assert list(losses.values()) == pytest.approx(run.golden["losses"], abs=1e-5)

@@ -3,6 +3,7 @@
 The recipe that runs here is a stand-in that prints which file it is and what it was started with.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -81,7 +82,14 @@ def home(from_wheel: VirtualEnvironment) -> Path:
 
 @pytest.fixture(scope="module")
 def torchtunes_own(without: VirtualEnvironment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return listed(without.tune("ls", cwd=tmp_path_factory.mktemp("anywhere")))
+    """The configs of each recipe in torchtune's own registry, which without humanline may not import beside torchao."""
+    folder = bare_torchtune(without, tmp_path_factory.mktemp("anywhere"))
+    code = (
+        "import json; from torchtune._recipe_registry import get_all_recipes; "
+        "print(json.dumps({each.name: [config.name for config in each.configs] for each in get_all_recipes()}))"
+    )
+    names = json.loads(without.run("-c", code, cwd=folder).stdout)
+    return {recipe: configs or ["<>"] for recipe, configs in names.items()}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +112,7 @@ def fork(without: VirtualEnvironment, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def bare_tune(without: VirtualEnvironment, tmp_path: Path) -> Path:
     """A folder with a `tune` that only prints its arguments and the registry, which is all it imports of torchtune."""
-    (tmp_path / "torchtune").mkdir()
-    (tmp_path / "torchtune" / "__init__.py").touch()
-    shutil.copy(without.libraries / "torchtune" / "_recipe_registry.py", tmp_path / "torchtune")
+    bare_torchtune(without, tmp_path)
     (tmp_path / "tune").write_text(
         "import sys\n"
         "from torchtune._recipe_registry import get_all_recipes\n"
@@ -114,6 +120,14 @@ def bare_tune(without: VirtualEnvironment, tmp_path: Path) -> Path:
         "print(*[recipe.name for recipe in get_all_recipes()])\n"
     )
     return tmp_path
+
+
+def bare_torchtune(environment: VirtualEnvironment, folder: Path) -> Path:
+    """A folder with a torchtune that has its registry and nothing else."""
+    (folder / "torchtune").mkdir()
+    (folder / "torchtune" / "__init__.py").touch()
+    shutil.copy(environment.libraries / "torchtune" / "_recipe_registry.py", folder / "torchtune")
+    return folder
 
 
 def listed(table: str) -> dict[str, list[str]]:
@@ -244,7 +258,7 @@ def test_a_recipe_is_whatever_file_imports_humanline(
     """And it may run on several ranks unless its class says that it does not; what only names humanline is no such."""
     (copied / "recipes" / "mine").mkdir()
     for name, source in {
-        "single.py": "import humanline.training as t\nclass Mine(t.HumanlineRecipe):\n    sharded: bool = False\n",
+        "single.py": "import humanline.training as t\nclass Mine(t.Recipe):\n    sharded: bool = False\n",
         "mine/later.py": "def main():\n    from humanline import training\n",
         "unfinished.py": "import humanline\nclass\n",
         "theirs.py": '"""Not of humanline."""\nimport humanlines\nfrom . import humanline\nsharded = False\n',
@@ -264,20 +278,20 @@ def test_a_recipe_is_whatever_file_imports_humanline(
 
     recipes = copied / "recipes"
     forms = ["recipes/my_dpo", "recipes/my_dpo.py", "./recipes/my_dpo", f"{recipes}/my_dpo", f"{recipes}/my_dpo.py"]
-    for form in forms:
-        assert registered(form)[form] == ("True", f"{recipes}/my_dpo.py")
-    for name, distributed in {
+    found = registered(*forms)
+    assert {form: found[form] for form in forms} == dict.fromkeys(forms, ("True", f"{recipes}/my_dpo.py"))
+    expected = {
         "recipes/single": "False",
         "recipes/mine/later": "True",
         "recipes/unfinished": "True",
         "recipes/humanline_mine": "True",
         "recipes/humanline_mine_distributed": "True",
         "recipes/humanline_mine_single_device": "False",
-    }.items():
-        assert registered("--nproc_per_node", "2", name, "--config", "x.yaml")[name][0] == distributed
-    for name in ("recipes/theirs", "recipes", "recipes/absent"):
-        assert name not in registered(name)
-    assert "recipes/my_dpo" in registered("recipes/my_dpo", "source.system_prompt=" + "You answer. " * 50)
+    }
+    others = ("recipes/theirs", "recipes", "recipes/absent", "source.system_prompt=" + "You answer. " * 50)
+    found = registered("--nproc_per_node", "2", *expected, *others, "--config", "x.yaml")
+    assert {name: found[name][0] for name in expected} == expected
+    assert found.keys().isdisjoint(others)
 
 
 def test_run_in_a_fork_by_path(from_wheel: VirtualEnvironment, fork: Path) -> None:

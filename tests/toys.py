@@ -3,13 +3,18 @@
 import builtins
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch.optim import AdamW
 from torchtune.training.metric_logging import DiskLogger
 
 from humanline.data import encoded_groups
 from humanline.losses import HumanlineDPOLoss
-from humanline.rollout import Prompt
+from humanline.rollout import Engine, Prompt, RoundPlan, SampledSource
+from humanline.training._launch import process_group
 
 
 class Letters:
@@ -178,3 +183,20 @@ class FullLogger(BreakingLogger):
     """Finds no room at step 3."""
 
     error = OSError(28, "No space left on device")
+
+
+class Mute(Engine):
+    """Answers nothing."""
+
+    def setup(self, tokenizer, policy):
+        pass
+
+    def generate(self, prompts, params, seeds):
+        return [[] for _ in prompts]
+
+
+@contextmanager
+def sampled_source(plan: RoundPlan, folder: Path) -> Iterator[SampledSource]:
+    """The source of a plan in one process, of whose rounds none is sampled yet."""
+    with process_group(torch.device("cpu")):
+        yield SampledSource(plan, Mute(), MeanToken(), lambda groups: groups, lambda round: None, str(folder), 8)

@@ -6,15 +6,17 @@ from humanline.data._dataset import GroupDataset
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.data._group import Group, TokenBudget
 from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
-from humanline.data._source import OfflineSource
+from humanline.data._source import End, OfflineSource, Source
 
 __all__ = [
     "ChatTokenizer",
+    "End",
     "Group",
     "GroupDataset",
     "OfflineSource",
     "RowBudget",
     "Rows",
+    "Source",
     "TokenBudget",
     "as_labelled",
     "as_pairs",

@@ -76,6 +76,8 @@ class Rows:
     predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
+    labels: Tensor | None  # [B] bool, whether each response is desirable; None where groups have no labels
+    advantages: Tensor | None  # [B] float32; None where groups have none
     num_tokens: int  # that the model computes on, padding excluded
     longest: int  # tokens of the longest prompt with one response, as far as they are inputs
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -115,6 +117,11 @@ class Rows:
         row = torch.arange(rows, device=self.tokens.device)[:, None, None]
         at = torch.arange(length, device=self.tokens.device)
         return visible(row, row, at[None, :, None], at[None, None, :])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(response) for group in self.groups for response in group.responses]
 
     def per_response(self, values: Tensor) -> Tensor:
         """Scatters one value a response token to its response: ``[..., N]`` to ``[..., B, S]``, zero where ``mask`` is
@@ -242,8 +249,9 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
                 targets[b] = response
                 start = inputs.stop
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
+    laid = tuple(groups[i] for i in order)
     return Rows(
-        groups=tuple(groups[i] for i in order),
+        groups=laid,
         indices=tuple(order),
         tokens=tokens,
         positions=positions,
@@ -252,6 +260,14 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        labels=_of_responses([group.labels for group in laid], torch.bool),
+        advantages=_of_responses([group.advantages for group in laid], torch.float32),
         num_tokens=sum(segment.tokens for row in rows for segment in row),
         longest=int(positions.max()) + 1,
     )
+
+
+def _of_responses(values: Sequence[Sequence[float] | None], dtype: torch.dtype) -> Tensor | None:
+    """A value of each response as a tensor; None where a group has none."""
+    given = [each for each in values if each is not None]
+    return None if len(given) < len(values) else torch.tensor([x for each in given for x in each], dtype=dtype)

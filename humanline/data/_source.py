@@ -1,5 +1,9 @@
 """Sources of groups: which groups are trained on at which optimizer step."""
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from humanline._seeds import stream_seed
@@ -8,7 +12,66 @@ from humanline.data._group import Group
 from humanline.errors import ConfigError
 
 
-class OfflineSource:
+@dataclass(frozen=True)
+class End:
+    """Why a source has nothing left to train on.
+
+    Attributes:
+        why (str): in words, with the setting that decides it.
+        success (bool): whether that is because the policy has learned all there is.
+    """
+
+    why: str
+    success: bool
+
+
+class Source(ABC):
+    """Groups by optimizer step. What a source does not have, such as anything to stop or to log, it leaves out.
+
+    Attributes:
+        groups_per_step (int): groups of an optimizer step, of all ranks.
+        steps_per_epoch (int): optimizer steps of an epoch.
+        score (str | None): the metric that says how well the policy does, if the source measures it.
+    """
+
+    groups_per_step: int
+    steps_per_epoch: int
+    score: str | None = None
+
+    @abstractmethod
+    def batch(self, step: int) -> list[list[Group]]:
+        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; none if they teach nothing."""
+
+    @abstractmethod
+    def position(self) -> dict[str, Any]:
+        """What a step number means for this source; a checkpoint of another position is refused."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to log of a step's groups."""
+        return {}
+
+    def end(self, step: int, most_empty: int) -> End | None:
+        """Why no further step would teach anything, if so; asked after each step."""
+        return None
+
+    def resume(self, step: int) -> None:
+        """Called before the first batch of a run: everything of later steps is of another run."""
+
+    def stop(self) -> None:
+        """Ends what is under way; called from another thread when the run has been asked to end."""
+
+    def wait(self) -> None:
+        """Waits until what was begun ahead has ended: it may meet other ranks, which must not be gone before."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the step: what JSON can hold."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it."""
+
+
+class OfflineSource(Source):
     """Groups of a dataset, in a shuffled order that depends on seed and epoch alone.
 
     An optimizer step takes ``accumulation`` microbatches of ``world_size * batch_size`` groups each. The source gives
@@ -44,7 +107,6 @@ class OfflineSource:
         max_steps_per_epoch: int | None = None,
     ) -> None:
         self.dataset = dataset
-        self.budget = dataset.budget
         self.accumulation = accumulation
         self.seed = seed
         self.shuffle = shuffle
@@ -74,14 +136,12 @@ class OfflineSource:
         return f"{len(self.dataset)} groups {self.dataset.digest()}"
 
     def batch(self, step: int) -> list[list[Group]]:
-        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         order = self._order(epoch)[index * self.groups_per_step : (index + 1) * self.groups_per_step]
         return [[self.dataset[i] for i in microbatch] for microbatch in order.view(self.accumulation, -1).tolist()]
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """What to log of a step's groups: nothing, they are what they are."""
-        return {}
+    def position(self) -> dict[str, Any]:
+        return {"shuffle": self.shuffle, "groups": self.digest()}
 
     def _order(self, epoch: int) -> torch.Tensor:
         count = len(self.dataset)

@@ -1,4 +1,4 @@
-"""The objectives: token log-probs in, losses out. No I/O, no devices, no process groups.
+"""The objectives: token log-probs in, losses out, and over what a loss is a mean. No I/O, no devices.
 
 Every loss is computed from the perceived log-ratio of :meth:`PerceptualLoss.perceive`, in the order in which the paper
 states it.

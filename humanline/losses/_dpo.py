@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,6 +78,10 @@ class HumanlineDPOLoss(PerceptualLoss):
         margin = chosen_reward - rejected_reward
         losses = -F.logsigmoid(margin) * (1 - self.label_smoothing) - F.logsigmoid(-margin) * self.label_smoothing
         return losses, chosen_reward.detach(), rejected_reward.detach()
+
+    def num_terms(self, lengths: Sequence[int]) -> int:
+        """One a pair."""
+        return len(lengths) // 2
 
     def _reward(self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor, draws: Tensor | None) -> Tensor:
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)

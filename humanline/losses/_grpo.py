@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class HumanlineGRPOLoss(PerceptualLoss):
         epsilon_high (float): how far above 1 a ratio still earns more, > 0.
         aggregation (str): what the loss is a mean over. ``token``: the microbatch's tokens; ``sequence``: its
             responses, each the mean of its tokens; ``dapo``: the tokens of the whole batch that makes one optimizer
-            step (https://arxiv.org/abs/2503.14476), which its caller gives as ``normalizer``.
+            step (https://arxiv.org/abs/2503.14476).
         perception (str): ``clip``, ``sample`` or ``none``.
         gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
         gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
@@ -67,21 +68,37 @@ class HumanlineGRPOLoss(PerceptualLoss):
         mask: Tensor,
         advantages: Tensor,
         draws: Tensor | None = None,
-        normalizer: float | None = None,
     ) -> Tensor:
-        """
+        """The mean over what ``aggregation`` says, of a whole microbatch (a whole batch with ``dapo``).
+
         Args:
             policy_logps (Tensor): token log-probs of the responses under the policy, nats, ``[B, S]``.
             reference_logps (Tensor): the same under the reference, ``[B, S]``.
             mask (Tensor): True at response tokens, bool ``[B, S]``.
             advantages (Tensor): one a response, ``[B]``, such as from :func:`group_advantages`.
             draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
-            normalizer (float | None): what the sum over tokens (over responses with ``sequence``) is divided by; None
-                takes their number here, which is right where this is the whole microbatch (the whole batch with
-                ``dapo``).
 
         Returns:
             Tensor: the loss, float32 scalar.
+        """
+        total = self.total(policy_logps, reference_logps, mask, advantages, draws)
+        return total / max(1, self.num_terms(mask.sum(-1).tolist()))
+
+    def total(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        mask: Tensor,
+        advantages: Tensor,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of which :meth:`forward` is the mean, for a part of a microbatch.
+
+        It is a sum over tokens; with ``sequence`` over responses, each the mean of its tokens. The arguments are those
+        of :meth:`forward`.
+
+        Returns:
+            Tensor: the sum, float32 scalar.
         """
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
         perceived = self.perceive(log_ratio, draws)
@@ -98,10 +115,15 @@ class HumanlineGRPOLoss(PerceptualLoss):
         losses = losses.where(mask, 0.0)
         if self.aggregation == "sequence":
             losses = losses.sum(-1) / mask.sum(-1).clamp(min=1)
-            count = mask.any(-1).sum()
-        else:
-            count = mask.sum()
-        return losses.sum() / (count.clamp(min=1) if normalizer is None else normalizer)
+        return losses.sum()
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        return "batch" if self.aggregation == "dapo" else "microbatch"
+
+    def num_terms(self, lengths: Sequence[int]) -> int:
+        """One a response that has tokens with ``sequence``, else one a token."""
+        return sum(length > 0 for length in lengths) if self.aggregation == "sequence" else sum(lengths)
 
 
 def group_advantages(scores: Tensor, group_ids: Tensor, eps: float = 0.01) -> Tensor:

@@ -1,7 +1,10 @@
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from humanline.distributed import summed
 from humanline.losses._checks import check_number
 from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 
@@ -93,10 +96,10 @@ class HumanlineKTOLoss(PerceptualLoss):
         Returns:
             Tensor: scalar, nats; 0 where all sequences are empty.
         """
-        return self.baseline(self.kl_sum(policy_kl_logps, reference_kl_logps, kl_mask))
+        return _z0(*self.kl_sum(policy_kl_logps, reference_kl_logps, kl_mask))
 
     def kl_sum(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
-        """What the parts of a microbatch add up before :meth:`baseline`; carries no gradient.
+        """What the parts of a microbatch add up for :meth:`kl_baseline_of`; carries no gradient.
 
         Args:
             policy_kl_logps (Tensor): as in :meth:`kl_baseline`, ``[B, S]``.
@@ -111,7 +114,17 @@ class HumanlineKTOLoss(PerceptualLoss):
         return torch.stack([self.perceive(log_ratio).sum(), kl_mask.any(-1).sum()])
 
     @staticmethod
-    def baseline(kl_sum: Tensor) -> Tensor:
-        """``z0``, scalar, nats, at least 0, from the ``[2]`` of :meth:`kl_sum`, or from a sum of them."""
-        total, count = kl_sum
-        return (total / count.clamp(min=1)).clamp(min=0)
+    def kl_baseline_of(sums: Sequence[Tensor]) -> Tensor:
+        """:meth:`kl_baseline` of a microbatch in parts, from :meth:`kl_sum` of each part of each rank; a collective.
+
+        Args:
+            sums (Sequence[Tensor]): of this rank's parts, ``[2]`` each.
+
+        Returns:
+            Tensor: scalar, nats.
+        """
+        return _z0(*summed(torch.stack(list(sums)).sum(0)))
+
+
+def _z0(total: Tensor, count: Tensor) -> Tensor:
+    return (total / count.clamp(min=1)).clamp(min=0)

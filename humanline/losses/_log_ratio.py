@@ -1,5 +1,7 @@
 """The token log-ratio ``l_t``, and ``l~_t``, as it is perceived: what every loss is computed from."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -113,6 +115,23 @@ class PerceptualLoss(nn.Module):
         self.perception = perception
         self.gamma_P = gamma_P
         self.gamma_R = gamma_R
+
+    scope: str = "microbatch"
+    """Over what the loss is a mean: each ``microbatch``, the batch's loss being the mean of theirs, or the whole
+    ``batch`` of an optimizer step."""
+
+    def num_terms(self, lengths: Sequence[int]) -> int:
+        """How many losses there are to take the mean over, in responses of so many tokens: one a response."""
+        return len(lengths)
+
+    def divisors(self, batch: Sequence[Sequence[int]]) -> list[int]:
+        """What to divide the sum of each microbatch's losses by, so that all together are the loss of the batch.
+
+        Args:
+            batch (Sequence[Sequence[int]]): tokens of each response of each microbatch, of all ranks.
+        """
+        terms = [self.num_terms(lengths) for lengths in batch]
+        return [sum(terms)] * len(terms) if self.scope == "batch" else [count * len(terms) for count in terms]
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:

@@ -16,7 +16,7 @@ from humanline.models._adapter import (
 )
 from humanline.models._check_function import check_function, differences, fitting_builders, set_windows
 from humanline.models._load import check_architecture, drop_tied_output, fill_rotary_tables, load_decoder
-from humanline.models._log_probs import token_log_probs
+from humanline.models._log_probs import logits_as_on, token_log_probs
 from humanline.models._lora_arguments import check_arguments
 from humanline.models._measure import Built, measure
 from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
@@ -24,6 +24,7 @@ from humanline.models._published import FAMILIES, Published, read_published
 from humanline.models._second_opinion import second_opinion
 from humanline.models._shard import local_shard
 from humanline.models._smollm2 import lora_smollm2_135m, smollm2_135m
+from humanline.models._whole_weights import cast_parameters, whole_weights
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +32,7 @@ __all__ = [
     "LogProbDecoder",
     "Published",
     "adapter_modules",
+    "cast_parameters",
     "check_adapter",
     "check_architecture",
     "check_arguments",
@@ -47,6 +49,7 @@ __all__ = [
     "load_decoder",
     "local_shard",
     "log_probs",
+    "logits_as_on",
     "lora_smollm2_135m",
     "measure",
     "merged_name",
@@ -58,4 +61,5 @@ __all__ = [
     "smollm2_135m",
     "token_log_probs",
     "trainable_parameters",
+    "whole_weights",
 ]

@@ -1,14 +1,14 @@
 """Log-probs of chosen tokens from hidden states and the output matrix, never holding the logits of all of them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Logits that exist at one time, as float32 elements: 256 MiB on an accelerator, 64 MiB elsewhere.
-_LOGITS_ON_ACCELERATOR = 2**26
-_LOGITS_ON_CPU = 2**24
+_LOGITS = {"accelerator": 2**26, "cpu": 2**24}
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None = None) -> Tensor:
@@ -70,9 +70,21 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
+@contextmanager
+def logits_as_on(device: str) -> Iterator[None]:
+    """For the length of the block the CPU holds as many logits at one time as a device of that type would."""
+    before = _LOGITS["cpu"]
+    if device != "cpu":
+        _LOGITS["cpu"] = _LOGITS["accelerator"]
+    try:
+        yield
+    finally:
+        _LOGITS["cpu"] = before
+
+
 def _pieces(left: Tensor, right: Tensor) -> Iterator[slice]:
     """Which rows of ``left`` to multiply at a time with ``right.t()``."""
-    budget = _LOGITS_ON_CPU if left.device.type == "cpu" else _LOGITS_ON_ACCELERATOR
+    budget = _LOGITS["cpu" if left.device.type == "cpu" else "accelerator"]
     rows = max(1, budget // right.size(0))
     return (slice(i, i + rows) for i in range(0, len(left), rows))
 

@@ -22,6 +22,9 @@ class LogProbDecoder(nn.Module):
         decoder (TransformerDecoder): the model, from a torchtune builder with torchtune's ``MultiHeadAttention`` and an
             output layer without bias, tied or not: those of docs/models.md.
 
+    Attributes:
+        compute_dtype (torch.dtype): dtype of the forward pass, in which parameters kept in another one are cast.
+
     Raises:
         ConfigError: if the attention or the output layer is of another kind.
     """
@@ -47,6 +50,7 @@ class LogProbDecoder(nn.Module):
         self.soft_cap: float | None = getattr(decoder.output, "soft_cap", None)
         self.windows: list[int | None] = [getattr(layer.attn, "sliding_window", None) for layer in decoder.layers]
         self.max_seq_len = decoder.max_seq_len
+        self.compute_dtype = next(decoder.parameters()).dtype
 
     def forward(
         self,

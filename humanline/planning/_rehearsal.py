@@ -1,11 +1,10 @@
 """One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torchtune import training
 
-from humanline.data import Group, Rows, TokenBudget, lay_out, pack
+from humanline.data import Group, RowBudget, Rows, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError
 from humanline.models import (
     LogProbDecoder,
@@ -25,17 +24,16 @@ from humanline.models import (
     check_adapter,
     fill_rotary_tables,
     fixed_log_probs,
+    log_probs,
+    logits_as_on,
     trainable_parameters,
 )
-from humanline.models import _log_probs as head
 from humanline.planning._layers import Peaks, depths, extrapolated, moment, with_layers
 from humanline.planning._meter import Meter, blank
 from humanline.reference import Reference, RunContext, WindowedReference
-from humanline.training import DPO, GRPO, KTO, HumanlineRecipe, Settings, component
+from humanline.training import DPO, GRPO, KTO, Settings, clip_gradients, component
 from humanline.training._export import export_dtypes
-from humanline.training._metrics import MetricSums
 from humanline.training._model import design_model, mesh_of
-from humanline.training._non_finite import NonFinite
 from humanline.training._passes import Passes
 from humanline.training._settings import DTYPES
 from humanline.training._weights import build_decoder
@@ -119,15 +117,15 @@ class _Taken(NamedTuple):
 
 def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int) -> _Taken:
     """Runs the two steps with so many of the model's layers, which repeat after ``period`` of them."""
-    with _ranks(ranks), _as_on(Settings.from_config(cfg).device):
-        recipe = _Rehearsal(cfg, sharded=ranks > 1, vocabulary=vocabulary, layers=layers, period=period)
-        with recipe.mode, recipe.meter:
-            recipe.setup(cfg)
-            recipe.take_step(1, passes=1)
-            recipe.meter.forget_peak()
-            recipe.take_step(2, passes=2)
-        with recipe.mode:
-            return _Taken(recipe.meter.peaks, recipe.meter.flops, recipe.export_bytes(), recipe.checkpoint_bytes())
+    with _ranks(ranks), logits_as_on(Settings.from_config(cfg).device):
+        run = _Rehearsal(cfg, sharded=ranks > 1, vocabulary=vocabulary, layers=layers, period=period)
+        with run.mode, run.meter:
+            run.build(cfg)
+            run.take_step(1, passes=1)
+            run.meter.forget_peak()
+            run.take_step(2, passes=2)
+        with run.mode:
+            return _Taken(run.meter.peaks, run.meter.flops, run.export_bytes(), run.checkpoint_bytes())
 
 
 def _extrapolated(fewer: _Taken, more: _Taken, times: int) -> _Taken:
@@ -135,51 +133,43 @@ def _extrapolated(fewer: _Taken, more: _Taken, times: int) -> _Taken:
     return _Taken(extrapolated(fewer.peaks, more.peaks, times), *rest)
 
 
-class _Rehearsal(HumanlineRecipe):
-    """The recipe with the set-up of its data and files left out."""
+class _Rehearsal:
+    """What a recipe's loop uses, in fake tensors, and its step.
 
-    passes: "_FakePasses"
+    The loss itself is left out: it has a few numbers a response token, and a model thousands.
+    """
 
     def __init__(self, cfg: DictConfig, *, sharded: bool, vocabulary: int, layers: int, period: int) -> None:
-        super().__init__(cfg)
+        settings = self.settings = Settings.from_config(cfg)
         self.layers, self.period = layers, period
         self.forwards = 0
-        self.device = CPU
-        mesh = mesh_of(CPU, self.settings.data_parallel_replicate_dim)
+        mesh = mesh_of(CPU, settings.data_parallel_replicate_dim)
         self.mesh = mesh if sharded else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         loss = component(cfg, "loss")
         self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
         self.meter = Meter(vocabulary)
+        self.passes = _FakePasses(self, settings.row_budget(torch.device(settings.device)))
 
-    def setup(self, cfg: DictConfig) -> None:
+    def build(self, cfg: DictConfig) -> None:
+        """Builds model, reference and optimizer, under the meter."""
         settings = self.settings
-        budget = settings.row_budget(torch.device(settings.device))
-        self.passes = _FakePasses(self, budget)
-        self.reference = component(cfg, "reference")
-        if isinstance(self.reference, WindowedReference):
-            self.reference = _Window()
         with self.meter.label("weights"):
-            self.policy = self._model(
+            self.policy = self.model(
                 cfg, DTYPES[settings.master_dtype], checkpointing=settings.enable_activation_checkpointing
             )
+        strategy = component(cfg, "reference")
         with self.meter.label("reference"):
-            self.reference.setup(
-                self.policy,
-                RunContext(
-                    new_model=lambda: self._model(cfg, DTYPES[settings.dtype], checkpointing=False),
-                    passes=None,
-                    total_steps=2,
-                    resumes=False,
-                    fingerprint=lambda: "",
-                ),
-            )
+            if isinstance(strategy, WindowedReference):
+                self.reference: Reference = _Window(self.policy, strategy.sync_every)
+            else:
+                context = RunContext(
+                    policy=self.policy, model=_Models(self, cfg), passes=None, total_steps=2, resumes=False
+                )
+                self.reference = strategy.build(context)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
-        self.activations = training.get_act_offloading_ctx_manager(self.policy, False)
-        self.sums = MetricSums(CPU)
-        self.non_finite = NonFinite()
 
-    def _model(self, cfg: DictConfig, param_dtype: torch.dtype, checkpointing: bool) -> LogProbDecoder:
+    def model(self, cfg: DictConfig, param_dtype: torch.dtype, checkpointing: bool) -> LogProbDecoder:
         """The recipe's model in fake tensors."""
         with unset_fake_temporarily():
             model = design_model(
@@ -246,18 +236,20 @@ class _Rehearsal(HumanlineRecipe):
         state = [trainable_parameters(self.policy), dict(self.optimizer.state), self.reference.state_dict()]
         return sum(each.numel() * each.element_size() for each in tree_leaves(state) if isinstance(each, Tensor))
 
-    def _draws(self, microbatch: list[Group], index: int) -> Callable[[Rows], Tensor | None]:
-        sampled = self.objective.loss.perception == "sample"
-        return lambda rows: torch.rand(2, len(rows.targets)) if sampled else None
-
     def take_step(self, step: int, passes: int) -> None:
         """What the recipe's loop does in a step of so many passes."""
         self.forwards = 0
         self.meter.moment = ("begin",)
-        self._accumulate_gradients([self.passes.groups(passes)])
+        microbatch = self.passes.groups(passes)
+        for rows, _ in self.passes.of_kl(microbatch):
+            self.reference.log_probs(rows)
+            fixed_log_probs(self.policy, rows)
+        for rows, _, _ in self.passes.of(microbatch, step, 0):
+            reference_logps = self.reference.log_probs(rows)
+            (log_probs(self.policy, rows) - reference_logps).sum().backward()
         self.passes.label_gradients()
         self.meter.moment = ("clip",)
-        self._clip_gradients()
+        clip_gradients(self.policy, self.settings.clip_grad_norm)
         self.meter.moment = ("sync",)
         self.reference.before_optimizer_step(step)
         self.meter.moment = ("optimizer",)
@@ -270,24 +262,37 @@ class _Rehearsal(HumanlineRecipe):
                 "torch.optim.AdamW, and allow for its states"
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
-        self.non_finite.count(finite=True)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What KTO's KL sequences ask of a source."""
+class _Models:
+    """Models like the policy, for a reference."""
 
-    budget: TokenBudget
+    rehearsal: _Rehearsal
+    cfg: DictConfig
+
+    def reference_model(self) -> LogProbDecoder:
+        dtype = DTYPES[self.rehearsal.settings.dtype]
+        return self.rehearsal.model(self.cfg, dtype, checkpointing=False)
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def computation(self) -> str:
+        return ""
 
 
 class _FakePasses(Passes):
     """Full passes, in fake tensors."""
 
-    def __init__(self, recipe: _Rehearsal, budget: Any) -> None:
-        self.recipe, self.objective, self.budget, self.device = recipe, recipe.objective, budget, CPU
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        limit = TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)
-        self.source = _Source(limit)  # type: ignore[assignment]
+    def __init__(self, rehearsal: _Rehearsal, budget: RowBudget) -> None:
+        limits = TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)
+        super().__init__(rehearsal.objective, budget, limits, CPU, seed=0)
+        self.rehearsal = rehearsal
+
+    def of(self, microbatch: list[Group], step: int, index: int) -> Iterator[tuple[Rows, int, Tensor | None]]:
+        """The passes without humanline sampling's draws, which are of the loss."""
+        return ((rows, weight, None) for rows, weight in self.over(self.share(microbatch)))
 
     def groups(self, passes: int) -> list[Group]:
         """A microbatch of all ranks that makes so many passes, or two if KTO would have nobody to pair its only group
@@ -306,34 +311,35 @@ class _FakePasses(Passes):
             laid = [lay_out(groups, planned, self.budget) for planned in pack(groups, self.budget)]
         for rows in laid:
             self.label_gradients()
-            self.recipe.meter.moment = ("rows", self.recipe.forwards)
+            self.rehearsal.meter.moment = ("rows", self.rehearsal.forwards)
             yield self._fake(rows), 1
 
     def _fake(self, rows: Rows) -> Rows:
         tensors: dict[str, Any] = {name: value for name, value in vars(rows).items() if isinstance(value, Tensor)}
-        tensors = {name: self.recipe.mode.from_tensor(value) for name, value in tensors.items()}
+        tensors = {name: self.rehearsal.mode.from_tensor(value) for name, value in tensors.items()}
         fake = replace(rows, **tensors)
-        if self.recipe.settings.device == "cuda":
+        if self.rehearsal.settings.device == "cuda":
             masks: dict[int | None, Any] = fake._masks
-            masks.update(dict.fromkeys({None, *self.recipe.policy.windows}))  # blocks, and few of them
+            masks.update(dict.fromkeys({None, *self.rehearsal.policy.windows}))  # blocks, and few of them
         return fake
 
     def label_gradients(self) -> None:
-        for parameter in self.recipe.policy.parameters():
+        for parameter in self.rehearsal.policy.parameters():
             if parameter.grad is not None:
-                self.recipe.meter.relabel(parameter.grad, "gradients")
+                self.rehearsal.meter.relabel(parameter.grad, "gradients")
 
 
 class _Window(Reference):
     """A ``WindowedReference`` whose table, in host memory, is left out; what fills it is a forward a pass."""
 
-    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
+    def __init__(self, policy: LogProbDecoder, sync_every: int | None) -> None:
+        super().__init__(sync_every)
         self.policy = policy
 
     def log_probs(self, rows: Rows) -> Tensor:
         return fixed_log_probs(self.policy, rows)
 
-    def sync(self, step: int) -> None: ...
+    def become_policy(self, step: int) -> None: ...
 
 
 def _flash(scale: float | None) -> Any:
@@ -353,9 +359,3 @@ def _ranks(count: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _as_on(device: str) -> AbstractContextManager[Any]:
-    """The log-prob head as it works on a device."""
-    on_gpu = patch.object(head, "_LOGITS_ON_CPU", head._LOGITS_ON_ACCELERATOR)
-    return on_gpu if device == "cuda" else nullcontext()

@@ -1,13 +1,21 @@
 """Where the reference log-probs come from, and when the reference becomes the policy.
 
-The rule of syncing is :class:`Reference`; a strategy adds ``setup(policy, context)``, ``log_probs(rows)``,
-``sync(step)`` and what a checkpoint needs of it.
+The rule of syncing is :class:`Reference`. A config names a :class:`Strategy`, whose ``build(context)`` makes the run's
+reference: it adds ``log_probs(rows)``, ``become_policy(step)`` and what a checkpoint needs of it.
 """
 
 from humanline.reference._adapter_reference import AdapterReference
 from humanline.reference._model_reference import ModelReference
-from humanline.reference._reference import Reference
-from humanline.reference._run_context import RunContext
+from humanline.reference._reference import Reference, Strategy
+from humanline.reference._run_context import InitialModel, RunContext
 from humanline.reference._windowed_reference import WindowedReference
 
-__all__ = ["AdapterReference", "ModelReference", "Reference", "RunContext", "WindowedReference"]
+__all__ = [
+    "AdapterReference",
+    "InitialModel",
+    "ModelReference",
+    "Reference",
+    "RunContext",
+    "Strategy",
+    "WindowedReference",
+]

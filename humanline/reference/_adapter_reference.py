@@ -1,5 +1,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, adapter_modules, fixed_log_probs, local_shard, trainable_parameters
-from humanline.reference._reference import Reference
+from humanline.reference._reference import Reference, Strategy
 from humanline.reference._run_context import RunContext
 
 
-class AdapterReference(Reference):
+@dataclass(frozen=True)
+class AdapterReference(Strategy):
     """The reference of a LoRA or QLoRA policy: it shares the frozen base, and only the adapter is kept twice.
 
     The reference starts as the policy's own adapter. A fresh adapter leaves the base model's function as it is, so the
@@ -30,17 +32,29 @@ class AdapterReference(Reference):
         ConfigError: if ``sync_every`` is not a positive whole number or None.
     """
 
-    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
-        """Takes the policy's adapter as the reference's.
-
+    def build(self, context: RunContext) -> "SyncedAdapter":
+        """
         Raises:
             ConfigError: if the policy has no adapter.
         """
-        if not adapter_modules(policy):
+        if not adapter_modules(context.policy):
             raise ConfigError(
                 "reference._component_: AdapterReference needs a model with an adapter (a lora_ or qlora_ builder); a "
                 "model that trains as a whole takes humanline.reference.ModelReference"
             )
+        return SyncedAdapter(context.policy, self.sync_every)
+
+
+class SyncedAdapter(Reference):
+    """The reference of :class:`AdapterReference`.
+
+    Args:
+        policy (LogProbDecoder): a model with an adapter.
+        sync_every (int | None): optimizer steps between two syncs; None never syncs.
+    """
+
+    def __init__(self, policy: LogProbDecoder, sync_every: int | None) -> None:
+        super().__init__(sync_every)
         self.policy = policy
         self.trained = trainable_parameters(policy)
         self.adapter = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
@@ -51,7 +65,7 @@ class AdapterReference(Reference):
             return fixed_log_probs(self.policy, rows)
 
     @torch.no_grad()
-    def sync(self, step: int) -> None:
+    def become_policy(self, step: int) -> None:
         """Copies the policy's adapter, each rank its own shards."""
         torch._foreach_copy_(_shards(self.adapter), _shards(self.trained))
 

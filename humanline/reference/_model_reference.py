@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -6,11 +7,12 @@ from torch import Tensor
 
 from humanline.data import Rows
 from humanline.models import LogProbDecoder, fixed_log_probs, local_shard, trainable_parameters
-from humanline.reference._reference import Reference
+from humanline.reference._reference import Reference, Strategy
 from humanline.reference._run_context import RunContext
 
 
-class ModelReference(Reference):
+@dataclass(frozen=True)
+class ModelReference(Strategy):
     """The reference as a second model, sharded like the policy; syncing copies each rank's own shards, without
     communication.
 
@@ -23,17 +25,30 @@ class ModelReference(Reference):
         ConfigError: if ``sync_every`` is not a positive whole number or None.
     """
 
-    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
-        """Builds the reference: a model like the policy, whose weights it then takes."""
+    def build(self, context: RunContext) -> "SyncedModel":
+        return SyncedModel(context.policy, context.model.reference_model(), self.sync_every)
+
+
+class SyncedModel(Reference):
+    """The reference of :class:`ModelReference`.
+
+    Args:
+        policy (LogProbDecoder): the policy.
+        model (LogProbDecoder): a model like it, whose trainable weights are replaced by the policy's.
+        sync_every (int | None): optimizer steps between two syncs; None never syncs.
+    """
+
+    def __init__(self, policy: LogProbDecoder, model: LogProbDecoder, sync_every: int | None) -> None:
+        super().__init__(sync_every)
         self.policy = policy
-        self.model = context.new_model().eval().requires_grad_(False)
-        self.sync(0)
+        self.model = model.eval().requires_grad_(False)
+        self.become_policy(0)
 
     def log_probs(self, rows: Rows) -> Tensor:
         """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
         return fixed_log_probs(self.model, rows)
 
-    def sync(self, step: int) -> None:
+    def become_policy(self, step: int) -> None:
         """Copies what trains in the policy, each rank its own shards."""
         self._copy(trainable_parameters(self.policy))
 

@@ -3,6 +3,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
@@ -17,17 +18,20 @@ from torchtune import utils
 from tqdm import tqdm
 
 from humanline.data import Group, Rows
-from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.reference._reference import Reference
+from humanline.distributed import on_any_rank
+from humanline.errors import ConfigError, TrainingError
+from humanline.models import fixed_log_probs
+from humanline.reference._reference import Reference, Strategy
 from humanline.reference._run_context import RunContext
 
 log = utils.get_logger("INFO")
 
 SECONDS_BETWEEN_WRITES = 300.0
+_OTHER_RULE = "for syncs at other steps set reference._component_: humanline.reference.ModelReference"
 
 
-class WindowedReference(Reference):
+@dataclass(frozen=True)
+class WindowedReference(Strategy):
     """The reference without a model: at a sync the policy *is* the reference, so its log-probs are taken right then.
 
     At a sync, in passes without gradient and in evaluation mode, the policy gives the log-probs of every response that
@@ -51,18 +55,10 @@ class WindowedReference(Reference):
         ConfigError: if ``sync_every`` is not a positive whole number or None.
     """
 
-    def __init__(self, sync_every: int | None = 1, cache_dir: str | None = None) -> None:
-        super().__init__(sync_every)
-        self.cache_dir = Path(
-            cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "humanline"
-        ).expanduser()
-        self.window: dict[str, Tensor] = {}
-        self.fingerprint = ""
-        self.until = 0
+    cache_dir: str | None = None
 
-    def setup(self, policy: LogProbDecoder, context: RunContext) -> None:
-        """Takes the first window.
-
+    def build(self, context: RunContext) -> "Window":
+        """
         Raises:
             ConfigError: if the source samples groups after the sync whose reference they belong to.
         """
@@ -72,22 +68,53 @@ class WindowedReference(Reference):
                 "this source samples their groups later; take humanline.reference.ModelReference, or AdapterReference "
                 "for a model with an adapter"
             )
-        self.policy = policy
-        self.passes: Callable[[int], Iterable[Rows]] = context.passes
-        self.total_steps = context.total_steps
-        if self.sync_every is None:
-            self.fingerprint = context.fingerprint()
-            self._take_all(self.cache_dir / f"{self.fingerprint}_{context.computation}")
+        cache = self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "humanline"
+        return Window(context, context.passes, self.sync_every, Path(cache).expanduser())
+
+
+class Window(Reference):
+    """The reference of :class:`WindowedReference`, with the window of the first steps, or of all if it never syncs.
+
+    Args:
+        context (RunContext): the run.
+        passes (Callable[[int], Iterable[Rows]]): the passes of an optimizer step.
+        sync_every (int | None): optimizer steps between two syncs; None never syncs.
+        cache_dir (Path): where the log-probs of frozen references are kept on disk.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        passes: Callable[[int], Iterable[Rows]],
+        sync_every: int | None,
+        cache_dir: Path,
+    ) -> None:
+        super().__init__(sync_every)
+        self.policy, self.passes, self.total_steps = context.policy, passes, context.total_steps
+        self.window: dict[str, Tensor] = {}
+        self.fingerprint = ""
+        self.until = 0
+        if sync_every is None:
+            self.fingerprint = context.model.fingerprint()
+            self._take_all(cache_dir / f"{self.fingerprint}_{context.model.computation()}")
         elif not context.resumes:
-            self.sync(0)
+            self.become_policy(0)
 
     def log_probs(self, rows: Rows) -> Tensor:
-        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
-        return torch.cat([self.window[key] for key in _keys(rows.groups)]).to(rows.targets.device)
+        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``.
 
-    def sync(self, step: int) -> None:
+        Raises:
+            TrainingError: if a sync came later than ``sync_every`` says.
+        """
+        try:
+            return torch.cat([self.window[key] for key in _keys(rows.groups)]).to(rows.targets.device)
+        except KeyError:
+            raise TrainingError(f"reference: its window ends with step {self.until}; {_OTHER_RULE}") from None
+
+    def become_policy(self, step: int) -> None:
         """Takes the window of the steps after this one, up to the next sync."""
-        assert self.sync_every is not None  # or there is no sync
+        if self.sync_every is None:
+            raise TrainingError(f"reference: sync_every: null keeps one window for the whole run; {_OTHER_RULE}")
         self.window.clear()
         self._take(range(step + 1, step + self.sync_every + 1))
 
@@ -127,7 +154,7 @@ class WindowedReference(Reference):
             for rows in self.passes(step):
                 keys = list(_keys(rows.groups))
                 self.window |= {key: known[key] for key in keys if key in known}
-                if _on_any_rank(not self.window.keys() >= set(keys)):
+                if on_any_rank(not self.window.keys() >= set(keys))[0]:
                     log_probs = fixed_log_probs(self.policy, rows).cpu()
                     each = log_probs.split(rows.mask.sum(1).tolist())
                     self.window |= {key: mine.clone() for key, mine in zip(keys, each, strict=True)}
@@ -154,12 +181,6 @@ def _keys(groups: Sequence[Group]) -> Iterator[str]:
             key = prompt.copy()
             key.update(array("i", response))
             yield key.hexdigest()
-
-
-def _on_any_rank(here: bool) -> bool:
-    flag = torch.tensor(here, dtype=torch.int32)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
 """Engines that sample completions, and the prompts they complete."""
 
-from humanline.rollout._connection import Stopped
-from humanline.rollout._engine import Completion, TorchtuneEngine
+from humanline.errors import Stopped
+from humanline.rollout._engine import Completion, Engine
 from humanline.rollout._http_engine import HTTPEngine
 from humanline.rollout._in_process import InProcessEngine
-from humanline.rollout._online_source import Engine, OnlineSource
+from humanline.rollout._online_source import OnlineSource
 from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._reward import Reward, checked_scores
+from humanline.rollout._round_plan import RoundPlan, Steps
+from humanline.rollout._sampled_source import SampledSource
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
+from humanline.rollout._torchtune_engine import TorchtuneEngine
 
 __all__ = [
     "Completion",
@@ -18,7 +21,10 @@ __all__ = [
     "OnlineSource",
     "Prompt",
     "Reward",
+    "RoundPlan",
+    "SampledSource",
     "SamplingParams",
+    "Steps",
     "Stopped",
     "TorchtuneEngine",
     "checked_scores",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
-from humanline.errors import TrainingError
+from humanline.errors import Stopped, TrainingError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,10 +23,6 @@ T = TypeVar("T")
 _NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
 _POLL_SECONDS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.5  # at whether waiting has ended
-
-
-class Stopped(TrainingError):
-    """Waiting was ended from outside."""
 
 
 class Gone(Exception):

@@ -91,11 +91,6 @@ class EmptyRounds:
         for key, value in state.items():
             setattr(self, key, tuple(value) if isinstance(value, list) else value)
 
-    def may_go_on(self, most: int) -> None:
-        """Lets a run that resumes where so many in a row have ended one begin to count anew."""
-        if self.in_a_row >= most:
-            self.begin_again()
-
 
 def _wider(range: tuple[float, float], scores: Sequence[float]) -> tuple[float, float]:
     return min([range[0], *scores]), max([range[1], *scores])

@@ -1,39 +1,13 @@
-"""Batched sampling from a torchtune decoder, in this process: token ids in, token ids out.
+"""What draws completions: token ids in, token ids out."""
 
-1. Admit: when enough slots of the KV cache are free, waiting prompts are prefilled, each once for all its samples.
-2. Step: every row's last token goes through the model, at the row's own position, and the next token is drawn.
-3. Retire: finished rows leave, and rows from the end take their slots, so that a step costs what its live rows cost.
-
-Token t of sample j of prompt i is drawn with the t-th number of a generator of its own, seeded by (seed, i, j) or what
-the caller gives in the place of i. So neither the batch size nor a row's neighbours change a completion, up to the
-rounding of the logits.
-
-Left out: more than one device, and paging (a slot is as long as the longest sequence can get).
-"""
-
-import random
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
-
-from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder
-from humanline.rollout._connection import Stopped
-from humanline.rollout._kv_cache import KVCache, Prefill, Step, attached
-from humanline.rollout._sampling import SamplingParams, draw
-
-__all__ = ["Completion", "TorchtuneEngine"]
-
-# Padded prompt tokens in one pass: enough to keep any device busy, while activations stay small beside the weights.
-_PREFILL_TOKENS = 8192
-# Not cuDNN's, which plans anew for each shape: a step's shape is new with each token.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+from humanline.rollout._sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,227 +23,46 @@ class Completion:
     logps: list[float] | None = field(default=None, compare=False)
 
 
-class TorchtuneEngine:
-    """Samples from a torchtune decoder.
+class Engine(ABC):
+    """Draws completions from the policy.
 
-    The decoder stays the caller's: it is touched only while completions are being drawn.
-
-    Args:
-        model (TransformerDecoder | LogProbDecoder): a decoder with torchtune's ``MultiHeadAttention`` (Llama 3,
-            Qwen2.5, SmolLM2) or humanline's Gemma 2.
-        stop_tokens (Sequence[int]): ids that end a completion.
-        batch_size (int): the most completions drawn at a time.
-        token_ids (Collection[int] | None): the ids that may be drawn; None lets all be. Of a padded vocabulary only
-            some have a token. The log-probs of completions are those over all rows, as in training.
-
-    Raises:
-        ConfigError: if ``batch_size`` is not positive, the model's attention is of another kind, or no stop token may
-            be drawn.
+    Attributes:
+        in_process (bool): whether it samples with the very weights that train.
+        weights_dir (Path | None): the folder into which each round's weights are written for it; None writes none.
     """
 
-    def __init__(
-        self,
-        model: TransformerDecoder | LogProbDecoder,
-        *,
-        stop_tokens: Sequence[int],
-        batch_size: int,
-        token_ids: Collection[int] | None = None,
-    ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size: {batch_size!r} is not a whole number of at least 1")
-        for layer in model.layers:
-            if not isinstance(layer.attn, MultiHeadAttention):
-                raise ConfigError(
-                    f"model: its attention is a {type(layer.attn).__name__}, and sampling knows torchtune's "
-                    "MultiHeadAttention only; sample from the HF folder with another engine"
-                )
-        self._model = model
-        # Called by their forward alone, since what training has put around it (checkpointing, FSDP2's hooks, compiled
-        # code for training's shapes) has nothing to do here, and FSDP2 would take these calls for training's.
-        self._layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in model.layers]
-        self._stop_tokens = frozenset(stop_tokens)
-        self._batch_size = batch_size
-        self._stopped = False
-        rows = model.tok_embeddings.num_embeddings
-        self._masked: Tensor | None = None  # [V], True where no token is; None where each row has one
-        if token_ids is not None and not all(id in token_ids for id in range(rows)):
-            self._masked = torch.ones(rows, dtype=torch.bool)
-            self._masked[[id for id in token_ids if id < rows]] = False
-            if self._stop_tokens and not any(id < rows and not self._masked[id] for id in self._stop_tokens):
-                raise ConfigError(
-                    f"tokenizer: none of its stop tokens {sorted(self._stop_tokens)} has a token and a row among the "
-                    f"model's {rows}, so no response could end; let tokenizer.path and model name the same model"
-                )
+    in_process: ClassVar[bool] = False
+    weights_dir: Path | None = None
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
-    ) -> list[list[Completion]]:
-        """The completions of each prompt, in the order of the prompts. See :meth:`stream`."""
-        completions: list[dict[int, Completion]] = [{} for _ in prompts]
-        for prompt, sample, completion in self.stream(prompts, params, seeds):
-            completions[prompt][sample] = completion
-        return [[samples[j] for j in range(params.samples_per_prompt)] for samples in completions]
-
-    def stop(self) -> None:
-        """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped` at its next step."""
-        self._stopped = True
-
-    @torch.no_grad()
-    def stream(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, int, Completion]]:
-        """Yields ``(prompt index, sample index, completion)`` as completions finish.
+    @abstractmethod
+    def setup(self, tokenizer: Any, policy: LogProbDecoder) -> None:
+        """Called once on each rank, before anything is sampled.
 
         Args:
-            prompts (Sequence[Sequence[int]]): the token ids of each prompt, at least one.
-            params (SamplingParams): how completions are drawn.
-            seeds (Sequence[int] | None): what a prompt's draws depend on besides ``params.seed``; None takes the
-                prompt's place.
+            tokenizer (Any): the run's ``ChatTokenizer``.
+            policy (LogProbDecoder): what trains.
 
         Raises:
-            ConfigError: if a prompt is empty, or the model's ``max_seq_len`` leaves no room for ``max_new_tokens``.
-            Stopped: if :meth:`stop` was called.
+            ConfigError: if it cannot sample for this run.
         """
-        self._check(prompts, params)
-        # Long prompts first: what is prefilled together is of like length, and a lack of memory shows at once.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        # A prompt's samples enter together; where they outnumber the slots, in several parties.
-        party = min(params.samples_per_prompt, self._batch_size)
-        waiting = deque(
-            _Party(i, prompts[i], range(start, min(start + party, params.samples_per_prompt)), seeds[i] if seeds else i)
-            for i in order
-            for start in range(0, params.samples_per_prompt, party)
-        )
-        capacity = max(map(len, prompts), default=0) + params.max_new_tokens
-        slots = min(self._batch_size, len(prompts) * params.samples_per_prompt)
-        rows: list[_Row] = []
-        with attached(self._model, slots, capacity) as cache:
-            while waiting or rows:
-                if self._stopped:
-                    raise Stopped("sampling was stopped")
-                # Refilled in bulk: a prefill costs about as much as a step, however few its prompts.
-                if waiting and self._batch_size - len(rows) >= max(party, self._batch_size // 4):
-                    self._admit(waiting, rows, params, cache)
-                self._step(rows, params, cache)
-                for row in rows:
-                    if row.finish_reason is not None:
-                        yield row.prompt, row.sample, Completion(row.tokens, row.finish_reason, row.logps)
-                rows = _retire(rows, cache)
 
-    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ConfigError(f"prompts: prompt {i} is empty; a prompt has at least one token")
-            if len(prompt) + params.max_new_tokens > self._model.max_seq_len:
-                raise ConfigError(
-                    f"max_new_tokens: {params.max_new_tokens} after the {len(prompt)} tokens of prompt {i} is more "
-                    f"than the model's max_seq_len of {self._model.max_seq_len}; lower it, or shorten the prompt"
-                )
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """The completions of each prompt; fewer than ``params.samples_per_prompt`` where others cannot be trained on.
 
-    def _admit(self, waiting: "deque[_Party]", rows: "list[_Row]", params: SamplingParams, cache: KVCache) -> None:
-        """Fills the free slots from the head of the queue, and appends their rows."""
-        admitted: list[_Party] = []
-        free = self._batch_size - len(rows)
-        while waiting and len(waiting[0].samples) <= free:
-            admitted.append(waiting.popleft())
-            free -= len(admitted[-1].samples)
-        # The last token of a prompt is its rows' first step, so prefill itself needs no logits.
-        length = max(1, len(admitted[0].tokens) - 1)
-        prompts_per_pass = max(1, _PREFILL_TOKENS // length)
-        for i in range(0, len(admitted), prompts_per_pass):
-            parties = admitted[i : i + prompts_per_pass]
-            tokens = torch.zeros(len(parties), length, dtype=torch.int64)
-            for row, party in zip(tokens, parties, strict=True):
-                row[: len(party.tokens) - 1] = torch.tensor(party.tokens[:-1], dtype=torch.int64)
-            copies = [prompt for prompt, party in enumerate(parties) for _ in party.samples]
-            cache.current = Prefill(copies, len(rows), self._device)
-            self._hidden(tokens.to(self._device), torch.arange(length, device=self._device)[None])
-            rows += [
-                _Row(party.prompt, j, party.tokens, f"{params.seed} {party.seed} {j}")
-                for party in parties
-                for j in party.samples
-            ]
+        Args:
+            prompts (Sequence[Sequence[int]]): the token ids of this rank's prompts; there may be none.
+            params (SamplingParams): how completions are drawn.
+            seeds (Sequence[int]): one for each prompt, which decides its draws.
+        """
 
-    def _step(self, rows: "list[_Row]", params: SamplingParams, cache: KVCache) -> None:
-        """Draws every row's next token."""
-        tokens = torch.tensor([[row.last] for row in rows], device=self._device)
-        cache.current = step = Step([row.position for row in rows], self._device)
-        logits = self._model.unembed(self._hidden(tokens, step.positions[:, None])).squeeze(1)
-        uniforms = torch.tensor([1 - row.rng.random() for row in rows], dtype=torch.float32, device=self._device)
-        drawn = draw(self._drawable(logits), uniforms, temperature=params.temperature, top_p=params.top_p)
-        logps = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
-        for row, token, logp in zip(rows, drawn.tolist(), logps.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logps.append(logp)
-            if token in self._stop_tokens:
-                row.finish_reason = "stop"
-            elif len(row.tokens) == params.max_new_tokens:
-                row.finish_reason = "length"
+    def ready(self) -> None:
+        """Waits until it can sample; called on rank 0 before the ranks ask together, while they wait."""
 
-    def _drawable(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, V]`` without those of ids that no token has."""
-        if self._masked is None:
-            return logits
-        self._masked = self._masked.to(logits.device)
-        return logits.masked_fill(self._masked, -torch.inf)
+    def update(self, folder: Path, *, announce: bool = True) -> None:
+        """Takes over the weights in a folder of ``weights_dir``; rank 0's engine first, with ``announce=True``."""
 
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token ids ``[B, S]`` to hidden states ``[B, S, D]``, through the cache."""
-        hidden = self._model.tok_embeddings(tokens)
-        with sdpa_kernel(_KERNELS):
-            for layer in self._layers:
-                hidden = layer.forward(hidden, input_pos=positions)
-        return hidden
-
-
-@dataclass(frozen=True, slots=True)
-class _Party:
-    """A prompt and those of its samples that enter the batch together."""
-
-    prompt: int
-    tokens: Sequence[int]
-    samples: range
-    seed: int
-
-
-@dataclass(slots=True)
-class _Row:
-    """A completion being drawn."""
-
-    prompt: int
-    sample: int
-    prompt_tokens: Sequence[int]
-    seed: str
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-    rng: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-
-    @property
-    def last(self) -> int:
-        """The token that predicts the next one; it is not in the cache yet."""
-        return self.tokens[-1] if self.tokens else self.prompt_tokens[-1]
-
-    @property
-    def position(self) -> int:
-        """Where ``last`` stands in the sequence."""
-        return len(self.prompt_tokens) + len(self.tokens) - 1
-
-
-def _retire(rows: list[_Row], cache: KVCache) -> list[_Row]:
-    """The live rows, those from the end moved into the slots that finished rows leave."""
-    live = [r for r, row in enumerate(rows) if row.finish_reason is None]
-    vacant = [r for r, row in enumerate(rows[: len(live)]) if row.finish_reason is not None]
-    if vacant:
-        movers = live[-len(vacant) :]
-        cache.move(movers, vacant)
-        for slot, mover in zip(vacant, movers, strict=True):
-            rows[slot] = rows[mover]
-    return rows[: len(live)]
+    def stop(self) -> None:
+        """Called in another thread when the run has been asked to end: ``generate`` then raises Stopped soon."""

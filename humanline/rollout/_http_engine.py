@@ -31,7 +31,7 @@ from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.models import LogProbDecoder
 from humanline.rollout._connection import Connection, Gone, Refused
-from humanline.rollout._engine import Completion
+from humanline.rollout._engine import Completion, Engine
 from humanline.rollout._reply import Reply, read_reply
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 _PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
 
 
-class HTTPEngine:
+class HTTPEngine(Engine):
     """Samples from a server that speaks the completions API of OpenAI.
 
     Args:
@@ -113,14 +113,13 @@ class HTTPEngine:
 
     # ---- Set-up
 
-    def setup(self, tokenizer: ChatTokenizer, policy: LogProbDecoder | None = None, *_: object) -> None:
+    def setup(self, tokenizer: ChatTokenizer, policy: LogProbDecoder | None = None) -> None:
         """Asks whether the server is there and, if the model has its name already, whether it is the right one.
 
         Args:
             tokenizer (ChatTokenizer): the policy's.
             policy (LogProbDecoder | None): the policy, of which the server has a copy; its embedding may have rows
                 that no token has.
-            _ (object): what an engine in this process needs besides.
 
         Raises:
             ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.

@@ -1,45 +1,37 @@
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from humanline.models import LogProbDecoder
-from humanline.rollout._engine import Completion, TorchtuneEngine
+from humanline.models import LogProbDecoder, whole_weights
+from humanline.rollout._engine import Completion, Engine
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
+from humanline.rollout._torchtune_engine import TorchtuneEngine
 
 
-class InProcessEngine:
+class InProcessEngine(Engine):
     """Samples from the policy itself, by :class:`TorchtuneEngine`; each rank has the whole weights while it does.
 
     Args:
         batch_size (int): the most completions that a rank draws at a time.
     """
 
+    in_process: ClassVar[bool] = True
+
     def __init__(self, batch_size: int = 64) -> None:
         self.batch_size = batch_size
 
-    def setup(self, tokenizer: Any, policy: LogProbDecoder, whole: Callable[[], AbstractContextManager[None]]) -> None:
-        """
-        Args:
-            tokenizer (Any): a ``ChatTokenizer``.
-            policy (LogProbDecoder): what is sampled from.
-            whole (Callable[[], AbstractContextManager[None]]): gives each rank the policy's whole weights.
-        """
-        self.whole = whole
+    def setup(self, tokenizer: Any, policy: LogProbDecoder) -> None:
+        self.policy = policy
         self.engine = TorchtuneEngine(
-            policy,
-            stop_tokens=tokenizer.stop_tokens,
-            batch_size=self.batch_size,
-            token_ids=token_ids(tokenizer),
+            policy, stop_tokens=tokenizer.stop_tokens, batch_size=self.batch_size, token_ids=token_ids(tokenizer)
         )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """The completions of each prompt, which are this rank's; all ranks call it together, and one may have none."""
-        with self.whole():
+        with whole_weights(self.policy):
             return self.engine.generate(prompts, params, seeds)
 
     def stop(self) -> None:
-        """Ends sampling for good; what is under way raises :class:`~humanline.rollout.Stopped`."""
         self.engine.stop()

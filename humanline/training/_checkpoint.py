@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
+from humanline.distributed import check_same, first_error, gathered
 from humanline.errors import ConfigError
 from humanline.reference import Reference
-from humanline.training._agreement import check_same, first_error, gathered
 from humanline.training._lr_schedule import replay
 
 log = utils.get_logger("INFO")

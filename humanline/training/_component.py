@@ -45,7 +45,12 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{key}._component_: {path} cannot be used: {reason}") from error
     except ValueError as error:
         raise ConfigError(f"{key}: {_said(error)}; correct its arguments") from error
-    except Exception as error:  # packages have errors of their own, as a logger without its key has
+    except Exception as error:
+        # Packages have errors of their own, as a logger without its key has; another of Python's takes a traceback.
+        if type(error).__module__ == "builtins" and not isinstance(
+            error, TypeError | AssertionError | OSError | RuntimeError
+        ):
+            raise
         raise ConfigError(f"{key}: {path} cannot be built: {type(error).__name__}: {_said(error)}") from error
 
 

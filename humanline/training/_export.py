@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchtune import training, utils
 
+from humanline.distributed import first_error
 from humanline.models import adapter_modules, has_quantized_base, merged_name, merged_weight, trainable_parameters
 from humanline.training._adapter_files import write_adapter
-from humanline.training._agreement import first_error
 from humanline.training._kept_update import KeptUpdate
 from humanline.training._model import full_state_dict
 from humanline.training._replace import remove, replace_folder

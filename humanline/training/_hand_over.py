@@ -1,36 +1,34 @@
+import functools
 import shutil
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torchtune import utils
 
-from humanline.errors import ConfigError, TrainingError
-from humanline.training._agreement import gathered
-
-log = utils.get_logger("INFO")
+from humanline.distributed import together
+from humanline.errors import TrainingError
+from humanline.rollout import Engine
+from humanline.training._weights_out import WeightsOut
 
 
 class HandOver:
     """Gives an engine outside of this process the policy of each round, as a Hugging Face folder.
 
-    An engine in this process, which has no ``weights_dir``, needs none.
+    An engine without ``weights_dir``, such as one in this process, needs none.
 
     Args:
-        engine (Any): the engine.
-        write (Callable[[Path], str | None]): writes the policy into a folder; a collective, which returns its error.
+        engine (Engine): the engine.
+        weights_out (WeightsOut): writes the policy.
         output_dir (str): the run's folder. A note in it tells which folders there are, so that the next round's
             process removes them even if it is another one.
     """
 
-    def __init__(self, engine: Any, write: Callable[[Path], str | None], output_dir: str) -> None:
+    def __init__(self, engine: Engine, weights_out: WeightsOut, output_dir: str) -> None:
         self.engine = engine
-        self.where = getattr(engine, "weights_dir", None)
-        self.write = write
+        self.where = engine.weights_dir
+        self.weights_out = weights_out
         self.output_dir = Path(output_dir).resolve()
         self.note = self.output_dir / "rounds" / "weights"
         self.folders = self._noted()
@@ -52,25 +50,16 @@ class HandOver:
         folder = Path(self.where) / name[0]
         self.folders.append(str(folder.resolve()))
         self._take_note()
-        error = self.write(folder)
+        error = self.weights_out.hand_over(folder)
         if error is not None:
             raise TrainingError(f"the weights of round {round} could not be written: {error}")
         for announces in (True, False):  # rank 0 announces them; the others then only look
-            refusal: Exception | None = None
-            if (dist.get_rank() == 0) == announces:
-                try:
-                    self.engine.update(folder, announce=announces)
-                except (ConfigError, TrainingError) as failure:
-                    refusal = failure
-                except Exception as failure:  # an engine of somebody's own; the other ranks wait for this one
-                    log.exception(f"rank {dist.get_rank()}: the engine could not load the weights")
-                    reason = " ".join(repr(failure).split())[:300]
-                    refusal = TrainingError(
-                        f"rank {dist.get_rank()}: the engine could not load the weights of round {round} ({reason})"
-                    )
-            for each in gathered(refusal, self.ranks):
-                if each is not None:
-                    raise each
+            mine = (dist.get_rank() == 0) == announces
+            together(
+                functools.partial(self.engine.update, folder, announce=announces) if mine else _nothing,
+                self.ranks,
+                task=f"loading the weights of round {round}",
+            )
         if dist.get_rank() == 0:
             for other in map(Path, self.folders[:-1]):
                 shutil.rmtree(other, ignore_errors=True)
@@ -94,3 +83,7 @@ class HandOver:
             self.note.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text("\n".join([str(self.note), *self.folders]) + "\n")
             partial.replace(self.note)
+
+
+def _nothing() -> None:
+    """What a rank does whose turn it is not."""

@@ -1,15 +1,26 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from humanline.data import Group, GroupDataset, Rows
 from humanline.models import LogProbDecoder, fixed_log_probs
-from humanline.training._metrics import MetricSums
-from humanline.training._objectives import Objective
+from humanline.training._metrics import Metrics, MetricSums
 from humanline.training._passes import Passes
 
 CPU = torch.device("cpu")
+
+
+class Measure(Protocol):
+    """A recipe's ``loss_and_metrics``."""
+
+    def __call__(
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, /, **kl: Tensor
+    ) -> tuple[Tensor, Metrics]: ...
+
+
+KLBaseline = Callable[[Iterable[tuple[Rows, int, Tensor]]], Tensor]
 
 
 class HeldOut:
@@ -20,14 +31,22 @@ class HeldOut:
 
     Args:
         dataset (GroupDataset): the groups.
-        objective (Objective): what to measure.
         passes (Passes): lays them out.
         policy (LogProbDecoder): the initial policy.
+        measure (Measure): the recipe's ``loss_and_metrics``.
+        kl_baseline (KLBaseline | None): the recipe's, if its objective has one; ``measure`` gets its result as ``kl``.
     """
 
-    def __init__(self, dataset: GroupDataset, objective: Objective, passes: Passes, policy: LogProbDecoder) -> None:
-        self.objective = objective
-        self.policy = policy
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        passes: Passes,
+        policy: LogProbDecoder,
+        measure: Measure,
+        kl_baseline: KLBaseline | None = None,
+    ) -> None:
+        self.loss = passes.objective.loss
+        self.policy, self.measure, self.kl_baseline = policy, measure, kl_baseline
         self.device = passes.device
         groups = list(dataset)
         self.passes, self.kl_passes = (
@@ -35,18 +54,17 @@ class HeldOut:
                 (rows.to(CPU), weight, fixed_log_probs(policy, rows).cpu())
                 for rows, weight in _shared_out(passes.cut(part), passes)
             ]
-            for part in (groups, objective.kl_groups(groups, dataset.budget))
+            for part in (groups, passes.objective.kl_groups(groups, dataset.budget))
         )
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """The means over all groups under the policy as it is now; a collective."""
         sums = MetricSums(self.device)
-        kl = self.objective.kl_baseline(self.policy, self._here(self.kl_passes))
+        baseline = {} if self.kl_baseline is None else {"kl": self.kl_baseline(self._here(self.kl_passes))}
         for rows, weight, initial_logps in self._here(self.passes):
-            logps = fixed_log_probs(self.policy, rows)
-            loss, metrics = self.objective(logps, initial_logps, rows, draws=None, kl=kl)
-            metrics |= {"loss": (loss, self.objective.num_terms(rows.groups))}
+            loss, metrics = self.measure(fixed_log_probs(self.policy, rows), initial_logps, rows, None, **baseline)
+            metrics |= {"loss": (loss, self.loss.num_terms(rows.lengths))}
             sums.add(metrics if weight else dict.fromkeys(metrics, (0, 0)))
         return sums.means()
 

@@ -1,9 +1,46 @@
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from humanline.data import best_and_worst
+from humanline.losses import PerceptualLoss, token_kl, token_log_ratio, unclamped
+
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
 """What an objective measures on one pass: name -> (sum, count); logged is the quotient over passes and ranks."""
+
+
+def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, mask: Tensor) -> Metrics:
+    """``kl``, the mean over tokens of ``exp(-l_t) + l_t - 1``, and ``unclamped``, the share of the tokens with non-zero
+    ``l_t`` that lie inside the loss's bounds (absent when no token moved).
+
+    Args:
+        loss (PerceptualLoss): has the bounds.
+        policy (Tensor): token log-probs under the policy, nats, ``[B, S]``.
+        reference (Tensor): the same under the reference, ``[B, S]``.
+        mask (Tensor): True at response tokens, bool ``[B, S]``.
+    """
+    log_ratio = token_log_ratio(policy.detach(), reference, mask)
+    return {"kl": (token_kl(log_ratio).sum(), mask.sum()), "unclamped": unclamped(log_ratio, mask, *loss.bounds)}
+
+
+def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
+    """In how many groups the best response is likelier than the worst, and in how many there is a best and a worst.
+
+    The parts of a group that was cut count as groups.
+
+    Args:
+        log_probs (Tensor): of all the groups' responses, nats, ``[B]``.
+        values (Sequence[Sequence[float]]): what each group's responses are worth.
+    """
+    best, worst, start = [], [], 0
+    for group in values:
+        if (found := best_and_worst(group)) is not None:
+            best.append(start + found[0])
+            worst.append(start + found[1])
+        start += len(group)
+    return (log_probs[best] > log_probs[worst]).sum(), len(best)
 
 
 class MetricSums:

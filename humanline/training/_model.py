@@ -1,22 +1,28 @@
 """From a builder and a state dict to a model that returns log-probs, sharded over ranks or whole on one device."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 
 from humanline.errors import ConfigError
-from humanline.models import LogProbDecoder, adapter_modules, fill_rotary_tables, freeze_base, local_shard
+from humanline.models import (
+    LogProbDecoder,
+    adapter_modules,
+    cast_parameters,
+    fill_rotary_tables,
+    freeze_base,
+    local_shard,
+)
 from humanline.models._adapter import quantized_like
 
 
@@ -104,6 +110,7 @@ def design_model(
     """The model of :func:`build_model` without memory, on the meta device."""
     with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
+    model.compute_dtype = compute_dtype
     if adapter_modules(model):
         freeze_base(model, param_dtype)
     else:
@@ -157,55 +164,16 @@ def _compute_in(model: LogProbDecoder, dtype: torch.dtype) -> None:
     backward casts again; one that is not keeps its casts until then.
     """
     for module in (*model.layers, model):
-        module.forward = _with_cast_parameters(module, module.forward, dtype)
+        module.forward = _withcast_parameters(module, module.forward, dtype)
 
 
-def _with_cast_parameters(root: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+def _withcast_parameters(root: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
     @functools.wraps(forward)
     def cast_forward(*args: Any, **kwargs: Any) -> Any:
-        with _cast_parameters(root, dtype):
+        with cast_parameters(root, dtype):
             return forward(*args, **kwargs)
 
     return cast_forward
-
-
-@contextmanager
-def _cast_parameters(root: nn.Module, dtype: torch.dtype, of_layers: bool = False) -> Iterator[None]:
-    skipped = set() if of_layers or not isinstance(root, LogProbDecoder) else set(root.layers.modules())
-    replaced = []
-    for module in root.modules():
-        if module not in skipped:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype != dtype and parameter.is_floating_point():
-                    replaced.append((module, name, parameter))
-    for module, name, parameter in replaced:
-        module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
-
-
-@contextmanager
-def whole_weights(model: LogProbDecoder, compute_dtype: torch.dtype) -> Iterator[None]:
-    """For the length of the block each rank has the whole model in the dtype in which it computes: what FSDP2 sharded
-    is gathered once, and what is kept in another dtype is cast once. The ranks may then call it as each of them likes.
-    """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if units:
-        # The root has to set itself up before its layers are called without it.
-        model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        with nullcontext() if units else _cast_parameters(model, compute_dtype, of_layers=True):
-            yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.reshard()
 
 
 def full_state_dict(model: nn.Module, *, rank: int, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from humanline.data import Group, Rows
-from humanline.training._agreement import gathered
+from humanline.distributed import gathered
 
 
 class NonFinite:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from humanline.distributed import first_error, gathered
 from humanline.errors import ConfigError
-from humanline.training._agreement import first_error, gathered
 from humanline.training._launch import launch_name
 
 PATIENCE_S = 120

@@ -5,9 +5,10 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from humanline.data import Group, OfflineSource, RowBudget, Rows, lay_out, pack, parts
-from humanline.rollout import OnlineSource
+from humanline.data import Group, RowBudget, Rows, Source, TokenBudget, lay_out, pack, parts
+from humanline.training._draws import uniform_draws
 from humanline.training._objectives import Objective
 
 
@@ -15,24 +16,40 @@ class Passes:
     """A rank's share of the groups, in passes that the row budget allows.
 
     Args:
-        source (OfflineSource | OnlineSource): the groups.
         objective (Objective): says which groups need to stay whole, and what KL sequences there are.
         budget (RowBudget): what a pass may hold.
+        limits (TokenBudget): what sequences are cut to.
         device (torch.device): where the passes go.
+        seed (int): the run's seed, of humanline sampling's draws.
     """
 
     def __init__(
-        self,
-        source: OfflineSource | OnlineSource,
-        objective: Objective,
-        budget: RowBudget,
-        device: torch.device,
+        self, objective: Objective, budget: RowBudget, limits: TokenBudget, device: torch.device, seed: int
     ) -> None:
-        self.source = source
-        self.objective = objective
-        self.budget = budget
-        self.device = device
+        self.objective, self.budget, self.limits, self.device, self.seed = objective, budget, limits, device, seed
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def of(self, microbatch: list[Group], step: int, index: int) -> Iterator[tuple[Rows, int, Tensor | None]]:
+        """This rank's passes of a global microbatch.
+
+        Args:
+            microbatch (list[Group]): the groups of all ranks.
+            step (int): optimizer step, 1-based.
+            index (int): which microbatch of the step it is.
+
+        Returns:
+            Iterator[tuple[Rows, int, Tensor | None]]: the rows of each pass; its weight, 0 for one that only keeps the
+            other ranks company; and humanline sampling's uniforms ``[2, B, S]``, None without it.
+        """
+        samples = self.objective.loss.perception == "sample"
+        places = self.places(microbatch) if samples else []
+        for rows, weight in self.over(self.share(microbatch)):
+            draws = uniform_draws(rows, self.seed, step, index, places).to(self.device) if samples else None
+            yield rows, weight, None if draws is None else rows.per_response(draws)
+
+    def of_kl(self, microbatch: list[Group]) -> Iterator[tuple[Rows, int]]:
+        """This rank's passes of the KL sequences of a global microbatch, with their weights; none without any."""
+        return self.over(self.share(self.objective.kl_groups(microbatch, self.limits)))
 
     def share(self, microbatch: list[Group]) -> list[Group]:
         """This rank's groups of a global microbatch, cut to rows."""
@@ -51,10 +68,6 @@ class Passes:
         sizes = [len(group.prompt) + sum(len(response) - 1 for response in group.responses) for group in microbatch]
         return deal(sizes, self.world_size)[self.rank]
 
-    def kl_share(self, microbatch: list[Group]) -> list[Group]:
-        """This rank's KL sequences of a global microbatch; none for an objective without them."""
-        return self.share(self.objective.kl_groups(microbatch, self.source.budget))
-
     def cut(self, groups: list[Group]) -> list[Group]:
         """The groups, cut into parts of a row where the objective does not need them whole."""
         if self.objective.whole_groups:
@@ -72,11 +85,11 @@ class Passes:
             rows = lay_out(groups, planned[min(index, len(planned) - 1)], self.budget)
             yield rows.to(self.device), int(index < len(planned))
 
-    def of_step(self, step: int) -> Iterator[Rows]:
+    def of_step(self, source: Source, step: int) -> Iterator[Rows]:
         """All passes of a step for which the loop asks the reference."""
-        for microbatch in self.source.batch(step):
-            for groups in (self.kl_share(microbatch), self.share(microbatch)):
-                yield from (rows for rows, _ in self.over(groups))
+        for microbatch in source.batch(step):
+            yield from (rows for rows, _ in self.of_kl(microbatch))
+            yield from (rows for rows, _ in self.over(self.share(microbatch)))
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -1,0 +1,62 @@
+"""Lets torchtune 0.6.1, its last release, import with torchao 0.16 and later.
+
+It needs five names that torchao has moved or dropped since. The module of NF4 is imported from its new place. The other
+names are imported by torchtune but used only by its quantizers: each becomes a stand-in that raises when it is used.
+
+An import hook does this at the moment when torchtune is imported, so a program that imports humanline first, as every
+recipe does, works with either torchao. Nothing here imports torch before that.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+_NF4 = ("torchao.dtypes.nf4tensor", "torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+_DROPPED = {
+    "torchao.dtypes": ("TensorCoreTiledLayout",),
+    "torchao.quantization": ("int4_weight_only", "int8_dynamic_activation_int4_weight"),
+}
+
+
+class _TorchtuneFinder:
+    """Finds nothing: it completes torchao when torchtune is about to be imported, and steps aside."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == "torchtune":
+            sys.meta_path.remove(self)
+            complete_torchao()
+        return None
+
+
+def complete_torchao() -> None:
+    """Adds to torchao the names that torchtune 0.6.1 imports and it lacks. A torchao that has them stays as it is."""
+    old, new = _NF4
+    try:
+        if importlib.util.find_spec(old) is None:
+            sys.modules[old] = importlib.import_module(new)
+        for module_name, names in _DROPPED.items():
+            module = importlib.import_module(module_name)
+            for name in names:
+                if not hasattr(module, name):
+                    setattr(module, name, _stand_in(module_name, name))
+    except ImportError:  # no torchao, or one of another layout: torchtune's own error says which import fails
+        return
+
+
+def _stand_in(module: str, name: str) -> type:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ImportError(
+            f"{module}.{name} is not in this torchao; torchtune's quantizers need torchao 0.15 or an earlier one"
+        )
+
+    return type(name, (), {"__init__": refuse, "__module__": module})
+
+
+if "torchtune" not in sys.modules:
+    sys.meta_path.insert(0, _TorchtuneFinder())

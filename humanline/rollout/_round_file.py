@@ -1,0 +1,109 @@
+"""A round of sampled groups, and its file in the format of ``humanline.data.encoded_groups``."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from humanline.data import Group
+from humanline.data._record import Record
+from humanline.errors import DataError
+
+
+@dataclass
+class Round:
+    """Groups that the policy sampled after ``policy_step`` optimizer steps.
+
+    Attributes:
+        groups (list[Group]): scored groups; of an empty round, its last answers, for people to look at.
+        policy_step (int): optimizer steps of the policy that sampled them.
+        empty (bool): whether they teach nothing.
+        metrics (dict[str, float]): what to log of it.
+    """
+
+    groups: list[Group]
+    policy_step: int
+    empty: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> list[float]:
+        return scores_of(self.groups)
+
+    def score_range(self) -> str:
+        """What the responses scored, for people."""
+        if not self.scores:
+            return "there is none"
+        low, high = min(self.scores), max(self.scores)
+        count = len(self.scores)
+        return f"all {count} scored {low:g}" if low == high else f"{count} scored {low:g} to {high:g}"
+
+
+def scores_of(groups: Sequence[Group]) -> list[float]:
+    return [score for group in groups for score in group.scores or ()]
+
+
+def write_round(file: Path, found: Round) -> None:
+    """Writes a round; the file gets its name once it is whole and on the disk.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name("round.partial")
+    of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
+    # A run that resumes logs them as this one does, but for the time, which is no function of the run.
+    of_round = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
+    with open(partial, "w") as lines:
+        for index, group in enumerate(found.groups):
+            line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
+            line |= {"logps": [each and [round(logp, 6) for logp in each] for each in group.logps or ()]}
+            line |= {"id": group.id} | (of_round if index == 0 else of_line)
+            lines.write(json.dumps(line) + "\n")
+        if not found.groups:
+            lines.write(json.dumps(of_round) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+    partial.rename(file)
+
+
+def policy_step(file: Path) -> int:
+    """The policy step of a round's file, by its first line alone."""
+    try:
+        with open(file) as lines:
+            step: int = json.loads(next(lines, ""))["policy_step"]
+            return step
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(file, repr(error)) from None
+
+
+def read_round(file: Path, tokenizer: Any) -> Round:
+    """Reads a round that :func:`write_round` wrote.
+
+    Raises:
+        DataError: if it cannot be read as a round.
+    """
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        size = getattr(tokenizer, "vocab_size", None)
+        groups = []
+        for number, row in enumerate(rows, start=1):
+            if "prompt" in row:
+                record = Record(f"line {number}", row, {})
+                prompt, responses = record.ids("prompt", size), record.id_lists("responses", size)
+                scores = record.scores("scores", len(responses))
+                groups.append(Group(prompt, responses, scores, id=row["id"]))
+        first = rows[0]
+        metrics = first.get("metrics", {})
+        metrics = metrics and metrics | {"rounds/seconds": 0.0}
+        return Round(groups, first["policy_step"], first.get("empty", False), metrics)
+    except DataError as error:
+        raise _unreadable(file, str(error)) from None
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(file, repr(error)) from None
+
+
+def _unreadable(file: Path, reason: str) -> DataError:
+    return DataError(f"{file}: cannot be read as a round ({reason}); delete it, to have it sampled again")

@@ -1,0 +1,140 @@
+"""Sampling and scoring a round, each rank a part of its prompts."""
+
+import math
+import time
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torchtune.utils import get_logger
+
+from humanline._seeds import stream_seed
+from humanline.data import Group, GroupDataset
+from humanline.distributed import together
+from humanline.errors import DataError, Stopped
+from humanline.rollout._empty_rounds import EmptyRounds
+from humanline.rollout._engine import Engine
+from humanline.rollout._reward import Reward, checked_scores
+from humanline.rollout._round_file import Round, scores_of
+from humanline.rollout._round_plan import RoundPlan
+
+log = get_logger("INFO")
+
+Derive = Callable[[GroupDataset], GroupDataset]
+
+MOST_ATTEMPTS = 8
+PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while a signal is soon heeded
+
+
+class RoundSampler:
+    """Samples rounds: the engine answers, the reward scores, the objective says what it can learn from.
+
+    Args:
+        plan (RoundPlan): the prompts.
+        engine (Engine): draws completions; every rank asks its own.
+        reward (Reward): scores them.
+        derive (Derive): makes of scored groups what the objective learns from.
+        empty_rounds (EmptyRounds): knows what scores are the best there are.
+        ranks (dist.ProcessGroup): the ranks that sample.
+
+    Raises:
+        DataError: if the reward cannot judge a prompt.
+    """
+
+    def __init__(
+        self,
+        plan: RoundPlan,
+        engine: Engine,
+        reward: Reward,
+        derive: Derive,
+        empty_rounds: EmptyRounds,
+        ranks: dist.ProcessGroup,
+    ) -> None:
+        self.plan, self.engine, self.reward, self.derive = plan, engine, reward, derive
+        self.empty_rounds, self.ranks = empty_rounds, ranks
+        self._stopped = False
+        # One that asks a server may fail on one rank alone.
+        together(lambda: reward(plan.prompts, [[] for _ in plan.prompts]), ranks, task="reward")
+
+    def stop(self) -> None:
+        """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises Stopped."""
+        self._stopped = True
+        for each in (self.engine, self.reward):
+            getattr(each, "stop", lambda: None)()
+
+    def sample(self, round: int, policy_step: int) -> Round:
+        """Samples a round of the policy as it is, after so many optimizer steps; the same on all ranks."""
+        start = time.perf_counter()
+        chosen = self.plan.prompts_of(round)
+        usable: dict[int, Group] = {}
+        answered: dict[int, Group] = {}
+        rewards: list[float] = []
+        sampled = tokens = 0
+        for attempt in range(MOST_ATTEMPTS):
+            open_ = [prompt for prompt in chosen if prompt not in usable]
+            sampled += len(open_)
+            answered = self._answer(open_, round, attempt)
+            for prompt, group in answered.items():
+                tokens += sum(map(len, group.responses))
+                rewards += group.scores or ()
+                if self._is_usable(group):
+                    usable[prompt] = group
+            if len(usable) == len(chosen) or (self.plan.source.equal_scores == "drop" and usable):
+                break
+            if not usable and self.empty_rounds.are_all_right(scores_of(list(answered.values()))):
+                break
+        kept = usable or answered  # of an empty round the last answers, for people to look at
+        found = Round([kept[prompt] for prompt in chosen if prompt in kept], policy_step, empty=not usable)
+        found.metrics = {
+            "rounds/reward": math.fsum(rewards),
+            "rounds/responses": len(rewards),
+            "rounds/dropped": len(chosen) - len(usable),
+            "rounds/empty": int(found.empty),
+            "rounds/tokens": tokens,
+            "rounds/seconds": time.perf_counter() - start,
+        }
+        if dist.get_rank() == 0:
+            log.info(
+                f"round {round}: {sampled} prompts x {self.plan.params.samples_per_prompt}, mean reward "
+                f"{found.metrics['rounds/reward']:.3f}, {len(chosen) - len(usable)} prompts left out"
+            )
+        return found
+
+    def _is_usable(self, group: Group) -> bool:
+        """Whether the objective learns from a group."""
+        try:
+            return len(self.derive(GroupDataset([self.plan.source.labelled(group)])).groups) > 0
+        except DataError:
+            return False
+
+    def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
+        """Scored groups of some prompts, by prompt, the same on all ranks. A response without a token is left out."""
+        together(self.engine.ready, self.ranks, on_rank_0=True, task="sampling")
+        mine = chosen[dist.get_rank() :: dist.get_world_size()]
+        parts = together(lambda: self._answer_mine(mine, round, attempt), self.ranks, task="sampling")
+        answered = {i: group for part in parts for i, group in part.items()}
+        return {i: answered[i] for i in chosen if i in answered}
+
+    def _answer_mine(self, mine: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
+        seeds = [stream_seed("completions", self.plan.steps.seed, round, prompt, attempt) for prompt in mine]
+        completions = self.engine.generate([self.plan.prompt_ids[i] for i in mine], self.plan.params, seeds)
+        completions = [[sample for sample in samples if sample.tokens] for samples in completions]
+        responses = [[sample.tokens for sample in samples] for samples in completions]
+        texts = [[self.plan.tokenizer.decode(response) for response in each] for each in responses]
+        found: list[list[float]] = []
+        while len(found) < len(mine):
+            if self._stopped:
+                raise Stopped("scoring was stopped")
+            part = slice(len(found), len(found) + PROMPTS_PER_CALL)
+            found += checked_scores(self.reward, [self.plan.prompts[i] for i in mine[part]], texts[part])
+        return {
+            i: Group(
+                self.plan.prompt_ids[i],
+                tuple(sample.tokens for sample in samples),
+                tuple(values),
+                id=f"{self.plan.prompts[i].where} in round {round}",
+                logps=tuple(sample.logps and array("f", sample.logps) for sample in samples),
+            )
+            for i, samples, values in zip(mine, completions, found, strict=True)
+            if samples
+        }

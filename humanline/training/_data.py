@@ -1,0 +1,155 @@
+"""The groups that a run trains on and is judged by, as far as they are known before there is a model."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import utils
+from torchtune.modules import TransformerDecoder
+
+from humanline.data import GroupDataset, OfflineSource, Rows, Source, pack, parts
+from humanline.distributed import check_same
+from humanline.errors import DataError
+from humanline.models import LogProbDecoder
+from humanline.rollout import OnlineSource, RoundPlan, SampledSource, Steps
+from humanline.training._component import component, is_given
+from humanline.training._environment import Environment
+from humanline.training._hand_over import HandOver
+from humanline.training._lr_schedule import rehearse_optimizer
+from humanline.training._objectives import Objective
+from humanline.training._passes import Passes
+from humanline.training._weights import build_decoder
+from humanline.training._weights_out import WeightsOut
+
+log = utils.get_logger("INFO")
+
+
+class Data:
+    """Reads the datasets or prompts of a config, and checks that the objective, the model and a row can take them.
+
+    The optimizer and the schedule are rehearsed for as many steps, and engine and reward are built, since they can
+    fail cheaply. A collective.
+
+    Args:
+        cfg (DictConfig): the whole config.
+        environment (Environment): where the run takes place.
+        objective (Objective): what it learns from.
+
+    Attributes:
+        held_out (GroupDataset | None): the groups of ``dataset_val``.
+        steps_per_epoch (int): optimizer steps of an epoch.
+        total_steps (int): optimizer steps of the run.
+        passes (Passes): lays groups out for this rank.
+
+    Raises:
+        ConfigError: if a component cannot be built, or batches and data do not fit.
+        DataError: naming a group that does not fit the model or a row.
+    """
+
+    def __init__(self, cfg: DictConfig, environment: Environment, objective: Objective) -> None:
+        self.cfg, self.environment, self.objective = cfg, environment, objective
+        settings = environment.settings
+        self.budget = settings.row_budget(environment.device)
+        self.tokenizer = component(cfg, "tokenizer")
+        with torch.device("meta"):
+            self.shape: TransformerDecoder = build_decoder(cfg)
+        self.steps = Steps(
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            world_size=environment.world_size,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+            max_steps_per_epoch=settings.max_steps_per_epoch,
+        )
+        self.known = self._known()
+        objective.check_microbatch(settings.batch_size * environment.world_size, "batch_size")
+        held_out = component(cfg, "dataset_val", self.tokenizer)
+        self.held_out = None if held_out is None else self._examples("dataset_val", held_out)
+        if self.held_out is not None:
+            objective.check_microbatch(len(self.held_out), "dataset_val")
+        self.steps_per_epoch = self.known.steps_per_epoch
+        check_same(
+            {
+                "groups": self.known.digest(),
+                "groups of dataset_val": self.held_out and self.held_out.digest(),
+                "steps_per_epoch": self.steps_per_epoch,
+            }
+        )
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.passes = Passes(objective, self.budget, self._limits, environment.device, settings.seed)
+        rehearse_optimizer(cfg, self.shape, environment.device, self.total_steps)
+        self.engine, self.reward = component(cfg, "engine"), component(cfg, "reward")
+
+    @property
+    def ahead(self) -> Callable[[int], Iterable[Rows]] | None:
+        """The passes of an optimizer step, where its groups are known before the step; else None."""
+        known = self.known
+        return functools.partial(self.passes.of_step, known) if isinstance(known, OfflineSource) else None
+
+    def source(self, policy: LogProbDecoder, weights_out: WeightsOut) -> Source:
+        """Where the groups come from: the dataset, or the policy itself.
+
+        Args:
+            policy (LogProbDecoder): the policy.
+            weights_out (WeightsOut): writes it for an engine outside of this process.
+
+        Raises:
+            ConfigError: if the engine cannot sample for this run.
+        """
+        if isinstance(self.known, OfflineSource):
+            return self.known
+        output_dir = self.environment.settings.output_dir
+        self.engine.setup(self.tokenizer, policy)
+        hand_over = HandOver(self.engine, weights_out, output_dir)
+        return SampledSource(
+            self.known, self.engine, self.reward, self.objective.examples, hand_over, output_dir, self.total_steps
+        )
+
+    def left_out(self) -> list[str]:
+        """What to say of groups that no step takes: a line for each reason."""
+        return self.known.left_out()
+
+    def _known(self) -> OfflineSource | RoundPlan:
+        """What is known of the groups of all steps: the groups themselves, or the prompts that they will answer."""
+        if is_given(self.cfg, "source"):
+            online: OnlineSource = component(self.cfg, "source")
+            plan = online.plan(self.tokenizer, self.steps)
+            self._limits = plan.budget
+            self._fitting("source.max_new_tokens", plan.longest())
+            return plan
+        dataset = self._examples("dataset", component(self.cfg, "dataset", self.tokenizer))
+        if self.environment.rank == 0 and (warning := self.objective.imbalance_warning(dataset)):
+            log.warning(warning)
+        self._limits = dataset.budget
+        return OfflineSource(dataset, **vars(self.steps))
+
+    def _examples(self, key: str, dataset: GroupDataset) -> GroupDataset:
+        """The objective's groups of a dataset."""
+        dataset = self._fitting(f"{key}.max_tokens", dataset)
+        if self.environment.rank == 0:
+            log.info(f"{key}: {dataset.report()}")
+        return dataset
+
+    def _fitting(self, limit: str, dataset: GroupDataset) -> GroupDataset:
+        """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
+        dataset = self.objective.examples(dataset)
+        shape, budget = self.shape, self.budget
+        vocabulary = shape.tok_embeddings.num_embeddings
+        kl_group = self.objective.longest_kl_group(dataset)
+        for group in [*dataset, kl_group] if kl_group else dataset:
+            pack([group] if self.objective.whole_groups else parts(group, budget), budget)
+            longest = len(group.prompt) + max(map(len, group.responses)) - 1
+            if longest > shape.max_seq_len:
+                raise DataError(
+                    f"{group.id}: prompt and response take {longest} positions, the model has {shape.max_seq_len} "
+                    f"(max_seq_len); lower {limit}"
+                )
+            largest: Any = max(map(max, (group.prompt, *group.responses)))
+            if largest >= vocabulary:
+                raise DataError(
+                    f"{group.id}: token id {largest} is outside the model's vocabulary of {vocabulary}; encode with "
+                    "the model's own tokenizer"
+                )
+        return dataset

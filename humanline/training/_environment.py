@@ -1,0 +1,99 @@
+"""Where a run takes place: its settings, device, ranks and folder, checked before anything takes time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch.distributed.device_mesh import DeviceMesh
+from torchtune import training
+
+from humanline._seeds import stream_seed
+from humanline.distributed import check_same, gathered
+from humanline.errors import ConfigError
+from humanline.training._checkpoint import has_checkpoints
+from humanline.training._component import accepts, check_component, is_given
+from humanline.training._model import mesh_of
+from humanline.training._replace import restore_replaced
+from humanline.training._settings import COMPONENTS, Settings, values_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where a run takes place.
+
+    Attributes:
+        settings (Settings): the config's top-level keys.
+        device (torch.device): this rank's.
+        rank (int): this process, of ``world_size``.
+        world_size (int): number of ranks.
+        mesh (DeviceMesh | None): ranks to shard over; None for one process with plain tensors.
+        restarted (bool): whether torchrun has started this very run before: then it resumes by itself.
+        resume_from (bool | str): the checkpoint to resume from, as ``resume_from_checkpoint`` has it.
+    """
+
+    settings: Settings
+    device: torch.device
+    rank: int
+    world_size: int
+    mesh: DeviceMesh | None
+    restarted: bool
+    resume_from: bool | str
+
+    @classmethod
+    def of(cls, cfg: DictConfig, *, sharded: bool, restarted: bool) -> "Environment":
+        """The environment of this process, which is in a process group. A collective.
+
+        Args:
+            cfg (DictConfig): the whole config.
+            sharded (bool): whether to shard over all ranks with FSDP2.
+            restarted (bool): whether torchrun has started this run before.
+
+        Raises:
+            ConfigError: if a key cannot work, a component cannot be found or lacks an argument, ranks have different
+                configs, or ``output_dir`` has another run's checkpoints.
+        """
+        settings = Settings.from_config(cfg)
+        device, rank = settings.torch_device, dist.get_rank()
+        training.set_seed(seed=stream_seed("process", settings.seed) % 2**31)  # to which it adds the rank
+        check_same(values_of(cfg))
+        _check_components(cfg)
+        if rank == 0:
+            restore_replaced(Path(settings.output_dir))
+        return cls(
+            settings=settings,
+            device=device,
+            rank=rank,
+            world_size=dist.get_world_size(),
+            mesh=mesh_of(device, settings.data_parallel_replicate_dim) if sharded else None,
+            restarted=restarted,
+            resume_from=_resume_from(settings, restarted),
+        )
+
+
+def _check_components(cfg: DictConfig) -> None:
+    """Finds every component and compares its arguments, before the first of them takes its time."""
+    by_position: dict[str, tuple[Any, ...]] = dict.fromkeys(
+        ("dataset", "dataset_val", "optimizer", "lr_scheduler"), (None,)
+    )
+    for key in COMPONENTS:
+        steps = key == "lr_scheduler" and is_given(cfg, key) and accepts(cfg, key, "num_training_steps")
+        by_name = {"num_training_steps": 0} if steps else {}
+        check_component(cfg, key, *by_position.get(key, ()), **by_name)
+
+
+def _resume_from(settings: Settings, restarted: bool) -> bool | str:
+    """What to resume from: what the config says, or after a restart by torchrun what the run itself has left."""
+    asked = settings.resume_from_checkpoint
+    if not gathered(has_checkpoints(settings.output_dir))[0]:
+        return asked
+    if restarted:
+        return "latest"
+    if not asked:
+        raise ConfigError(
+            f"output_dir: {settings.output_dir} has checkpoints of an earlier run; go on with it by "
+            "resume_from_checkpoint: latest, or start anew in another folder"
+        )
+    return asked

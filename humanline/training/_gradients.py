@@ -1,0 +1,13 @@
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
+    """Scales the gradients down to a norm of at most ``limit`` (None leaves them), over all ranks.
+
+    Returns:
+        Tensor: their norm before, scalar.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else float(limit))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

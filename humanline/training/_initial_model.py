@@ -1,0 +1,138 @@
+"""The model that a run starts from: its weights from the checkpoint, and models built of them."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchtune import training, utils
+
+from humanline.distributed import check_same
+from humanline.errors import ConfigError
+from humanline.models import (
+    LogProbDecoder,
+    adapter_modules,
+    check_adapter,
+    has_quantized_base,
+    initial_adapter,
+    trainable_parameters,
+)
+from humanline.training._adapter_files import read_adapter
+from humanline.training._component import is_given
+from humanline.training._environment import Environment
+from humanline.training._model import build_model
+from humanline.training._provenance import code_digest
+from humanline.training._settings import DTYPES
+from humanline.training._weights import (
+    build_decoder,
+    fingerprint,
+    read_decoder_weights,
+    rounding_on_load,
+    sampled_digest,
+)
+from humanline.training._weights_out import WeightsOut
+
+log = utils.get_logger("INFO")
+
+
+class InitialModel:
+    """Reads the weights that a run starts from, and builds models of them; let go of it once they are built.
+
+    Args:
+        cfg (DictConfig): the whole config.
+        environment (Environment): where the run takes place.
+
+    Raises:
+        ConfigError: if weights, model and settings do not belong together.
+    """
+
+    def __init__(self, cfg: DictConfig, environment: Environment) -> None:
+        self.cfg, self.environment = cfg, environment
+        settings = environment.settings
+        with training.set_default_dtype(DTYPES[settings.dtype]), torch.device("meta"):
+            shape = LogProbDecoder(build_decoder(cfg))
+        self.windows = shape.windows
+        self.checkpointer, weights = read_decoder_weights(cfg, shape)
+        if Path(cfg.checkpointer.output_dir).resolve() != Path(settings.output_dir).resolve():
+            raise ConfigError(
+                f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
+                "set it to ${output_dir}"
+            )
+        self.checkpoint_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+        check_adapter(shape, environment.world_size, settings.data_parallel_replicate_dim)
+        self.has_adapter = bool(adapter_modules(shape))
+        self._check_export()
+        key = "dtype" if self.has_adapter else "master_dtype"  # of what the checkpoint's weights are kept in
+        if environment.rank == 0 and (warning := rounding_on_load(cfg, weights, key, DTYPES[getattr(settings, key)])):
+            log.warning(warning)
+        if self.has_adapter and settings.adapter:
+            weights |= read_adapter(settings.adapter, shape, self.checkpointer)
+        elif self.has_adapter:
+            weights |= initial_adapter(shape, weights, settings.seed)
+        elif settings.adapter:
+            raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
+        check_same({"checkpointer.checkpoint_dir and adapter": sampled_digest(weights)})
+        self.weights = weights
+        # FSDP2 on one rank gathers nothing, and torchao's NF4 fails in that; there is nothing to shard either.
+        plain = environment.world_size == 1 and has_quantized_base(shape)
+        self.mesh = None if plain else environment.mesh
+
+    def policy(self) -> LogProbDecoder:
+        """The policy, with the weights that the run starts from."""
+        settings, start = self.environment.settings, time.perf_counter()
+        policy = self._build(self.weights, settings.master_dtype, settings.enable_activation_checkpointing)
+        if self.environment.rank == 0:
+            log.info(f"Loading the model took {time.perf_counter() - start:.1f} s")
+            trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
+            log.info(f"{trained:,} parameters train")
+        return policy
+
+    def reference_model(self) -> LogProbDecoder:
+        """A model like the policy, in the dtype in which it computes; its trainable weights are undefined."""
+        # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
+        weights = self.weights if self.has_adapter else None
+        return self._build(weights, self.environment.settings.dtype, activation_checkpointing=False)
+
+    def weights_out(self, policy: LogProbDecoder) -> WeightsOut:
+        """What writes the policy's weights as the checkpoint's files were."""
+        return WeightsOut(policy, self.checkpointer, self.checkpoint_dtypes, self.environment.settings)
+
+    def fingerprint(self) -> str:
+        """A digest of the weights that the run starts from and of the function that they make; a collective."""
+        facts = f"{self.environment.settings.dtype} windows {self.windows}"
+        return fingerprint(self.weights, self.cfg.model, facts)
+
+    def computation(self) -> str:
+        """A digest of what log-probs depend on besides weights, model and tokens."""
+        settings, device = self.environment.settings, self.environment.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        precision = f"{settings.dtype} {settings.master_dtype} {torch.get_float32_matmul_precision()}"
+        code = code_digest(self.cfg.model._component_)
+        facts = f"{code} {device.type} {name} {precision} compiled {settings.compile}"
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def _build(
+        self, weights: dict[str, Tensor] | None, param_dtype: str, activation_checkpointing: bool
+    ) -> LogProbDecoder:
+        settings = self.environment.settings
+        return build_model(
+            lambda: build_decoder(self.cfg),
+            weights,
+            mesh=self.mesh,
+            device=self.environment.device,
+            param_dtype=DTYPES[param_dtype],
+            compute_dtype=DTYPES[settings.dtype],
+            activation_checkpointing=activation_checkpointing,
+            compile=settings.compile,
+        )
+
+    def _check_export(self) -> None:
+        settings = self.environment.settings
+        hands_over = is_given(self.cfg, "engine") and self.cfg.engine.get("weights_dir") is not None
+        if self.has_adapter and settings.export_dtype and settings.save_adapter_weights_only and not hands_over:
+            raise ConfigError(
+                f"export_dtype: {settings.export_dtype} has nothing to do, since an adapter is written in float32; set "
+                "save_adapter_weights_only: False to write merged weights too, or leave it out"
+            )

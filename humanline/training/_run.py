@@ -1,0 +1,373 @@
+"""A run: what the loop of a recipe uses besides the mathematics, which stays in the recipe's own file."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training, utils
+from torchtune.training.lr_schedulers import get_lr
+
+from humanline._seeds import stream_seed
+from humanline.data import End, Group, Rows, Source
+from humanline.distributed import on_any_rank
+from humanline.errors import ConfigError, DataError, Stopped, TrainingError
+from humanline.models import LogProbDecoder
+from humanline.reference import Reference
+from humanline.training._checkpoint import TrainingCheckpoint
+from humanline.training._component import component
+from humanline.training._data import Data
+from humanline.training._environment import Environment
+from humanline.training._held_out import HeldOut
+from humanline.training._logbook import Logbook
+from humanline.training._metrics import Metrics, MetricSums
+from humanline.training._non_finite import NonFinite
+from humanline.training._saves import Saves
+from humanline.training._stochastic_adamw import StochasticAdamW
+from humanline.training._stop_request import StopRequest
+from humanline.training._weights_out import WeightsOut
+
+log = utils.get_logger("INFO")
+
+
+class Run:
+    """Gives the loop its steps, and does what has to be done around them.
+
+    That is: resuming, the groups of each step, evaluation, checkpoints, weights, logs, signals, and agreement between
+    ranks on whether to take a step. The loop is::
+
+        with run:
+            for step, batch in run.steps():
+                ...  # forward and backward; run.note(...) of each pass
+                if run.is_sound(grad_norm):
+                    optimizer.step()
+                ...
+                run.end_step()
+
+    Args:
+        cfg (DictConfig): the whole config.
+        environment (Environment): where it takes place.
+        data (Data): how many steps there are.
+        source (Source): the groups of each step.
+        policy (LogProbDecoder): what trains.
+        reference (Reference): what it is compared with.
+        optimizer (Optimizer): moves its weights.
+        lr_scheduler (LRScheduler | None): the schedule of its learning rate.
+        weights_out (WeightsOut): writes its weights.
+        held_out (HeldOut | None): measures it on ``dataset_val``.
+
+    Attributes:
+        step (int): the last optimizer step, 1-based; 0 before the first.
+
+    Raises:
+        ConfigError: if it cannot resume from the checkpoint that the config names.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        environment: Environment,
+        data: Data,
+        *,
+        source: Source,
+        policy: LogProbDecoder,
+        reference: Reference,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None,
+        weights_out: WeightsOut,
+        held_out: HeldOut | None,
+    ) -> None:
+        settings = self.settings = environment.settings
+        self.source, self.reference, self.optimizer, self.held_out = source, reference, optimizer, held_out
+        self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
+        self.steps_per_epoch, self.total_steps = data.steps_per_epoch, data.total_steps
+        profiler = component(cfg, "profiler")
+        self.profiler = profiler[0] if profiler else training.DummyProfiler()
+        self.checkpoint = TrainingCheckpoint(
+            settings.output_dir,
+            _position(cfg, environment, data, source, policy),
+            policy,
+            optimizer,
+            lr_scheduler,
+            reference,
+            keep_last=settings.keep_last_n_checkpoints,
+            best_metric=settings.best_checkpoint_metric,
+            best_mode=settings.best_checkpoint_mode,
+            asynchronous=settings.enable_async_checkpointing,
+        )
+        self.saves = Saves(
+            settings,
+            self.checkpoint,
+            weights_out,
+            rank=self.rank,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        self.non_finite = NonFinite()
+        self.step, progress = 0, None
+        if environment.resume_from:
+            self.step, progress = self.checkpoint.load(environment.resume_from)
+            self.non_finite.load_state_dict(progress["non_finite"])
+            self.source.load_state_dict(progress.get("source", {}))
+            if self.rank == 0:
+                log.info(f"goes on from step {self.step}")
+        if not environment.restarted:
+            self.source.resume(self.step if self.checkpoint.last_saved == self.step else -1)
+        self.logbook = Logbook(cfg, environment, source.score or data.objective.signal, progress)
+        self.stop_request = StopRequest(source.stop)
+        self._over = self._solved = False
+        if self.rank == 0:
+            self._say_what_it_is(data)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def __enter__(self) -> "Run":
+        self.profiler.start()
+        if self.step == 0:
+            self.evaluate()  # what the run starts from
+        elif self.step % self.steps_per_epoch == 0:
+            self._end_epoch()  # in case that the run died over it
+        self.logbook.show_bar(self.step, self.total_steps)
+        self.stop_request.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.stop_request.__exit__(kind, *rest)
+        self.logbook.close_bar()
+        if kind is not None:
+            return
+        self.profiler.stop()
+        self.checkpoint.wait()
+        if self._solved or self.step == self.total_steps:
+            self.saves.best()
+
+    def steps(self) -> Iterator[tuple[int, list[list[Group]]]]:
+        """The optimizer steps that are left, each with the microbatches of all ranks' groups.
+
+        A step without groups, whose round taught nothing, leaves the weights as they are.
+
+        Raises:
+            TrainingError: if a source fails; there is a checkpoint then.
+        """
+        while self.step < self.total_steps and not self._over:
+            try:
+                batch = self.source.batch(self.step + 1)
+            except Stopped:
+                self._stop()
+                return
+            except (ConfigError, DataError, TrainingError) as error:
+                if self.step > 0:
+                    self._save_state()
+                raise type(error)(f"{error}; {self.saves.left()}") from error
+            self.step += 1
+            self._start, self._sums, self._empty = time.perf_counter(), MetricSums(self.device), not batch
+            torch.manual_seed(stream_seed("dropout", self.settings.seed, self.step, self.rank))
+            yield self.step, batch
+
+    def note(self, rows: Rows, weight: int, log_ratio: Tensor, loss: Tensor, metrics: Metrics) -> None:
+        """Notes a pass for the log, and what is not finite in it.
+
+        Args:
+            rows (Rows): the pass.
+            weight (int): 0 for a pass that only keeps the other ranks company.
+            log_ratio (Tensor): of its response tokens, nats, ``[N]``.
+            loss (Tensor): its part of the batch's loss, scalar.
+            metrics (Metrics): sums and counts.
+        """
+        self.non_finite.watch(rows, log_ratio, loss)
+        if weight:
+            self._sums.add(metrics | {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)})
+
+    def is_sound(self, grad_norm: Tensor) -> bool:
+        """Whether loss and gradient are finite on all ranks, and there are any; a collective, once a step.
+
+        Args:
+            grad_norm (Tensor): norm of the gradient of all ranks, scalar.
+        """
+        norm = float(grad_norm)
+        self._sums.add({"loss": (0, 1 / self.world_size), "grad_norm": (norm, 1)})
+        self._lr = float(get_lr(self.optimizer))  # of this step: the schedule moves on, in place where it is a tensor
+        finite = self._empty or (math.isfinite(norm) and self.non_finite.loss_is_finite())
+        self._broken, self._stops = on_any_rank(not finite, self.stop_request.signal is not None)
+        sound = not self._broken and not self._empty
+        if sound:
+            self.logbook.sums.merge(self._sums)
+        return sound
+
+    def end_step(self) -> None:
+        """Logs, evaluates, saves and stops as the settings and the step ask for.
+
+        Raises:
+            TrainingError: if the run cannot go on; there is a checkpoint then.
+        """
+        settings, step = self.settings, self.step
+        self.profiler.step()
+        self._count_non_finite()
+        if not self._empty:
+            seconds = (time.perf_counter() - self._start) / self.world_size
+            self.logbook.sums.add({"tokens_per_second": (0, seconds)})
+        last = step == self.total_steps
+        if step % settings.log_every_n_steps == 0 or last:
+            self._log()
+        self.logbook.end_step()
+        evaluated = last or _every(settings.run_val_every_n_steps, step)
+        held_out = self.evaluate() if evaluated else {}
+        end = None if last or self._stops else self.source.end(step, settings.stop_after_empty_rounds)
+        if end is not None and not evaluated:
+            held_out = self.evaluate()
+        # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
+        # One that is to stop resumes at it, and writes them then, unless nothing else is left to do.
+        if step % self.steps_per_epoch == 0 and end is None and (last or not self._stops):
+            self._end_epoch()
+        if _every(settings.save_every_n_steps, step):
+            self._save_state(held_out)
+        if self._stops:
+            self._stop()
+        elif end is not None:
+            self._end(end, held_out)
+
+    # --------------------------------------------------------------------------------------------- what happens in it
+
+    def evaluate(self) -> dict[str, float]:
+        """Logs the metrics of ``dataset_val`` under ``val/``, with the initial policy as the reference; a collective.
+
+        Raises:
+            ConfigError: if ``best_checkpoint_metric`` is not among them.
+        """
+        if self.held_out is None:
+            return {}
+        means = {f"val/{name}": value for name, value in self.held_out.metrics().items()}
+        wanted = self.settings.best_checkpoint_metric
+        if wanted and wanted not in means:
+            raise ConfigError(f"best_checkpoint_metric: {wanted} is not measured; choose one of {', '.join(means)}")
+        self.logbook.write(self.step, means)
+        return means
+
+    def _count_non_finite(self) -> None:
+        """Counts the step, and stops a run whose steps are broken one after the other."""
+        culprits = self.non_finite.culprits() if self._broken else []
+        if not self._empty:
+            self.non_finite.count(finite=not self._broken)
+        if not self._broken:
+            return
+        if self.rank == 0:
+            log.warning(
+                f"step {self.step} is skipped: its loss or gradient is not finite; groups: {', '.join(culprits)}"
+            )
+        if self.non_finite.in_a_row >= self.settings.stop_after_nonfinite_steps:
+            self._save_state()
+            raise TrainingError(
+                f"step {self.step}: the last {self.non_finite.in_a_row} losses or gradients were not finite "
+                f"(stop_after_nonfinite_steps); {self.saves.left()}"
+            )
+
+    def _log(self) -> None:
+        metrics = {
+            "lr": self._lr,
+            "steps_since_sync": self.step - self.reference.last_sync,
+            "skipped_steps": self.non_finite.total,
+        }
+        warning = self.logbook.entry(self.step, metrics | self.source.metrics(self.step))
+        if warning is None:
+            return
+        if self.settings.stop_on_collapse:
+            self._save_state()
+            raise TrainingError(f"{warning} (stop_on_collapse); {self.saves.left()}")
+        if self.rank == 0:
+            log.warning(warning)
+
+    def _stop(self) -> None:
+        """Ends the run as a signal asked for, with a checkpoint of this step."""
+        self._over = True
+        if self.step > 0:
+            self._save_state()
+        self.checkpoint.wait()
+        self.source.stop()
+        self.source.wait()
+        if self.checkpoint.last_saved != self.step:
+            raise TrainingError(f"step {self.step}: stopped by a signal; {self.saves.left()}")
+        if self.rank == 0:
+            by = self.stop_request.signal or "a signal"
+            log.info(f"stopped after step {self.step} by {by}; {self.saves.left()}")
+
+    def _end(self, end: End, held_out: dict[str, float]) -> None:
+        """Ends a run whose source has nothing left to learn from, with its weights and a checkpoint."""
+        self._over, self._solved = True, end.success
+        self.source.stop()  # what is sampled ahead
+        error = self.saves.epoch(self.step)
+        self._save_state(held_out)
+        self.source.wait()
+        message = f"step {self.step}: {end.why}"
+        if error is not None:
+            raise TrainingError(f"{message}; {error}; {self.saves.left()}")
+        folder = Path(self.settings.output_dir) / f"epoch_{(self.step - 1) // self.steps_per_epoch}"
+        message = f"{message}; the weights are in {folder}; {self.saves.left()}"
+        if not end.success:
+            raise TrainingError(message)
+        if self.rank == 0:
+            log.info(message)
+
+    def _end_epoch(self) -> None:
+        """Writes the weights of the epoch that this step ends; a failure ends the run if they are its last."""
+        if (error := self.saves.epoch(self.step)) is None:
+            return
+        if self.step == self.total_steps:
+            self._save_state()
+            raise TrainingError(f"step {self.step}: {error}; {self.saves.left()}")
+        if self.rank == 0:
+            log.error(f"step {self.step}: {error}; training goes on")
+
+    def _save_state(self, held_out: dict[str, float] | None = None) -> None:
+        progress = self.logbook.state_dict()
+        progress |= {"non_finite": self.non_finite.state_dict(), "source": self.source.state_dict()}
+        self.saves.state(self.step, progress, held_out or {})
+
+    def _say_what_it_is(self, data: Data) -> None:
+        settings = self.settings
+        if settings.master_dtype == "bf16" and not isinstance(self.optimizer, StochasticAdamW):
+            log.warning(
+                "master_dtype: bf16 rounds most updates away at alignment's learning rates; set optimizer._component_: "
+                "humanline.training.StochasticAdamW, or master_dtype: fp32"
+            )
+        if self.device.type != settings.device.split(":")[0]:
+            log.warning(f"device: {settings.device} is not here; training on the {self.device.type} instead")
+        processes = "process" if self.world_size == 1 else "processes"
+        log.info(
+            f"{self.source.groups_per_step} groups a step on {self.world_size} {processes}, {self.total_steps} steps"
+        )
+        for note in data.left_out():
+            log.info(note)
+
+    def close(self) -> None:
+        """Ends what the run holds open, however it ended."""
+        self.checkpoint.wait()
+        self.logbook.close()
+
+
+def _position(
+    cfg: DictConfig, environment: Environment, data: Data, source: Source, policy: LogProbDecoder
+) -> dict[str, Any]:
+    """What a step number means in this run."""
+    settings = environment.settings
+    return {
+        "groups a step": source.groups_per_step,
+        "groups a microbatch": settings.batch_size * environment.world_size,
+        **source.position(),
+        "max_steps_per_epoch": data.steps_per_epoch,
+        "seed": settings.seed,
+        "reference": str(cfg.reference._component_).rpartition(".")[2],
+        "sync_every": cfg.reference.get("sync_every", 1),
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "sliding windows": policy.windows if any(policy.windows) else None,
+        "loss": data.objective.settings(),
+    }
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0

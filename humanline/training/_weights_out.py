@@ -1,0 +1,58 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from humanline.models import LogProbDecoder
+from humanline.training._export import write_weights
+from humanline.training._settings import DTYPES, Settings
+
+
+class WeightsOut:
+    """Writes a run's weights: at the end of an epoch, the best ones, and those that a server samples from.
+
+    Args:
+        policy (LogProbDecoder): the policy.
+        checkpointer (Any): torchtune's, which knows the checkpoint's files.
+        checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
+        settings (Settings): the config's top-level keys.
+    """
+
+    def __init__(
+        self,
+        policy: LogProbDecoder,
+        checkpointer: Any,
+        checkpoint_dtypes: Mapping[str, torch.dtype],
+        settings: Settings,
+    ) -> None:
+        self.policy, self.checkpointer, self.checkpoint_dtypes = policy, checkpointer, checkpoint_dtypes
+        self.folder = Path(settings.output_dir)
+        self.export_dtype = DTYPES[settings.export_dtype] if settings.export_dtype else None
+        self.merged = not settings.save_adapter_weights_only
+
+    def write(self, name: str) -> str | None:
+        """Writes the weights into a folder of ``output_dir``; a collective.
+
+        A model with an adapter writes it into ``NAME/adapter``, and the merged weights only if
+        ``save_adapter_weights_only`` is False.
+
+        Returns:
+            str | None: why they could not be written, on all ranks; None if they were.
+        """
+        return self._write(self.folder / name, merged=self.merged, is_hand_over=False)
+
+    def hand_over(self, folder: Path) -> str | None:
+        """Writes the whole weights into a folder for a server that samples from them; else as :meth:`write`."""
+        return self._write(folder, merged=True, is_hand_over=True)
+
+    def _write(self, folder: Path, *, merged: bool, is_hand_over: bool) -> str | None:
+        return write_weights(
+            folder,
+            self.policy,
+            self.checkpointer,
+            checkpoint_dtypes=self.checkpoint_dtypes,
+            export_dtype=self.export_dtype,
+            merged=merged,
+            is_hand_over=is_hand_over,
+        )
