@@ -31,7 +31,18 @@ settings.load_profile("humanline")
 SLOW = (
     *("multinode", "planning", "windowed_reference", "faults", "online", "objectives", "adapters", "sampling"),
     *("trajectories", "tune_plugin", "training", "smollm2", "hsdp", "families", "eval", "launch", "packaging", "noise"),
-    *("rewards", "http_engine", "signals", "stochastic_adamw", "label", "command_line", "vllm", "oldest_packages"),
+    *(
+        "rewards",
+        "http_engine",
+        "signals",
+        "stochastic_adamw",
+        "label",
+        "command_line",
+        "configs",
+        "published",
+        "vllm",
+        "oldest_packages",
+    ),
 )
 
 
