@@ -65,6 +65,10 @@ def test_a_missing_logger_package_is_named_with_the_command_that_installs_it(run
         (("model.num_layer=1",), "model.num_layer is none of them; did you mean num_layers?"),
         (("~model.num_layers",), "arguments: num_layers is missing; add model.num_layers"),
         (("optimizer.lr=fast",), "optimizer: torch.optim.AdamW cannot be built: TypeError: "),
+        (
+            ("reference=torch.nn.Identity",),
+            "reference._component_: torch.nn.Identity gives Identity, expected humanline.reference.Strategy; derive",
+        ),
         (("optimizer.lr=-1",), "optimizer: Invalid learning rate: -1"),
         (
             (f"lr_scheduler._component_={SCHEDULES}.CosineAnnealingLR",),

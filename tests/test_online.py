@@ -207,7 +207,7 @@ def test_a_round_that_cannot_be_written_is_trained_on_all_the_same(trajectory, n
     run.train_on(nproc)
     assert run.log() == whole.log()
     output = (run.folder / "output.txt").read_text()
-    assert "round 3 could not be written (" in output and "a run that resumes in it samples it anew" in output
+    assert "round 3 could not be written (" in output and "a run that resumes in it samples it again" in output
 
 
 def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):

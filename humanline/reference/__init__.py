@@ -7,12 +7,12 @@ reference: it adds ``log_probs(rows)``, ``become_policy(step)`` and what a check
 from humanline.reference._adapter_reference import AdapterReference
 from humanline.reference._model_reference import ModelReference
 from humanline.reference._reference import Reference, Strategy
-from humanline.reference._run_context import InitialModel, RunContext
+from humanline.reference._run_context import ModelBuilder, RunContext
 from humanline.reference._windowed_reference import WindowedReference
 
 __all__ = [
     "AdapterReference",
-    "InitialModel",
+    "ModelBuilder",
     "ModelReference",
     "Reference",
     "RunContext",

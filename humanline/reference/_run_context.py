@@ -6,7 +6,7 @@ from humanline.data import Rows
 from humanline.models import LogProbDecoder
 
 
-class InitialModel(Protocol):
+class ModelBuilder(Protocol):
     """What a run starts from, as far as a reference needs it."""
 
     def reference_model(self) -> LogProbDecoder:
@@ -25,7 +25,7 @@ class RunContext:
 
     Attributes:
         policy (LogProbDecoder): the policy, with the weights that the run starts from.
-        model (InitialModel): builds models like it.
+        model (ModelBuilder): builds models like it.
         passes (Callable[[int], Iterable[Rows]] | None): the passes for which this rank will ask the reference at an
             optimizer step, given before the step; all ranks make the same number. None where the source has a step's
             groups only when the step comes.
@@ -34,7 +34,7 @@ class RunContext:
     """
 
     policy: LogProbDecoder
-    model: InitialModel
+    model: ModelBuilder
     passes: Callable[[int], Iterable[Rows]] | None
     total_steps: int
     resumes: bool

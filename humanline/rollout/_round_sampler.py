@@ -59,8 +59,8 @@ class RoundSampler:
     def stop(self) -> None:
         """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises Stopped."""
         self._stopped = True
-        for each in (self.engine, self.reward):
-            getattr(each, "stop", lambda: None)()
+        self.engine.stop()
+        getattr(self.reward, "stop", lambda: None)()
 
     def sample(self, round: int, policy_step: int) -> Round:
         """Samples a round of the policy as it is, after so many optimizer steps; the same on all ranks."""

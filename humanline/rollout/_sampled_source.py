@@ -208,8 +208,8 @@ class SampledSource(Source):
                 write_round(self._file(round), found)
             except OSError as error:
                 log.warning(
-                    f"round {round} could not be written ({error}); training goes on with it, and a run that resumes "
-                    "in it samples it anew"
+                    f"round {round} could not be written ({error}); training continues with it, and a run that "
+                    "resumes in it samples it again"
                 )
         return found
 

@@ -32,7 +32,7 @@ __all__ = ["TorchtuneEngine"]
 
 # Padded prompt tokens in one pass: enough to keep any device busy, while activations stay small beside the weights.
 _PREFILL_TOKENS = 8192
-# Not cuDNN's, which plans anew for each shape: a step's shape is new with each token.
+# Not cuDNN's, which plans again for each shape: a step's shape is new with each token.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

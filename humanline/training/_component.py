@@ -17,7 +17,11 @@ from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
 from humanline.errors import ConfigError, DataError, TrainingError
+from humanline.reference import Strategy
+from humanline.rollout import Engine
 from humanline.training._missing_package import missing_package
+
+_KINDS: dict[str, type] = {"reference": Strategy, "engine": Engine}
 
 
 def is_given(cfg: DictConfig, key: str) -> bool:
@@ -37,7 +41,7 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     check_component(cfg, key, *args, **kwargs)
     path = cfg[key]["_component_"]
     try:
-        return config.instantiate(cfg[key], *args, **kwargs)
+        built = config.instantiate(cfg[key], *args, **kwargs)
     except (ConfigError, DataError, TrainingError):
         raise
     except ImportError as error:
@@ -52,6 +56,12 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         ):
             raise
         raise ConfigError(f"{key}: {path} cannot be built: {type(error).__name__}: {_said(error)}") from error
+    if not isinstance(built, kind := _KINDS.get(key, object)):
+        where = f"{kind.__module__.partition('._')[0]}.{kind.__name__}"
+        raise ConfigError(
+            f"{key}._component_: {path} gives {type(built).__name__}, expected {where}; derive your class from that"
+        )
+    return built
 
 
 def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> None:

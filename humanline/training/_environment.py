@@ -93,7 +93,7 @@ def _resume_from(settings: Settings, restarted: bool) -> bool | str:
         return "latest"
     if not asked:
         raise ConfigError(
-            f"output_dir: {settings.output_dir} has checkpoints of an earlier run; go on with it by "
-            "resume_from_checkpoint: latest, or start anew in another folder"
+            f"output_dir: {settings.output_dir} has checkpoints of an earlier run; continue it by "
+            "resume_from_checkpoint: latest, or start in another folder"
         )
     return asked

@@ -91,7 +91,7 @@ class Run:
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
         self.checkpoint = TrainingCheckpoint(
             settings.output_dir,
-            _position(cfg, environment, data, source, policy),
+            _position(cfg, environment, data, source, policy, reference),
             policy,
             optimizer,
             lr_scheduler,
@@ -351,7 +351,12 @@ class Run:
 
 
 def _position(
-    cfg: DictConfig, environment: Environment, data: Data, source: Source, policy: LogProbDecoder
+    cfg: DictConfig,
+    environment: Environment,
+    data: Data,
+    source: Source,
+    policy: LogProbDecoder,
+    reference: Reference,
 ) -> dict[str, Any]:
     """What a step number means in this run."""
     settings = environment.settings
@@ -362,7 +367,7 @@ def _position(
         "max_steps_per_epoch": data.steps_per_epoch,
         "seed": settings.seed,
         "reference": str(cfg.reference._component_).rpartition(".")[2],
-        "sync_every": cfg.reference.get("sync_every", 1),
+        "sync_every": reference.sync_every,
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "sliding windows": policy.windows if any(policy.windows) else None,
         "loss": data.objective.settings(),

@@ -62,6 +62,7 @@ class StopRequest:
     def _watch(self) -> None:
         while not self._is_asked():
             if self._over.is_set():
+                os.close(self._reader)
                 return
         try:
             self.interrupt()
