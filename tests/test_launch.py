@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from humanline.training import Settings
 from humanline.training._launch import process_group
 from humanline.training._output_folder import sole_use
 
@@ -61,3 +62,11 @@ def test_a_restart_is_a_start_under_the_same_name_of_a_run_that_took_the_folder_
         monkeypatch.delenv("TORCHELASTIC_RUN_ID")
         with sole_use(str(tmp_path), False) as folder:
             assert not folder.restarted
+
+
+def test_every_rank_falls_back_to_the_cpu_where_there_is_no_gpu(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for name, value in {"RANK": "7", "LOCAL_RANK": "7", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert Settings(output_dir="out", device="cuda").torch_device == torch.device("cpu")

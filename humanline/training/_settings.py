@@ -234,6 +234,8 @@ class Settings:
         Raises:
             ConfigError: if there is no such device here.
         """
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            return torch.device("cpu")
         try:
             return utils.get_device(self.device)
         except (RuntimeError, ValueError) as error:
