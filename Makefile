@@ -39,7 +39,7 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The files an editable install copies from: when one changes, so must the environment.
-$(INSTALLED): pyproject.toml constraints.txt humanline/_tune_plugin.pth
+$(INSTALLED): pyproject.toml constraints.txt humanline/torchtune_seam/tune_plugin.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
 	touch $@

@@ -15,8 +15,8 @@ import torch
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.models import fixed_log_probs, initial_adapter, lora_smollm2_135m, trainable_parameters
+from humanline.models._build import build_model
 from humanline.reference import AdapterReference, RunContext
-from humanline.training._model import build_model
 
 SYNCS = 50
 

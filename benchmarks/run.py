@@ -65,11 +65,11 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
+    from humanline.launch._processes import process_group
     from humanline.losses import HumanlineDPOLoss
     from humanline.models import log_probs, smollm2_135m
+    from humanline.models._build import build_model
     from humanline.reference import RunContext
-    from humanline.training._launch import process_group
-    from humanline.training._model import build_model
 
     device = torch.device("cpu")
     budget = RowBudget(tokens_per_row=1024, rows_per_pass=2)

@@ -37,8 +37,9 @@ def main() -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
+    from humanline.config import load_config, with_overrides
+    from humanline.launch import hide_known_warnings
     from humanline.planning import report
-    from humanline.training import hide_known_warnings, load_config, with_overrides
 
     hide_known_warnings()
     for name in ("nproc", "device_memory", "tflops"):

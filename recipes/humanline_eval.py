@@ -25,24 +25,24 @@ from pathlib import Path
 from typing import Any
 
 from humanline.errors import ConfigError, DataError
-from humanline.rewards import read_samples
-from humanline.rollout import Prompt
-from humanline.tools.statistics import bootstrap_interval, pass_at_k
-from humanline.training import (
+from humanline.programs import (
     PartialFile,
     Sampler,
     check_keys,
     check_one_process,
     common_end,
     component,
-    get_logger,
     parse,
     score_sources,
     scored_rows,
     write_json,
     write_jsonl,
 )
+from humanline.rewards import read_samples
+from humanline.rollout import Prompt
+from humanline.tools.statistics import bootstrap_interval, pass_at_k
 from omegaconf import DictConfig, OmegaConf
+from torchtune.utils import get_logger
 
 REQUIRED = ("reward", "output")
 OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from humanline.errors import ConfigError
-from humanline.rewards import read_samples
-from humanline.training import (
+from humanline.programs import (
     PartialFile,
     check_keys,
     check_one_process,
     common_end,
     component,
-    get_logger,
     parse,
     score_sources,
     scored_rows,
 )
+from humanline.rewards import read_samples
 from omegaconf import DictConfig
+from torchtune.utils import get_logger
 
 REQUIRED = ("samples", "output", "reward")
 OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to

@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from humanline.errors import ConfigError
-from humanline.rollout import Prompt
-from humanline.training import (
+from humanline.programs import (
     Sampler,
     check_keys,
     check_one_process,
     common_end,
-    get_logger,
     one_of,
     parse,
     write_json,
     write_jsonl,
 )
+from humanline.rollout import Prompt
 from omegaconf import DictConfig
+from torchtune.utils import get_logger
 
 REQUIRED = (*Sampler.REQUIRED, "output")
 OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")

@@ -21,8 +21,8 @@ from torchtune.modules.peft.lora import to_nf4
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, check_adapter, fixed_log_probs, initial_adapter, trainable_parameters
+from humanline.models._build import build_model
 from humanline.reference import AdapterReference, RunContext
-from humanline.training._model import build_model
 
 LORA = {
     "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],

@@ -5,8 +5,8 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+from humanline.config._config_file import read_config
 from humanline.errors import ConfigError
-from humanline.training._command_line import read_config
 
 CONFIG = """\
 seed: 3

@@ -36,11 +36,11 @@ from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 from torchtune.training.checkpointing import FormattedCheckpointFiles
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from humanline.config._settings import DTYPES
 from humanline.data import ChatTokenizer, Group, GroupDataset, pack
 from humanline.errors import ConfigError
 from humanline.models import freeze_base, trainable_parameters
 from humanline.training import DPO, GRPO, KTO, Objective, Settings, component
-from humanline.training._settings import DTYPES
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAMA3 = ROOT / "configs" / "llama3_8b_offline.yaml"

@@ -11,9 +11,9 @@ import torch
 from conftest import TrajectoryRun
 from safetensors.torch import load_file, save_file
 
-from humanline.training._export import _name_dtype
-from humanline.training._kept_update import KeptUpdate
-from humanline.training._replace import replace_folder, restore_replaced
+from humanline.checkpoint._export import _name_dtype
+from humanline.checkpoint._kept_update import KeptUpdate
+from humanline.checkpoint._replace import replace_folder, restore_replaced
 
 LORA = {
     "_component_": "torchtune.models.llama3.lora_llama3",
@@ -203,7 +203,7 @@ def test_an_export_is_one_line_that_names_the_folder(trajectory):
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_kill_at_any_moment_leaves_a_whole_folder_under_the_name_that_is_looked_for(tmp_path, monkeypatch, exchanges):
     if not exchanges:  # as a file system that cannot
-        monkeypatch.setattr("humanline.training._replace._exchange", lambda one, other: False)
+        monkeypatch.setattr("humanline.checkpoint._replace._exchange", lambda one, other: False)
     ended, moment = False, 0
     while not ended:
         moment += 1

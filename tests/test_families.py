@@ -279,7 +279,7 @@ def test_a_gemma_2_that_is_not_mended_is_another_function(name, value, tmp_path,
 
 def test_a_gemma_2_with_its_norms_exchanged_is_another_function(tmp_path, monkeypatch):
     theirs = saved(FAMILIES["gemma2"], tmp_path)
-    table = _mend._convert_weights._GEMMA2_FROM_HF
+    table = _mend.GEMMA2_FROM_HF
     before, behind = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for side in ("pre", "post"))
     monkeypatch.setitem(table, before, "layers.{}.mlp_scale.scale")
     monkeypatch.setitem(table, behind, "layers.{}.mlp_norm.scale")

@@ -13,7 +13,7 @@ from test_configs import write_chat_tokenizer
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
-from humanline.training import PartialFile
+from humanline.programs import PartialFile
 
 RECIPE = ROOT / "recipes" / "humanline_label.py"
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from humanline.training import Settings
-from humanline.training._launch import process_group
-from humanline.training._output_folder import sole_use
+from humanline.config import Settings
+from humanline.launch._output_folder import sole_use
+from humanline.launch._processes import process_group
 
 SCRIPT = """
 import os, sys
@@ -23,7 +23,7 @@ def test_launch_replaces_the_process_by_one_a_device_with_the_same_arguments(tmp
     script = tmp_path / "recipe.py"
     script.write_text(SCRIPT)
     launch = (
-        f"from humanline.training._launch import launch; launch(2, {str(script)!r}, ['--config', 'c.yaml', 'seed=3'])"
+        f"from humanline.launch._processes import launch; launch(2, {str(script)!r}, ['--config', 'c.yaml', 'seed=3'])"
     )
     done = subprocess.run([sys.executable, "-c", launch], capture_output=True, text=True, timeout=120, check=True)
     lines = done.stdout.splitlines()
@@ -33,7 +33,7 @@ def test_launch_replaces_the_process_by_one_a_device_with_the_same_arguments(tmp
 
 def test_on_a_cpu_this_process_is_the_one_rank(tmp_path):
     start = (
-        "from humanline.training._launch import start_on_every_device, process_group\n"
+        "from humanline.launch._processes import start_on_every_device, process_group\n"
         "import torch, torch.distributed as dist\n"
         "start_on_every_device('cpu', 'never started')\n"
         "with process_group(torch.device('cpu')): print(dist.get_rank(), 'of', dist.get_world_size())"

@@ -10,9 +10,9 @@ from torchtune.modules import TransformerSelfAttentionLayer
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError
+from humanline.launch._processes import process_group
 from humanline.models import LogProbDecoder, log_probs
-from humanline.training._launch import process_group
-from humanline.training._model import build_model
+from humanline.models._build import build_model
 
 SHAPE = {
     "vocab_size": 64,

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3, lora_llama3
 
+from humanline.checkpoint._weights import build_decoder
 from humanline.errors import ConfigError
-from humanline.training._weights import build_decoder
 
 SHAPE = {
     **{"vocab_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32},

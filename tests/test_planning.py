@@ -352,5 +352,5 @@ def test_the_command_ends_with_1_and_no_traceback():
 
 
 def test_the_command_leaves_the_hook_of_tune_alone():
-    code = "import humanline._cli, sys; sys.exit('humanline._tune_plugin' in sys.modules)"
+    code = "import humanline._cli, sys; sys.exit('humanline.torchtune_seam.tune_plugin' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=180).returncode == 0

@@ -12,7 +12,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from test_windowed_reference import frozen, losses
 
-from humanline.training import PartialFile, score_sources
+from humanline.programs import PartialFile, score_sources
 
 BUILDER = """
 from torchtune.models.llama3 import llama3
@@ -30,7 +30,7 @@ class Mine:
 """
 EDIT = """
 from pathlib import Path
-from humanline.training._provenance import code_digest
+from humanline.checkpoint._provenance import code_digest
 import humanline
 digests = {code_digest()}
 for name in ("models/_log_probs.py", "data/_rows.py"):

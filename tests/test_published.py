@@ -25,10 +25,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from humanline.checkpoint._weights import build_decoder, read_decoder_weights
 from humanline.errors import ConfigError
 from humanline.models import check_function, differences, measure, read_published, second_opinion
 from humanline.models._check_function import remedy
-from humanline.training._weights import build_decoder, read_decoder_weights
 
 MODEL_TYPES = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
 

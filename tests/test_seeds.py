@@ -8,7 +8,7 @@ import torch
 
 from humanline._seeds import stream_seed
 from humanline.data import Group, GroupDataset, OfflineSource
-from humanline.training import StochasticAdamW
+from humanline.optim import StochasticAdamW
 
 
 def orders(seed: int, epochs: int) -> list[tuple[int, ...]]:

@@ -19,8 +19,8 @@ from humanline.losses import (
     token_log_ratio,
 )
 from humanline.models._log_probs import token_log_probs
+from humanline.optim import StochasticAdamW
 from humanline.perception import acceptance_probability, weighting
-from humanline.training import StochasticAdamW
 from humanline.training._metrics import MetricSums
 
 magnitudes = st.floats(-12, 1.3).map(lambda exponent: 10**exponent)

@@ -11,8 +11,8 @@ from ranks import forkserver
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from humanline.errors import ConfigError
-from humanline.training import StochasticAdamW, stochastic_round
-from humanline.training._model import mesh_of
+from humanline.models._build import mesh_of
+from humanline.optim import StochasticAdamW, stochastic_round
 
 
 @given(st.floats(-(2.0**100), 2.0**100, width=32))
@@ -66,7 +66,7 @@ def test_in_bfloat16_it_moves_as_float32_does_where_rounding_to_nearest_stands_s
 
 def test_pieces_change_nothing_but_the_noise(monkeypatch):
     whole = train_matrix()
-    monkeypatch.setattr("humanline.training._stochastic_adamw.PIECE", 100)
+    monkeypatch.setattr("humanline.optim._stochastic_adamw.PIECE", 100)
     assert torch.equal(train_matrix(), whole)  # float32: no noise
 
 

@@ -327,7 +327,7 @@ def test_a_registry_that_cannot_be_extended_is_left_as_it_is(from_wheel: Virtual
 def test_tune_goes_on_when_humanline_cannot_be_imported(without: VirtualEnvironment, bare_tune: Path) -> None:
     expected = without.run("tune", "ls", cwd=bare_tune)
     hook = without.site_packages / "humanline_tune.pth"
-    shutil.copy(REPOSITORY / "humanline" / "_tune_plugin.pth", hook)
+    shutil.copy(REPOSITORY / "humanline" / "torchtune_seam" / "tune_plugin.pth", hook)
     result = without.run("tune", "ls", cwd=bare_tune)
     hook.unlink()
     assert (result.returncode, result.stdout) == (expected.returncode, expected.stdout) and expected.returncode == 0

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs, load_decoder
+from humanline.programs import component, read_weights
 from humanline.rollout._connection import Connection, Gone
-from humanline.training import component, read_weights
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 SECONDS = 900  # for what takes a minute or two on a machine with nothing else to do

@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torchtune.training.metric_logging import DiskLogger
 
 from humanline.data import encoded_groups
+from humanline.launch._processes import process_group
 from humanline.losses import HumanlineDPOLoss
 from humanline.rollout import Engine, Prompt, RoundPlan, SampledSource
-from humanline.training._launch import process_group
 
 
 class Letters:

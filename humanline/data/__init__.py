@@ -5,6 +5,8 @@ from humanline.data._chat import ChatTokenizer
 from humanline.data._dataset import GroupDataset
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.data._group import Group, TokenBudget
+from humanline.data._read import read_records, take
+from humanline.data._record import Message, Record
 from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
 from humanline.data._source import End, OfflineSource, Source
 
@@ -13,7 +15,9 @@ __all__ = [
     "End",
     "Group",
     "GroupDataset",
+    "Message",
     "OfflineSource",
+    "Record",
     "RowBudget",
     "Rows",
     "Source",
@@ -28,5 +32,7 @@ __all__ = [
     "pack",
     "parts",
     "preference_groups",
+    "read_records",
     "scored_groups",
+    "take",
 ]

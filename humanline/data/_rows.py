@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
 from humanline.data._group import Group
 from humanline.errors import ConfigError, DataError
+from humanline.torchtune_seam.internals import SUPPORTS_FLEX_ATTENTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Rows:
 
     def _mask(self, visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor | BlockMask:
         rows, length = self.tokens.shape
-        if self.tokens.is_cuda and _SUPPORTS_FLEX_ATTENTION:
+        if self.tokens.is_cuda and SUPPORTS_FLEX_ATTENTION:
             return create_block_mask(visible, rows, None, length, length, device=self.tokens.device)
         row = torch.arange(rows, device=self.tokens.device)[:, None, None]
         at = torch.arange(length, device=self.tokens.device)

@@ -14,6 +14,7 @@ from humanline.models._adapter import (
     rank_and_alpha,
     trainable_parameters,
 )
+from humanline.models._build import build_model, design_model, full_state_dict, mesh_of
 from humanline.models._check_function import check_function, differences, fitting_builders, set_windows
 from humanline.models._load import check_architecture, drop_tied_output, fill_rotary_tables, load_decoder
 from humanline.models._log_probs import logits_as_on, token_log_probs
@@ -32,17 +33,20 @@ __all__ = [
     "LogProbDecoder",
     "Published",
     "adapter_modules",
+    "build_model",
     "cast_parameters",
     "check_adapter",
     "check_architecture",
     "check_arguments",
     "check_function",
+    "design_model",
     "differences",
     "drop_tied_output",
     "fill_rotary_tables",
     "fitting_builders",
     "fixed_log_probs",
     "freeze_base",
+    "full_state_dict",
     "gemma2",
     "has_quantized_base",
     "initial_adapter",
@@ -54,6 +58,7 @@ __all__ = [
     "measure",
     "merged_name",
     "merged_weight",
+    "mesh_of",
     "rank_and_alpha",
     "read_published",
     "second_opinion",

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torchtune.models.gemma2 import gemma2
 from torchtune.modules import TransformerDecoder
 
 from humanline.errors import ConfigError
@@ -205,9 +206,9 @@ def _arguments(path: str, published: Published) -> dict[str, Any]:
         "sliding_window_size": next(filter(None, published.windows), None),
     }
     module, _, name = path.rpartition(".")
-    if published.model_type == "gemma2":  # humanline's passes its arguments on to torchtune's
-        module, name = "torchtune.models.gemma2._component_builders", "gemma2"
-    taken = inspect.signature(getattr(import_module(module), name)).parameters
+    # humanline's Gemma 2 passes its arguments on to torchtune's
+    build = gemma2 if published.model_type == "gemma2" else getattr(import_module(module), name)
+    taken = inspect.signature(build).parameters
     return {key: _whole(value) for key, value in arguments.items() if key in taken}
 
 

@@ -18,6 +18,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.models._policy import LogProbDecoder
 from humanline.models._published import Rotation
+from humanline.torchtune_seam.internals import attention_call
 
 
 class Norm(NamedTuple):
@@ -84,7 +85,7 @@ def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
                 attn.num_kv_heads,
                 attn.head_dim,
                 once(rotation_of, attn.pos_embeddings, attn.pos_embeddings, attn.head_dim),
-                once(scores_of, attn, attn._attention_call, attn.head_dim) if plain else type(attn).__name__,
+                once(scores_of, attn, attention_call(attn), attn.head_dim) if plain else type(attn).__name__,
                 once(activation_of, mlp.activation, mlp.activation) if gated else type(mlp).__name__,
                 hasattr(attn, "sliding_window"),
                 getattr(attn, "sliding_window", None),

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
-from torchtune.modules.attention_utils import _MaskType
 from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models._log_probs import token_log_probs
+from humanline.torchtune_seam.internals import Mask
 
 
 class LogProbDecoder(nn.Module):
@@ -56,7 +56,7 @@ class LogProbDecoder(nn.Module):
         self,
         tokens: Tensor,
         *,
-        masks: Mapping[int | None, _MaskType],
+        masks: Mapping[int | None, Mask],
         positions: Tensor,
         predictors: Tensor,
         targets: Tensor,
@@ -64,7 +64,7 @@ class LogProbDecoder(nn.Module):
         """
         Args:
             tokens (Tensor): token ids, int64 ``[R, L]``.
-            masks (Mapping[int | None, _MaskType]): which token sees which, for each sliding window that a layer has
+            masks (Mapping[int | None, Mask]): which token sees which, for each sliding window that a layer has
                 (None: without): bool ``[R, L, L]``, or a FlexAttention block mask.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
             predictors (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the

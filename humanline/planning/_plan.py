@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
+from humanline.config import with_overrides
 from humanline.errors import ConfigError
 from humanline.planning._rehearsal import Estimate, rehearse
-from humanline.training import with_overrides
 
 LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", "activations", "logits")
 SPARE = 0.08  # of a device's memory, for its context, the communication's buffers and the allocator's gaps

@@ -16,27 +16,28 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torchtune import training
 
+from humanline.checkpoint import build_decoder, export_dtypes
+from humanline.config import DTYPES, Settings, component
 from humanline.data import Group, RowBudget, Rows, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError
 from humanline.models import (
     LogProbDecoder,
     adapter_modules,
     check_adapter,
+    design_model,
     fill_rotary_tables,
     fixed_log_probs,
     log_probs,
     logits_as_on,
+    mesh_of,
     trainable_parameters,
 )
+from humanline.optim import clip_gradients
 from humanline.planning._layers import Peaks, depths, extrapolated, moment, with_layers
 from humanline.planning._meter import Meter, blank
 from humanline.reference import Reference, RunContext, WindowedReference
-from humanline.training import DPO, GRPO, KTO, Settings, clip_gradients, component
-from humanline.training._export import export_dtypes
-from humanline.training._model import design_model, mesh_of
-from humanline.training._passes import Passes
-from humanline.training._settings import DTYPES
-from humanline.training._weights import build_decoder
+from humanline.torchtune_seam.internals import set_attention_call
+from humanline.training import DPO, GRPO, KTO, Passes
 
 CPU = torch.device("cpu")
 
@@ -190,7 +191,7 @@ class _Rehearsal:
                     module._buffers[name] = self.mode.from_tensor(buffer)
         if self.settings.device == "cuda":
             for layer in model.layers:
-                layer.attn._attention_call = _flash(getattr(layer.attn, "scale", None))
+                set_attention_call(layer.attn, _flash(getattr(layer.attn, "scale", None)))
         for index, layer in enumerate(model.layers):
             self._name_moments(layer, index)
         return model

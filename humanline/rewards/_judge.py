@@ -11,8 +11,7 @@ from typing import Any
 from humanline.errors import ConfigError, TrainingError
 from humanline.rewards._prompts import pairs, regroup
 from humanline.rewards._settings import check_count, check_number
-from humanline.rollout import Prompt
-from humanline.rollout._connection import Connection, Gone, Refused
+from humanline.rollout import Connection, Gone, Prompt, Refused
 
 __all__ = ["JudgeReward"]
 

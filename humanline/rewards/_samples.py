@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from humanline.data._record import Record
+from humanline.data import Record
 from humanline.errors import ConfigError
 from humanline.rollout import Prompt, read_prompts
 

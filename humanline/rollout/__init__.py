@@ -1,6 +1,7 @@
 """Engines that sample completions, and the prompts they complete."""
 
 from humanline.errors import Stopped
+from humanline.rollout._connection import Connection, Gone, Refused
 from humanline.rollout._engine import Completion, Engine
 from humanline.rollout._http_engine import HTTPEngine
 from humanline.rollout._in_process import InProcessEngine
@@ -15,11 +16,14 @@ from humanline.rollout._torchtune_engine import TorchtuneEngine
 
 __all__ = [
     "Completion",
+    "Connection",
     "Engine",
+    "Gone",
     "HTTPEngine",
     "InProcessEngine",
     "OnlineSource",
     "Prompt",
+    "Refused",
     "Reward",
     "RoundPlan",
     "SampledSource",

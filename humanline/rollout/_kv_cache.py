@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from humanline.models import LogProbDecoder
+from humanline.torchtune_seam.internals import attention_call, set_attention_call
 
 __all__ = ["KVCache", "Prefill", "Step", "attached"]
 
@@ -143,16 +144,18 @@ class _LayerCache(nn.Module):
 def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: int) -> Iterator[KVCache]:
     """A cache that the model's attention uses, in evaluation mode, until the context ends; then all is as before."""
     attentions = [layer.attn for layer in model.layers]
-    before = [(attn.kv_cache, attn.cache_enabled, attn._attention_call) for attn in attentions]
+    before = [(attn.kv_cache, attn.cache_enabled, attention_call(attn)) for attn in attentions]
     was_training = model.training
     cache = KVCache(attentions, slots, capacity)
     try:
         model.eval()
         for attn, layer in zip(attentions, cache.layers, strict=True):
-            attn.kv_cache, attn.cache_enabled, attn._attention_call = layer, True, layer.attend
+            attn.kv_cache, attn.cache_enabled = layer, True
+            set_attention_call(attn, layer.attend)
         yield cache
     finally:
-        for attn, state in zip(attentions, before, strict=True):
-            attn.kv_cache, attn.cache_enabled, attn._attention_call = state
+        for attn, (kv_cache, cache_enabled, call) in zip(attentions, before, strict=True):
+            attn.kv_cache, attn.cache_enabled = kv_cache, cache_enabled
+            set_attention_call(attn, call)
         cache.layers.clear()  # they name the cache, and the cache them: a ring that would keep its tensors for a while
         model.train(was_training)

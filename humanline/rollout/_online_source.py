@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from humanline.data import Group
-from humanline.data._record import Message
+from humanline.data import Group, Message
 from humanline.errors import ConfigError
 from humanline.rollout._prompts import read_prompts
 from humanline.rollout._round_plan import RoundPlan, Steps

@@ -3,8 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from humanline.data._read import read_records, take
-from humanline.data._record import Message, Record
+from humanline.data import Message, Record, read_records, take
 from humanline.errors import ConfigError, DataError
 
 __all__ = ["Prompt", "read_prompts"]

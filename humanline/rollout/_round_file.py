@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from humanline.data import Group
-from humanline.data._record import Record
+from humanline.data import Group, Record
 from humanline.errors import DataError
 
 

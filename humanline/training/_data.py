@@ -9,19 +9,18 @@ from omegaconf import DictConfig
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
+from humanline.checkpoint import WeightsOut, build_decoder
+from humanline.config import component, is_given
 from humanline.data import GroupDataset, OfflineSource, Rows, Source, pack, parts
 from humanline.distributed import check_same
 from humanline.errors import DataError
 from humanline.models import LogProbDecoder
+from humanline.optim import rehearse_optimizer
 from humanline.rollout import OnlineSource, RoundPlan, SampledSource, Steps
-from humanline.training._component import component, is_given
 from humanline.training._environment import Environment
 from humanline.training._hand_over import HandOver
-from humanline.training._lr_schedule import rehearse_optimizer
 from humanline.training._objectives import Objective
 from humanline.training._passes import Passes
-from humanline.training._weights import build_decoder
-from humanline.training._weights_out import WeightsOut
 
 log = utils.get_logger("INFO")
 

@@ -11,13 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import training
 
 from humanline._seeds import stream_seed
+from humanline.checkpoint import has_checkpoints, restore_replaced
+from humanline.config import COMPONENTS, Settings, accepts, check_component, is_given, values_of
 from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError
-from humanline.training._checkpoint import has_checkpoints
-from humanline.training._component import accepts, check_component, is_given
-from humanline.training._model import mesh_of
-from humanline.training._replace import restore_replaced
-from humanline.training._settings import COMPONENTS, Settings, values_of
+from humanline.models import mesh_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from humanline.checkpoint import WeightsOut
 from humanline.distributed import together
 from humanline.errors import TrainingError
 from humanline.rollout import Engine
-from humanline.training._weights_out import WeightsOut
 
 
 class HandOver:

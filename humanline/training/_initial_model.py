@@ -9,30 +9,29 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import training, utils
 
+from humanline.checkpoint import (
+    WeightsOut,
+    build_decoder,
+    code_digest,
+    fingerprint,
+    read_adapter,
+    read_decoder_weights,
+    rounding_on_load,
+    sampled_digest,
+)
+from humanline.config import DTYPES, is_given
 from humanline.distributed import check_same
 from humanline.errors import ConfigError
 from humanline.models import (
     LogProbDecoder,
     adapter_modules,
+    build_model,
     check_adapter,
     has_quantized_base,
     initial_adapter,
     trainable_parameters,
 )
-from humanline.training._adapter_files import read_adapter
-from humanline.training._component import is_given
 from humanline.training._environment import Environment
-from humanline.training._model import build_model
-from humanline.training._provenance import code_digest
-from humanline.training._settings import DTYPES
-from humanline.training._weights import (
-    build_decoder,
-    fingerprint,
-    read_decoder_weights,
-    rounding_on_load,
-    sampled_digest,
-)
-from humanline.training._weights_out import WeightsOut
 
 log = utils.get_logger("INFO")
 

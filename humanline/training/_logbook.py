@@ -8,8 +8,8 @@ from torchtune import training, utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from humanline.config import component
 from humanline.training._collapse import CollapseWatch
-from humanline.training._component import component
 from humanline.training._environment import Environment
 from humanline.training._metrics import MetricSums
 

@@ -15,13 +15,14 @@ from torchtune import training, utils
 from torchtune.training.lr_schedulers import get_lr
 
 from humanline._seeds import stream_seed
+from humanline.checkpoint import TrainingCheckpoint, WeightsOut
+from humanline.config import component
 from humanline.data import End, Group, Rows, Source
 from humanline.distributed import on_any_rank
 from humanline.errors import ConfigError, DataError, Stopped, TrainingError
 from humanline.models import LogProbDecoder
+from humanline.optim import StochasticAdamW
 from humanline.reference import Reference
-from humanline.training._checkpoint import TrainingCheckpoint
-from humanline.training._component import component
 from humanline.training._data import Data
 from humanline.training._environment import Environment
 from humanline.training._held_out import HeldOut
@@ -29,9 +30,7 @@ from humanline.training._logbook import Logbook
 from humanline.training._metrics import Metrics, MetricSums
 from humanline.training._non_finite import NonFinite
 from humanline.training._saves import Saves
-from humanline.training._stochastic_adamw import StochasticAdamW
 from humanline.training._stop_request import StopRequest
-from humanline.training._weights_out import WeightsOut
 
 log = utils.get_logger("INFO")
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from torchtune import utils
 
+from humanline.checkpoint import TrainingCheckpoint, WeightsOut
+from humanline.config import Settings
 from humanline.errors import TrainingError
-from humanline.training._checkpoint import TrainingCheckpoint
-from humanline.training._settings import Settings
-from humanline.training._weights_out import WeightsOut
 
 log = utils.get_logger("INFO")
 

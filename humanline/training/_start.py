@@ -5,12 +5,10 @@ from typing import Protocol
 
 from omegaconf import DictConfig
 
+from humanline.config import Settings
 from humanline.errors import ConfigError
-from humanline.training._common_end import common_end
+from humanline.launch import common_end, hide_known_warnings, process_group, sole_use, start_on_every_device
 from humanline.training._environment import Environment
-from humanline.training._launch import hide_known_warnings, process_group, start_on_every_device
-from humanline.training._output_folder import sole_use
-from humanline.training._settings import Settings
 
 
 class Recipe(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchtune import utils
 
-from humanline.training._launch import meeting_place
+from humanline.launch import meeting_place
 
 log = utils.get_logger("INFO")
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune.modules import MultiHeadAttention
 
+from humanline.torchtune_seam.internals import set_attention_call
+
 
 class Gemma2Attention(MultiHeadAttention):
     """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``, by FlexAttention where the mask is a block
@@ -26,7 +28,7 @@ class Gemma2Attention(MultiHeadAttention):
     def __init__(self, *, scale: float, soft_cap: float, sliding_window: int | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scale, self.soft_cap, self.sliding_window = scale, soft_cap, sliding_window
-        self._attention_call = self._masked
+        set_attention_call(self, self._masked)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False

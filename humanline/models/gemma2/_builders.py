@@ -4,8 +4,8 @@ import inspect
 from functools import partial
 from typing import Any
 
-from torchtune.models.gemma2._component_builders import gemma2 as torchtune_gemma2
-from torchtune.models.gemma2._component_builders import lora_gemma2 as torchtune_lora_gemma2
+from torchtune.models.gemma2 import gemma2 as torchtune_gemma2
+from torchtune.models.gemma2 import lora_gemma2 as torchtune_lora_gemma2
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LORA_ATTN_MODULES
 

@@ -10,11 +10,11 @@ Its attention is replaced as well, which is right but takes neither a block mask
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.models.gemma2._attention import Gemma2Attention
+from humanline.torchtune_seam.internals import GEMMA2_FROM_HF
 
 ATTENTION_CAP, LOGIT_CAP = 50.0, 30.0
 
@@ -58,9 +58,8 @@ def cap_logits(decoder: TransformerDecoder) -> None:
 
 def name_norms() -> None:
     """Corrects torchtune's table of names, which its checkpointers read and write with, and adapters are named by."""
-    table = _convert_weights._GEMMA2_FROM_HF
-    table["model.layers.{}.pre_feedforward_layernorm.weight"] = "layers.{}.mlp_norm.scale"
-    table["model.layers.{}.post_feedforward_layernorm.weight"] = "layers.{}.mlp_scale.scale"
+    GEMMA2_FROM_HF["model.layers.{}.pre_feedforward_layernorm.weight"] = "layers.{}.mlp_norm.scale"
+    GEMMA2_FROM_HF["model.layers.{}.post_feedforward_layernorm.weight"] = "layers.{}.mlp_scale.scale"
 
 
 _PARTS = (

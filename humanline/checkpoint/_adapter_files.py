@@ -15,13 +15,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchtune.models import convert_weights
-from torchtune.models.gemma2 import _convert_weights as gemma2
-from torchtune.models.qwen2 import _convert_weights as qwen2
+from torchtune.models.qwen2 import qwen2_hf_to_tune, qwen2_tune_to_hf
 from torchtune.modules.peft import DoRALinear
 from torchtune.training import ModelType
 
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, rank_and_alpha
+from humanline.torchtune_seam.internals import (
+    GEMMA2_FROM_HF,
+    LLAMA_FROM_HF,
+    QWEN2_FROM_HF,
+    checkpoint_dir,
+    gemma2_hf_to_tune,
+    gemma2_tune_to_hf,
+    hf_config,
+    model_type,
+)
 
 Weights = dict[str, Tensor]
 
@@ -36,9 +45,9 @@ class Family(NamedTuple):
     names: dict[str, str]  # of HF -> torchtune's
 
 
-LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, convert_weights._FROM_HF)
-QWEN2 = Family(qwen2.qwen2_tune_to_hf, qwen2.qwen2_hf_to_tune, qwen2._FROM_HF)
-GEMMA2 = Family(gemma2.gemma2_tune_to_hf, gemma2.gemma2_hf_to_tune, gemma2._GEMMA2_FROM_HF)
+LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, LLAMA_FROM_HF)
+QWEN2 = Family(qwen2_tune_to_hf, qwen2_hf_to_tune, QWEN2_FROM_HF)
+GEMMA2 = Family(gemma2_tune_to_hf, gemma2_hf_to_tune, GEMMA2_FROM_HF)
 FAMILIES = {
     ModelType.LLAMA2: LLAMA,
     ModelType.LLAMA3: LLAMA,
@@ -170,13 +179,12 @@ def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
 
 
 def _family(checkpointer: Any) -> Family | None:
-    is_hf = hasattr(checkpointer, "_config")
-    return FAMILIES.get(checkpointer._model_type) if is_hf else None
+    return None if hf_config(checkpointer) is None else FAMILIES.get(model_type(checkpointer))
 
 
 def _moved(convert: Convert, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
     """The adapter's tensor with its rows moved as ``convert`` moves those of the base weight ``name``."""
-    config = checkpointer._config
+    config = hf_config(checkpointer) or {}
     width = config["hidden_size"]
     columns = tensor.view(len(tensor), -1)
     (converted,) = convert(
@@ -203,7 +211,7 @@ def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(checkpointer, "repo_id", None) or str(checkpointer._checkpoint_dir),
+        "base_model_name_or_path": getattr(checkpointer, "repo_id", None) or str(checkpoint_dir(checkpointer)),
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft}),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from humanline.distributed import first_error, gathered
 from humanline.errors import ConfigError
-from humanline.training._launch import launch_name
+from humanline.launch._processes import launch_name
 
 PATIENCE_S = 120
 """How long a restarted run waits for its earlier self: what is left of it on a lost node, or that node's lock."""

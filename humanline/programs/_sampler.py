@@ -11,15 +11,12 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
+from humanline.checkpoint import build_decoder, code_digest, named_files, read_decoder_weights, rounding_on_load
+from humanline.config import DTYPES, component, one_of
 from humanline.errors import ConfigError, DataError
 from humanline.models import adapter_modules, load_decoder
+from humanline.programs._partial_file import PartialFile
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
-from humanline.training._component import component
-from humanline.training._keys import one_of
-from humanline.training._partial_file import PartialFile
-from humanline.training._provenance import code_digest, named_files
-from humanline.training._settings import DTYPES
-from humanline.training._weights import build_decoder, read_decoder_weights, rounding_on_load
 
 log = utils.get_logger("INFO")
 

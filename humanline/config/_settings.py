@@ -7,9 +7,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
+from humanline.config._component import is_given, suggestion
 from humanline.data import RowBudget
 from humanline.errors import ConfigError
-from humanline.training._component import is_given, suggestion
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -31,8 +31,8 @@ from torchtune import utils
 
 from humanline.distributed import check_same, first_error, gathered
 from humanline.errors import ConfigError
+from humanline.optim import replay
 from humanline.reference import Reference
-from humanline.training._lr_schedule import replay
 
 log = utils.get_logger("INFO")
 

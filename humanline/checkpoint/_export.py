@@ -15,12 +15,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchtune import training, utils
 
+from humanline.checkpoint._adapter_files import write_adapter
+from humanline.checkpoint._kept_update import KeptUpdate
+from humanline.checkpoint._replace import remove, replace_folder
 from humanline.distributed import first_error
-from humanline.models import adapter_modules, has_quantized_base, merged_name, merged_weight, trainable_parameters
-from humanline.training._adapter_files import write_adapter
-from humanline.training._kept_update import KeptUpdate
-from humanline.training._model import full_state_dict
-from humanline.training._replace import remove, replace_folder
+from humanline.models import (
+    adapter_modules,
+    full_state_dict,
+    has_quantized_base,
+    merged_name,
+    merged_weight,
+    trainable_parameters,
+)
+from humanline.torchtune_seam.internals import checkpoint_dir, write_into
 
 log = utils.get_logger("INFO")
 
@@ -124,7 +131,7 @@ def _initial(checkpointer: Any) -> Mapping[str, Tensor] | None:
         weights: Mapping[str, Tensor] = copy.copy(checkpointer).load_checkpoint()[training.MODEL_KEY]
         return weights
     except Exception as failure:  # of torchtune, safetensors and the disk
-        log.warning(f"checkpointer: {checkpointer._checkpoint_dir} cannot be read any more: {failure}")
+        log.warning(f"checkpointer: {checkpoint_dir(checkpointer)} cannot be read any more: {failure}")
         return None
 
 
@@ -184,7 +191,7 @@ def _report(
 def _save(weights: dict[str, Tensor], partial: Path, checkpointer: Any) -> None:
     """Has torchtune's checkpointer write the weights, without its log lines, which name ``partial``."""
     writer = copy.copy(checkpointer)
-    writer._output_dir = partial.parent
+    write_into(writer, partial.parent)
     with _quiet("_checkpointer"):
         writer.save_checkpoint({training.MODEL_KEY: weights}, epoch=partial.name.removeprefix("epoch_"))
     widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})

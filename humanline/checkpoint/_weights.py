@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
-from torchtune.training.checkpointing._utils import safe_torch_load
 
+from humanline.config import component
 from humanline.errors import ConfigError
 from humanline.models import (
     check_architecture,
@@ -20,7 +20,7 @@ from humanline.models import (
     second_opinion,
     set_windows,
 )
-from humanline.training._component import component
+from humanline.torchtune_seam.internals import checkpoint_files, hf_files, safe_torch_load
 
 log = utils.get_logger("INFO")
 
@@ -64,7 +64,7 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
         remarks.append(f"{folder} has no config.json, so what the model computes could not be compared with it")
     if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
         remarks.append(f"{folder}: {_HEAD} is a copy of the embeddings, which the model ties; it is left out")
-        getattr(checkpointer, "_weight_map", {}).pop(_HEAD, None)  # by which the final weights are written
+        hf_files(checkpointer).pop(_HEAD, None)  # by which the final weights are written
     check_architecture(model, weights, folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for remark in filter(None, remarks):
@@ -74,9 +74,9 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
 
 def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | None:
     """The output layer of the files, where torchtune's conversion leaves it out (Qwen2's, if config.json ties it)."""
-    if _HEAD not in getattr(checkpointer, "_weight_map", {}) or "output.weight" in weights:
+    if _HEAD not in hf_files(checkpointer) or "output.weight" in weights:
         return None
-    files = (safe_torch_load(path) for path in checkpointer._checkpoint_paths)
+    files = (safe_torch_load(path) for path in checkpoint_files(checkpointer))
     return next((file[_HEAD] for file in files if _HEAD in file), None)
 
 
@@ -133,7 +133,7 @@ def rounding_on_load(cfg: DictConfig, weights: Mapping[str, Tensor], key: str, d
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
     """A digest of weights and of the function that a config makes of them, the same on all ranks; a collective.
 
-    What computes that function is not in it; see :func:`~humanline.training._provenance.code_digest`.
+    What computes that function is not in it; see :func:`~humanline.checkpoint._provenance.code_digest`.
 
     Args:
         weights (dict[str, Tensor]): the full state dict.

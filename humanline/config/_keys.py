@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from humanline.config._component import suggestion
 from humanline.errors import ConfigError
-from humanline.training._component import suggestion
 
 
 def check_keys(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:

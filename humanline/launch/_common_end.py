@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 from torchtune import training
 
+from humanline.config import missing_package
 from humanline.errors import ConfigError, DataError, TrainingError
-from humanline.training._launch import meeting_place
-from humanline.training._missing_package import missing_package
+from humanline.launch._processes import meeting_place
 
 FAILURE, TOLD, GONE = "humanline/failure", "humanline/told", "humanline/gone"
 SECONDS_BETWEEN_LOOKS = 0.5

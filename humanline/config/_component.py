@@ -14,12 +14,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
-from torchtune.config._utils import _get_component_from_path
 
+from humanline.config._missing_package import missing_package
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.reference import Strategy
 from humanline.rollout import Engine
-from humanline.training._missing_package import missing_package
+from humanline.torchtune_seam.internals import find_component
 
 _KINDS: dict[str, type] = {"reference": Strategy, "engine": Engine}
 
@@ -152,7 +152,7 @@ def _found(key: str, path: Any) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
         sys.path.append(os.getcwd())
     try:
-        found = _get_component_from_path(path)
+        found = find_component(path)
     except Exception as error:  # whatever the module does when it is imported
         raise ConfigError(f"{where}: Error loading {path!r}: {_why_not_found(path, error)}") from error
     if not callable(found):
@@ -178,7 +178,7 @@ def _why_not_found(path: str, error: Exception) -> str:
 
 def _names_in(module: str) -> list[str]:
     try:
-        return dir(_get_component_from_path(module))
+        return dir(find_component(module))
     except Exception:  # then its own name is wrong
         return []
 

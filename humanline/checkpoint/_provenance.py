@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torchtune
-from torchtune.config._utils import _get_component_from_path
 
 import humanline
+from humanline.torchtune_seam.internals import find_component
 
 # torchtune by its sources as well: a fork keeps the version.
 _SOURCES = (humanline, torchtune)
@@ -30,7 +30,7 @@ def code_digest(*components: str) -> str:
             import does not.
     """
     files = [file for package in _SOURCES for file in sorted(Path(inspect.getfile(package)).parent.rglob("*.py"))]
-    files += [path for dotpath in components if (path := _file_of(_get_component_from_path(dotpath)))]
+    files += [path for dotpath in components if (path := _file_of(find_component(dotpath)))]
     total = blake2b(" ".join(f"{name} {_version(name)}" for name in _VERSIONS).encode(), digest_size=16)
     for file in files:
         total.update(file.read_bytes())

@@ -1,6 +1,6 @@
 """Makes torchtune's `tune` know the humanline recipes and configs.
 
-`_tune_plugin.pth`, installed as `humanline_tune.pth` at the root of site-packages, imports this module when Python
+`tune_plugin.pth`, installed as `humanline_tune.pth` at the root of site-packages, imports this module when Python
 starts as `tune`, and humanline in the processes that `tune run` starts; no other program is touched. An import hook
 then waits for torchtune's registry, which `tune ls`, `cp`, `cat` and `run` read, and extends it:
 
@@ -13,7 +13,7 @@ then waits for torchtune's registry, which `tune ls`, `cp`, `cat` and `run` read
   that, and not run. A copy accepts torchrun options unless its class says `sharded = False`. Left to itself torchtune
   imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
 - the processes that `tune run` starts import humanline first, so that torchtune imports there too with a newer torchao
-  than it knows (`_torchao_names.py`).
+  than it knows (`torchao_names.py`).
 - with a humanline recipe, torchrun gives its processes ten minutes to stop, for a step and the checkpoint of a large
   model, instead of 30 seconds. Over several nodes its c10d rendezvous has a new store at every start: in the one that
   it keeps by default, a node that comes back finds nobody.

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torchtune.modules.peft import get_adapter_params
 
+from humanline.config import accepts, component, is_given
 from humanline.errors import ConfigError
-from humanline.training._component import accepts, component, is_given
 
 
 def get_constant_schedule_with_warmup(

@@ -1,9 +1,7 @@
 """A recipe's config from its command line: ``--config FILE key=value ... ~key ...``, with an error in one line."""
 
-import functools
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from humanline.errors import ConfigError
-from humanline.training._common_end import common_end
-from humanline.training._launch import hide_known_warnings
 
 USAGE = "tune run RECIPE --config FILE [key=value ...] [~key ...]"
-
-
-def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-    """Decorates a recipe's main function: it gets the config that the command line describes.
-
-    torchtune's ``config.parse`` reads the same command lines, and ends with a traceback where one is wrong. A mistake
-    on one rank alone, such as a file that only one node has, ends all ranks.
-    """
-
-    @functools.wraps(recipe_main)
-    def main() -> Any:
-        hide_known_warnings()
-        with common_end(os.path.basename(sys.argv[0])):
-            cfg = read_config(sys.argv[1:])
-        sys.exit(recipe_main(cfg))
-
-    return main
 
 
 def read_config(arguments: Sequence[str]) -> DictConfig:

@@ -5,9 +5,9 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from tqdm import tqdm
 
+from humanline.checkpoint import code_digest, named_files
+from humanline.programs._partial_file import PartialFile
 from humanline.rollout import Prompt, Reward, checked_scores
-from humanline.training._partial_file import PartialFile
-from humanline.training._provenance import code_digest, named_files
 
 log = utils.get_logger("INFO")
 

@@ -15,15 +15,11 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
 
 from humanline.errors import ConfigError
-from humanline.models import (
-    LogProbDecoder,
-    adapter_modules,
-    cast_parameters,
-    fill_rotary_tables,
-    freeze_base,
-    local_shard,
-)
-from humanline.models._adapter import quantized_like
+from humanline.models._adapter import adapter_modules, freeze_base, quantized_like
+from humanline.models._load import fill_rotary_tables
+from humanline.models._policy import LogProbDecoder
+from humanline.models._shard import local_shard
+from humanline.models._whole_weights import cast_parameters
 
 
 def mesh_of(device: torch.device, replicas: int) -> DeviceMesh:

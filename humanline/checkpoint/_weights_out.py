@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from humanline.checkpoint._export import write_weights
+from humanline.config import DTYPES, Settings
 from humanline.models import LogProbDecoder
-from humanline.training._export import write_weights
-from humanline.training._settings import DTYPES, Settings
 
 
 class WeightsOut:

@@ -1,0 +1,33 @@
+"""Weights in and out: a model's checkpoint, the training state, exports and adapter files; each whole or not there."""
+
+from humanline.checkpoint._adapter_files import read_adapter
+from humanline.checkpoint._checkpoint import TrainingCheckpoint, has_checkpoints
+from humanline.checkpoint._export import export_dtypes
+from humanline.checkpoint._provenance import code_digest, named_files
+from humanline.checkpoint._replace import restore_replaced
+from humanline.checkpoint._weights import (
+    build_decoder,
+    fingerprint,
+    read_decoder_weights,
+    read_weights,
+    rounding_on_load,
+    sampled_digest,
+)
+from humanline.checkpoint._weights_out import WeightsOut
+
+__all__ = [
+    "TrainingCheckpoint",
+    "WeightsOut",
+    "build_decoder",
+    "code_digest",
+    "export_dtypes",
+    "fingerprint",
+    "has_checkpoints",
+    "named_files",
+    "read_adapter",
+    "read_decoder_weights",
+    "read_weights",
+    "restore_replaced",
+    "rounding_on_load",
+    "sampled_digest",
+]

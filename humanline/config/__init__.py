@@ -1,0 +1,24 @@
+"""A run's config: read from a file and a command line, checked, and its components built."""
+
+from humanline.config._component import accepts, check_component, component, is_given
+from humanline.config._config_file import load_config, read_config, with_overrides
+from humanline.config._keys import check_keys, one_of
+from humanline.config._missing_package import missing_package
+from humanline.config._settings import COMPONENTS, DTYPES, Settings, values_of
+
+__all__ = [
+    "COMPONENTS",
+    "DTYPES",
+    "Settings",
+    "accepts",
+    "check_component",
+    "check_keys",
+    "component",
+    "is_given",
+    "load_config",
+    "missing_package",
+    "one_of",
+    "read_config",
+    "values_of",
+    "with_overrides",
+]

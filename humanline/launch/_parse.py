@@ -1,0 +1,30 @@
+"""The decorator of every recipe's main function."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from humanline.config import read_config
+from humanline.launch._common_end import common_end
+from humanline.launch._processes import hide_known_warnings
+
+
+def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+    """Decorates a recipe's main function: it gets the config that the command line describes.
+
+    torchtune's ``config.parse`` reads the same command lines, and ends with a traceback where one is wrong. A mistake
+    on one rank alone, such as a file that only one node has, ends all ranks.
+    """
+
+    @functools.wraps(recipe_main)
+    def main() -> Any:
+        hide_known_warnings()
+        with common_end(os.path.basename(sys.argv[0])):
+            cfg = read_config(sys.argv[1:])
+        sys.exit(recipe_main(cfg))
+
+    return main

@@ -1,0 +1,28 @@
+"""What the recipes that do not train share: sampling, scoring, and files that a killed program continues."""
+
+from humanline.checkpoint import read_weights
+from humanline.config import check_keys, component, load_config, one_of, with_overrides
+from humanline.launch import check_one_process, common_end, hide_known_warnings, parse
+from humanline.programs._output_file import write_json, write_jsonl
+from humanline.programs._partial_file import PartialFile
+from humanline.programs._sampler import Sampler
+from humanline.programs._scored_rows import score_sources, scored_rows
+
+__all__ = [
+    "PartialFile",
+    "Sampler",
+    "check_keys",
+    "check_one_process",
+    "common_end",
+    "component",
+    "hide_known_warnings",
+    "load_config",
+    "one_of",
+    "parse",
+    "read_weights",
+    "score_sources",
+    "scored_rows",
+    "with_overrides",
+    "write_json",
+    "write_jsonl",
+]

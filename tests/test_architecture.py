@@ -1,0 +1,81 @@
+"""The house's rules, which docs/architecture.md states: one direction of dependence, and what is private stays so."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "humanline"
+FILES = sorted(PACKAGE.rglob("*.py"))  # the first is its __init__.py
+PROGRAMS = sorted((ROOT / "recipes").glob("humanline_*.py"))
+
+# From the top floor to the lowest: a room imports rooms below its own.
+FLOORS = (
+    {"_cli"},
+    {"planning"},
+    {"training", "programs"},
+    {"checkpoint"},
+    {"optim", "launch"},
+    {"config"},
+    {"rewards"},
+    {"reference", "rollout"},
+    {"models"},
+    {"data"},
+    {"losses"},
+    {"perception"},
+    {"distributed", "errors", "torchtune_seam", "tools", "_seeds", "_home", "_noise", "_torchrun"},
+)
+
+
+def floor(room: str) -> int:
+    (found,) = (number for number, rooms in enumerate(FLOORS) if room in rooms)
+    return found
+
+
+def imports(path) -> list[str]:
+    """Modules that a file imports, and the names that it imports from them, as dotted paths."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    modules += [node.module or "" for node in froms]
+    return modules + [f"{node.module}.{name.name}" for node in froms for name in node.names]
+
+
+def room_of(path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES[1:], ids=lambda path: path.name)
+def test_a_room_imports_only_rooms_below_it(path):
+    own = room_of(path)
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "humanline" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir() and parts[1] != own:
+            assert floor(own) < floor(parts[1]), f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=lambda path: path.name)
+def test_a_module_with_an_underscore_is_imported_in_its_own_package_alone(path):
+    package = path.parent.relative_to(ROOT).parts
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "humanline":
+            private = next((place for place, name in enumerate(parts) if re.match(r"_[a-z]", name)), len(parts))
+            assert private == len(parts) or tuple(parts[:private]) == package[:private], f"{path.name}: {module}"
+
+
+def test_torchtunes_private_names_are_used_in_the_seam_alone():
+    private = re.compile(r"torchtune[a-z0-9_.]*\._[a-z]|from torchtune[a-z0-9_.]* import _")
+    attributes = re.compile(r"\w\._(attention_call|checkpoint_dir|checkpoint_paths|weight_map|model_type|output_dir)\b")
+    for path in (*FILES, *PROGRAMS):
+        if path.parent.name != "torchtune_seam":
+            source = path.read_text()
+            assert not private.search(source), path
+            assert not attributes.search(source), path
+
+
+def test_no_file_holds_two_things():
+    longest = max((len(path.read_text().splitlines()), path.name) for path in FILES)
+    assert longest <= (400, "")
+    assert max((len(path.read_text().splitlines()), path.name) for path in PROGRAMS) <= (220, "")
