@@ -52,7 +52,6 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
-        self.run: Run | None = None
 
     def setup(self, cfg: DictConfig) -> None:
         """Builds what the loop uses: first what can fail cheaply, the weights last."""
@@ -169,9 +168,8 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
         )
 
     def cleanup(self) -> None:
-        """Ends what is held open, however the run ended."""
-        if self.run is not None:
-            self.run.close()
+        """Closes what is held open, however the run ended."""
+        self.environment.close()
 
 
 @parse

@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_serve_available
 from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rollout import Completion, SamplingParams
-from humanline.rollout._http_engine import HTTPEngine
+from humanline.rollout._http_engine import HTTPEngine, ServerEngine
 
 SERVER = Path(__file__).with_name("completions_server.py")
 SECONDS = 60  # for what takes a moment, on a busy machine too
@@ -126,10 +126,10 @@ def prompts(tokenizer):
     return [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in ("one", "two", "drei", "четыре")]
 
 
-def engine_for(server: Server, tokenizer: ChatTokenizer, **settings) -> HTTPEngine:
-    engine = HTTPEngine(server.url, **{"model": "policy", "max_concurrency": 3, **settings})
-    engine.setup(tokenizer)
-    return engine
+def engine_for(server: Server, tokenizer: ChatTokenizer, **settings) -> ServerEngine:
+    return ServerEngine(
+        HTTPEngine(server.url, **{"model": "policy", "max_concurrency": 3, **settings}), tokenizer, tokenizer.vocab_size
+    )
 
 
 def expected(server: Server, tokenizer: ChatTokenizer, prompts: list[list[int]], weights: str = "") -> list:
@@ -280,7 +280,7 @@ def test_a_server_that_is_not_there_is_named(tokenizer):
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         with pytest.raises(ConfigError, match=f"^engine.base_url: {re.escape(url)} does not answer.*refused"):
-            HTTPEngine(url, model="policy").setup(tokenizer)
+            ServerEngine(HTTPEngine(url, model="policy"), tokenizer, tokenizer.vocab_size)
 
 
 def test_a_server_without_the_model_is_refused_with_what_it_has(folder, tokenizer):
@@ -432,8 +432,8 @@ def test_transformers_serve_samples_from_each_rounds_folder_as_transformers_does
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in ("one", "two", "drei")]
     params = SamplingParams(max_new_tokens=16, temperature=0)
     with TransformersServe(tmp_path / "home") as url:
-        engine = HTTPEngine(url, weights_dir=str(tmp_path), max_concurrency=1, retries=0)
-        engine.setup(tokenizer)
+        settings = HTTPEngine(url, weights_dir=str(tmp_path), max_concurrency=1, retries=0)
+        engine = ServerEngine(settings, tokenizer, tokenizer.vocab_size)
         answers = []
         for folder, reference in zip((first, second), references, strict=True):
             engine.update(folder)
@@ -449,8 +449,10 @@ def test_transformers_serve_samples_from_each_rounds_folder_as_transformers_does
 
         # One folder for all rounds works too, if the server is told to forget what it was.
         shutil.copy(second / "model.safetensors", first / "model.safetensors")
-        reset = HTTPEngine(url, weights_dir=str(tmp_path), reload_url=url.replace("/v1", "/reset"), max_concurrency=1)
-        reset.setup(tokenizer)
+        settings = HTTPEngine(
+            url, weights_dir=str(tmp_path), reload_url=url.replace("/v1", "/reset"), max_concurrency=1
+        )
+        reset = ServerEngine(settings, tokenizer, tokenizer.vocab_size)
         reset.update(first)
         assert [[s.tokens for s in row] for row in reset.generate(prompts, params, [0, 0, 0])] == answers[1]
 

@@ -331,7 +331,7 @@ def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_polic
     torch.manual_seed(0)
     decoder, ids = llama3(256, 2, 4, 2, 64, 128), torch.tensor([[5, 6, 7]])
     before, passes = decoder(ids), []
-    engine = InProcessEngine(batch_size=4)
+    engine = InProcessEngine(batch_size=4).build(Letters(), LogProbDecoder(decoder))
 
     def note(*_):
         passes.append(1)
@@ -339,7 +339,6 @@ def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_polic
             engine.stop()
 
     hook = decoder.tok_embeddings.register_forward_pre_hook(note)
-    engine.setup(Letters(), LogProbDecoder(decoder))
     with pytest.raises(Stopped):
         engine.generate([[1, 2]], SamplingParams(max_new_tokens=100), seeds=[1])
     hook.remove()

@@ -76,9 +76,7 @@ def engine(tmp_path, monkeypatch):
         policy = LogProbDecoder(llama3(ROWS, 1, 2, 1, 8, 16))
 
     def setup(url):
-        engine = HTTPEngine(url, model="policy", retries=0, max_concurrency=2)
-        engine.setup(tokenizer, policy)
-        return engine
+        return HTTPEngine(url, model="policy", retries=0, max_concurrency=2).build(tokenizer, policy)
 
     return setup
 

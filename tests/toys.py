@@ -188,9 +188,6 @@ class FullLogger(BreakingLogger):
 class Mute(Engine):
     """Answers nothing."""
 
-    def setup(self, tokenizer, policy):
-        pass
-
     def generate(self, prompts, params, seeds):
         return [[] for _ in prompts]
 

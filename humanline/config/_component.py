@@ -18,10 +18,10 @@ from torchtune import config
 from humanline.config._missing_package import missing_package
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.reference import Strategy
-from humanline.rollout import Engine
+from humanline.rollout import EngineSettings
 from humanline.torchtune_seam.internals import find_component
 
-_KINDS: dict[str, type] = {"reference": Strategy, "engine": Engine}
+_KINDS: dict[str, type] = {"reference": Strategy, "engine": EngineSettings}
 
 
 def is_given(cfg: DictConfig, key: str) -> bool:

@@ -107,6 +107,7 @@ class OfflineSource(Source):
         max_steps_per_epoch: int | None = None,
     ) -> None:
         self.dataset = dataset
+        self.budget = dataset.budget
         self.accumulation = accumulation
         self.seed = seed
         self.shuffle = shuffle

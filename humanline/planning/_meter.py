@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ class Meter(TorchDispatchMode):
         self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
         self.flops = 0
         self._label = "activations"
+        self._storage_resize: Any = torch.UntypedStorage.resize_
         self._labels: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,21 +62,18 @@ class Meter(TorchDispatchMode):
         return out
 
     def __enter__(self) -> "Meter":
-        resize = torch.UntypedStorage.resize_
-
         def resized(storage: Any, size: int) -> Any:  # how FSDP gives the memory of gathered weights back
-            done = resize(storage, size)
+            done = self._storage_resize(storage, size)
             self._resize(storage, "gathered weights")
             return done
 
-        self._patch = patch.object(torch.UntypedStorage, "resize_", resized)
-        self._patch.start()
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._patch.stop()
+        torch.UntypedStorage.resize_ = self._storage_resize  # type: ignore[method-assign]
 
     @property
     def peak(self) -> Counter[str]:

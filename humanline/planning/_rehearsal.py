@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torchtune import training
@@ -118,15 +119,17 @@ class _Taken(NamedTuple):
 
 def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int) -> _Taken:
     """Runs the two steps with so many of the model's layers, which repeat after ``period`` of them."""
-    with _ranks(ranks), logits_as_on(Settings.from_config(cfg).device):
-        run = _Rehearsal(cfg, sharded=ranks > 1, vocabulary=vocabulary, layers=layers, period=period)
-        with run.mode, run.meter:
-            run.build(cfg)
+    settings = Settings.from_config(cfg)
+    mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(vocabulary)
+    with _ranks(ranks), logits_as_on(settings.device):
+        mesh = mesh_of(CPU, settings.data_parallel_replicate_dim)  # outside of the mode
+        with mode, meter:
+            run = _Rehearsal(cfg, mode, meter, mesh=mesh if ranks > 1 else None, layers=layers, period=period)
             run.take_step(1, passes=1)
-            run.meter.forget_peak()
+            meter.forget_peak()
             run.take_step(2, passes=2)
-        with run.mode:
-            return _Taken(run.meter.peaks, run.meter.flops, run.export_bytes(), run.checkpoint_bytes())
+        with mode:
+            return _Taken(meter.peaks, meter.flops, run.export_bytes(), run.checkpoint_bytes())
 
 
 def _extrapolated(fewer: _Taken, more: _Taken, times: int) -> _Taken:
@@ -138,36 +141,47 @@ class _Rehearsal:
     """What a recipe's loop uses, in fake tensors, and its step.
 
     The loss itself is left out: it has a few numbers a response token, and a model thousands.
+
+    Args:
+        cfg (DictConfig): the whole config.
+        mode (FakeTensorMode): makes tensors fake; it is on.
+        meter (Meter): counts what they take; it is on.
+        mesh (DeviceMesh | None): the ranks to shard over; None for one process.
+        layers (int): how many of the model's layers there are.
+        period (int): after how many the layers repeat.
     """
 
-    def __init__(self, cfg: DictConfig, *, sharded: bool, vocabulary: int, layers: int, period: int) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        mode: FakeTensorMode,
+        meter: Meter,
+        *,
+        mesh: DeviceMesh | None,
+        layers: int,
+        period: int,
+    ) -> None:
         settings = self.settings = Settings.from_config(cfg)
+        self.mode, self.meter, self.mesh = mode, meter, mesh
         self.layers, self.period = layers, period
         self.forwards = 0
-        mesh = mesh_of(CPU, settings.data_parallel_replicate_dim)
-        self.mesh = mesh if sharded else None
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        loss = component(cfg, "loss")
+        with unset_fake_temporarily():
+            loss = component(cfg, "loss")
         self.objective = next(each for each in (DPO, KTO, GRPO) if isinstance(loss, each.loss_type))(loss)
-        self.meter = Meter(vocabulary)
         self.passes = _FakePasses(self, settings.row_budget(torch.device(settings.device)))
-
-    def build(self, cfg: DictConfig) -> None:
-        """Builds model, reference and optimizer, under the meter."""
-        settings = self.settings
-        with self.meter.label("weights"):
+        with meter.label("weights"):
             self.policy = self.model(
                 cfg, DTYPES[settings.master_dtype], checkpointing=settings.enable_activation_checkpointing
             )
         strategy = component(cfg, "reference")
-        with self.meter.label("reference"):
+        models = _Models(self, cfg)
+        with meter.label("reference"):
             if isinstance(strategy, WindowedReference):
                 self.reference: Reference = _Window(self.policy, strategy.sync_every)
             else:
-                context = RunContext(
-                    policy=self.policy, model=_Models(self, cfg), passes=None, total_steps=2, resumes=False
+                self.reference = strategy.build(
+                    RunContext(policy=self.policy, model=models, passes=None, total_steps=2, resumes=False)
                 )
-                self.reference = strategy.build(context)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
 
     def model(self, cfg: DictConfig, param_dtype: torch.dtype, checkpointing: bool) -> LogProbDecoder:

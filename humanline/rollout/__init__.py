@@ -2,7 +2,7 @@
 
 from humanline.errors import Stopped
 from humanline.rollout._connection import Connection, Gone, Refused
-from humanline.rollout._engine import Completion, Engine
+from humanline.rollout._engine import Completion, Engine, EngineSettings
 from humanline.rollout._http_engine import HTTPEngine
 from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._online_source import OnlineSource
@@ -18,6 +18,7 @@ __all__ = [
     "Completion",
     "Connection",
     "Engine",
+    "EngineSettings",
     "Gone",
     "HTTPEngine",
     "InProcessEngine",

@@ -23,28 +23,36 @@ class Completion:
     logps: list[float] | None = field(default=None, compare=False)
 
 
-class Engine(ABC):
-    """Draws completions from the policy.
+class EngineSettings(ABC):
+    """The ``engine`` of a config. It is checked when it is constructed; :meth:`build` makes the engine of a run.
 
     Attributes:
-        in_process (bool): whether it samples with the very weights that train.
-        weights_dir (Path | None): the folder into which each round's weights are written for it; None writes none.
+        in_process (bool): whether the engine samples with the very weights that train.
     """
 
     in_process: ClassVar[bool] = False
-    weights_dir: Path | None = None
 
     @abstractmethod
-    def setup(self, tokenizer: Any, policy: LogProbDecoder) -> None:
-        """Called once on each rank, before anything is sampled.
+    def build(self, tokenizer: Any, policy: LogProbDecoder) -> "Engine":
+        """The engine of a rank, ready to sample.
 
         Args:
             tokenizer (Any): the run's ``ChatTokenizer``.
-            policy (LogProbDecoder): what trains.
+            policy (LogProbDecoder): the model that trains.
 
         Raises:
             ConfigError: if it cannot sample for this run.
         """
+
+
+class Engine(ABC):
+    """Draws completions from the policy. Each rank has one.
+
+    Attributes:
+        weights_dir (Path | None): the folder into which each round's weights are written for it; None writes none.
+    """
+
+    weights_dir: Path | None = None
 
     @abstractmethod
     def generate(

@@ -23,6 +23,7 @@ import random
 import urllib.parse
 import uuid
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.models import LogProbDecoder
 from humanline.rollout._connection import Connection, Gone, Refused
-from humanline.rollout._engine import Completion, Engine
+from humanline.rollout._engine import Completion, Engine, EngineSettings
 from humanline.rollout._reply import Reply, read_reply
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 _PROBE = "Ünïcode, 12345.678 and\n\tdef f(x): return x  # 你好"  # what tokenizers split differently
 
 
-class HTTPEngine(Engine):
+@dataclass(frozen=True)
+class HTTPEngine(EngineSettings):
     """Samples from a server that speaks the completions API of OpenAI.
 
     Args:
@@ -62,72 +64,82 @@ class HTTPEngine(Engine):
         ConfigError: if a setting cannot work.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        api_key_env: str | None = None,
-        timeout: float = 600.0,
-        retries: int = 5,
-        max_concurrency: int = 64,
-        wait: float | None = None,
-        weights_dir: str | None = None,
-        reload_url: str | None = None,
-    ) -> None:
-        for key, url in (("base_url", base_url), ("reload_url", reload_url or base_url)):
+    base_url: str
+    _: KW_ONLY
+    model: str | None = None
+    api_key_env: str | None = None
+    timeout: float = 600.0
+    retries: int = 5
+    max_concurrency: int = 64
+    wait: float | None = None
+    weights_dir: str | None = None
+    reload_url: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, url in (("base_url", self.base_url), ("reload_url", self.reload_url or self.base_url)):
             parts = urllib.parse.urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ConfigError(f"engine.{key}: {url!r} is no address; give one like http://localhost:8000/v1")
-        for key, value, least in (("retries", retries, 0), ("max_concurrency", max_concurrency, 1)):
+        for key, value, least in (("retries", self.retries, 0), ("max_concurrency", self.max_concurrency, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"engine.{key}: {value!r} is not a whole number of at least {least}")
-        if timeout <= 0:
-            raise ConfigError(f"engine.timeout: {timeout!r} is not above 0 seconds; give the longest request's")
-        if wait is not None and wait < 0:
-            raise ConfigError(f"engine.wait: {wait!r} is below 0 seconds; null waits for ever")
-        if model is None and weights_dir is None:
+        if self.timeout <= 0:
+            raise ConfigError(f"engine.timeout: {self.timeout!r} is not above 0 seconds; give the longest request's")
+        if self.wait is not None and self.wait < 0:
+            raise ConfigError(f"engine.wait: {self.wait!r} is below 0 seconds; null waits for ever")
+        if self.model is None and self.weights_dir is None:
             raise ConfigError("engine.model: is missing; name the model that the server has, or give weights_dir")
-        if weights_dir is None and reload_url is not None:
+        if self.weights_dir is None and self.reload_url is not None:
             raise ConfigError("engine.reload_url: there are no weights to announce; give weights_dir, or leave it out")
-        if weights_dir is not None and model is not None and reload_url is None:
+        if self.weights_dir is not None and self.model is not None and self.reload_url is None:
             raise ConfigError(
-                f"engine.weights_dir: a server that is asked for {model!r} does not learn of new weights; give "
+                f"engine.weights_dir: a server that is asked for {self.model!r} does not learn of new weights; give "
                 "reload_url, or leave model out if the server loads the folder that it is asked for"
             )
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise ConfigError(f"engine.api_key_env: {self.api_key_env} is not in the environment; export it")
+
+    def build(self, tokenizer: ChatTokenizer, policy: LogProbDecoder) -> "ServerEngine":
+        return ServerEngine(self, tokenizer, policy.tok_embeddings.num_embeddings)
+
+
+class ServerEngine(Engine):
+    """The engine of :class:`HTTPEngine`.
+
+    Asks at once whether the server is there and, if the model has its name already, whether it is the right one.
+
+    Args:
+        settings (HTTPEngine): its settings.
+        tokenizer (ChatTokenizer): the policy's.
+        rows (int): rows of the policy's embedding; some may be of no token.
+
+    Raises:
+        ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.
+    """
+
+    def __init__(self, settings: HTTPEngine, tokenizer: ChatTokenizer, rows: int) -> None:
         headers = {"Content-Type": "application/json"}
-        if api_key_env is not None:
-            if not os.environ.get(api_key_env):
-                raise ConfigError(f"engine.api_key_env: {api_key_env} is not in the environment; export it")
-            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.weights_dir = None if weights_dir is None else Path(weights_dir)
-        self._url, self._reload_url, self._model = base_url.rstrip("/"), reload_url, model
-        self._retries = retries
-        self._max_concurrency = max_concurrency
+        if settings.api_key_env is not None:
+            headers["Authorization"] = f"Bearer {os.environ[settings.api_key_env]}"
+        self.weights_dir = None if settings.weights_dir is None else Path(settings.weights_dir)
+        self._url, self._reload_url, self._model = settings.base_url.rstrip("/"), settings.reload_url, settings.model
+        self._retries = settings.retries
+        self._max_concurrency = settings.max_concurrency
+        self._tokenizer, self._rows = tokenizer, rows
+        ids = token_ids(tokenizer)
+        self._token_ids = None if ids is None else frozenset(ids)
         self._folder: str | None = None
         self._salt = ""
         self._has_sampled = False
+        self._takes_ids = self._adds_bos = self._is_strict = False  # as the last probe found the server
         self._server = Connection(
-            self._url, headers, timeout=timeout, retries=retries, wait=wait, introduce=self._announce
+            self._url,
+            headers,
+            timeout=settings.timeout,
+            retries=settings.retries,
+            wait=settings.wait,
+            introduce=self._announce,
         )
-
-    # ---- Set-up
-
-    def setup(self, tokenizer: ChatTokenizer, policy: LogProbDecoder | None = None) -> None:
-        """Asks whether the server is there and, if the model has its name already, whether it is the right one.
-
-        Args:
-            tokenizer (ChatTokenizer): the policy's.
-            policy (LogProbDecoder | None): the policy, of which the server has a copy; its embedding may have rows
-                that no token has.
-
-        Raises:
-            ConfigError: if the server is not there, lacks the model, refuses the key, or has another tokenizer.
-        """
-        self._tokenizer = tokenizer
-        ids = token_ids(tokenizer)
-        self._token_ids = None if ids is None else frozenset(ids)
-        self._rows = tokenizer.vocab_size if policy is None else policy.tok_embeddings.num_embeddings
         try:
             self._server.greet()
         except Gone as gone:

@@ -1,14 +1,16 @@
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from humanline.models import LogProbDecoder, whole_weights
-from humanline.rollout._engine import Completion, Engine
+from humanline.rollout._engine import Completion, Engine, EngineSettings
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
 from humanline.rollout._torchtune_engine import TorchtuneEngine
 
 
-class InProcessEngine(Engine):
+@dataclass(frozen=True)
+class InProcessEngine(EngineSettings):
     """Samples from the policy itself, by :class:`TorchtuneEngine`; each rank has the whole weights while it does.
 
     Args:
@@ -17,13 +19,25 @@ class InProcessEngine(Engine):
 
     in_process: ClassVar[bool] = True
 
-    def __init__(self, batch_size: int = 64) -> None:
-        self.batch_size = batch_size
+    batch_size: int = 64
 
-    def setup(self, tokenizer: Any, policy: LogProbDecoder) -> None:
+    def build(self, tokenizer: Any, policy: LogProbDecoder) -> "PolicyEngine":
+        return PolicyEngine(policy, tokenizer, self.batch_size)
+
+
+class PolicyEngine(Engine):
+    """The engine of :class:`InProcessEngine`.
+
+    Args:
+        policy (LogProbDecoder): the model that trains.
+        tokenizer (Any): the run's ``ChatTokenizer``.
+        batch_size (int): the most completions that a rank draws at a time.
+    """
+
+    def __init__(self, policy: LogProbDecoder, tokenizer: Any, batch_size: int) -> None:
         self.policy = policy
         self.engine = TorchtuneEngine(
-            policy, stop_tokens=tokenizer.stop_tokens, batch_size=self.batch_size, token_ids=token_ids(tokenizer)
+            policy, stop_tokens=tokenizer.stop_tokens, batch_size=batch_size, token_ids=token_ids(tokenizer)
         )
 
     def generate(

@@ -17,7 +17,6 @@ from torchtune.utils import get_logger
 from humanline._seeds import stream_seed
 from humanline.data import End, Group, GroupDataset, Source
 from humanline.distributed import together
-from humanline.errors import ConfigError
 from humanline.rollout._empty_rounds import EmptyRounds
 from humanline.rollout._engine import Engine
 from humanline.rollout._reward import Reward
@@ -42,7 +41,6 @@ class SampledSource(Source):
         total_steps (int): optimizer steps of the run.
 
     Raises:
-        ConfigError: if the engine cannot sample while training goes on, and ``overlap`` asks for it.
         DataError: if the reward cannot judge a prompt.
     """
 
@@ -58,11 +56,6 @@ class SampledSource(Source):
         output_dir: str,
         total_steps: int,
     ) -> None:
-        if plan.source.overlap and engine.in_process:
-            raise ConfigError(
-                f"source.overlap: {type(engine).__name__} samples with the very weights that train; use HTTPEngine, or "
-                "leave overlap out"
-            )
         self.plan, self.derive, self.hand_over, self.total_steps = plan, derive, hand_over, total_steps
         self.groups_per_step, self.steps_per_epoch = plan.groups_per_step, plan.steps_per_epoch
         self.folder = Path(output_dir) / "rounds"
@@ -74,6 +67,7 @@ class SampledSource(Source):
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.sampler = RoundSampler(plan, engine, reward, derive, self.empty_rounds, self.ranks)
         self._round: int | None = None
+        self._policy_step = 0
         self._groups: list[Group] = []
         self._unlogged: list[dict[str, float]] = []  # of the rounds sampled since metrics were logged; in checkpoints
         self._ahead: Future[Round] | None = None

@@ -13,7 +13,7 @@ from humanline.checkpoint import WeightsOut, build_decoder
 from humanline.config import component, is_given
 from humanline.data import GroupDataset, OfflineSource, Rows, Source, pack, parts
 from humanline.distributed import check_same
-from humanline.errors import DataError
+from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder
 from humanline.optim import rehearse_optimizer
 from humanline.rollout import OnlineSource, RoundPlan, SampledSource, Steps
@@ -77,9 +77,14 @@ class Data:
             }
         )
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.passes = Passes(objective, self.budget, self._limits, environment.device, settings.seed)
+        self.passes = Passes(objective, self.budget, self.known.budget, environment.device, settings.seed)
         rehearse_optimizer(cfg, self.shape, environment.device, self.total_steps)
         self.engine, self.reward = component(cfg, "engine"), component(cfg, "reward")
+        if isinstance(self.known, RoundPlan) and self.known.source.overlap and self.engine.in_process:
+            raise ConfigError(
+                f"source.overlap: {type(self.engine).__name__} samples with the very weights that train; use "
+                "HTTPEngine, or leave overlap out"
+            )
 
     @property
     def ahead(self) -> Callable[[int], Iterable[Rows]] | None:
@@ -100,10 +105,10 @@ class Data:
         if isinstance(self.known, OfflineSource):
             return self.known
         output_dir = self.environment.settings.output_dir
-        self.engine.setup(self.tokenizer, policy)
-        hand_over = HandOver(self.engine, weights_out, output_dir)
+        engine = self.engine.build(self.tokenizer, policy)
+        hand_over = HandOver(engine, weights_out, output_dir)
         return SampledSource(
-            self.known, self.engine, self.reward, self.objective.examples, hand_over, output_dir, self.total_steps
+            self.known, engine, self.reward, self.objective.examples, hand_over, output_dir, self.total_steps
         )
 
     def left_out(self) -> list[str]:
@@ -115,13 +120,11 @@ class Data:
         if is_given(self.cfg, "source"):
             online: OnlineSource = component(self.cfg, "source")
             plan = online.plan(self.tokenizer, self.steps)
-            self._limits = plan.budget
             self._fitting("source.max_new_tokens", plan.longest())
             return plan
         dataset = self._examples("dataset", component(self.cfg, "dataset", self.tokenizer))
         if self.environment.rank == 0 and (warning := self.objective.imbalance_warning(dataset)):
             log.warning(warning)
-        self._limits = dataset.budget
         return OfflineSource(dataset, **vars(self.steps))
 
     def _examples(self, key: str, dataset: GroupDataset) -> GroupDataset:

@@ -1,6 +1,7 @@
 """Where a run takes place: its settings, device, ranks and folder, checked before anything takes time."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Environment:
         mesh (DeviceMesh | None): ranks to shard over; None for one process with plain tensors.
         restarted (bool): whether torchrun has started this very run before: then it resumes by itself.
         resume_from (bool | str): the checkpoint to resume from, as ``resume_from_checkpoint`` has it.
+        at_exit (ExitStack): closes what the run holds open, such as its logger; see :meth:`close`.
     """
 
     settings: Settings
@@ -39,6 +41,7 @@ class Environment:
     mesh: DeviceMesh | None
     restarted: bool
     resume_from: bool | str
+    at_exit: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def of(cls, cfg: DictConfig, *, sharded: bool, restarted: bool) -> "Environment":
@@ -69,6 +72,10 @@ class Environment:
             restarted=restarted,
             resume_from=_resume_from(settings, restarted),
         )
+
+    def close(self) -> None:
+        """Closes what the run holds open, however far its set-up came."""
+        self.at_exit.close()
 
 
 def _check_components(cfg: DictConfig) -> None:

@@ -50,11 +50,12 @@ class Logbook:
         if self.logger is not None:
             self.logger.log_config(cfg)
         self._open = ExitStack()
+        self._bar: tqdm[Any] = tqdm(disable=True)
 
     def show_bar(self, step: int, total_steps: int) -> None:
         """Shows the run's progress on rank 0 until :meth:`close`; what is logged stands above it."""
         bar = tqdm(total=total_steps, initial=step, disable=self.rank != 0, unit="step")
-        self._bar: tqdm[Any] = self._open.enter_context(bar)
+        self._bar = self._open.enter_context(bar)
         self._open.enter_context(logging_redirect_tqdm([log]))
 
     def close_bar(self) -> None:

@@ -100,6 +100,7 @@ class Run:
             best_mode=settings.best_checkpoint_mode,
             asynchronous=settings.enable_async_checkpointing,
         )
+        environment.at_exit.callback(self.checkpoint.wait)
         self.saves = Saves(
             settings,
             self.checkpoint,
@@ -119,8 +120,12 @@ class Run:
         if not environment.restarted:
             self.source.resume(self.step if self.checkpoint.last_saved == self.step else -1)
         self.logbook = Logbook(cfg, environment, source.score or data.objective.signal, progress)
+        environment.at_exit.callback(self.logbook.close)
         self.stop_request = StopRequest(source.stop)
         self._over = self._solved = False
+        # Of the step under way:
+        self._start, self._sums, self._empty = 0.0, MetricSums(self.device), True
+        self._lr, self._broken, self._stops = math.nan, False, False
         if self.rank == 0:
             self._say_what_it_is(data)
 
@@ -342,11 +347,6 @@ class Run:
         )
         for note in data.left_out():
             log.info(note)
-
-    def close(self) -> None:
-        """Ends what the run holds open, however it ended."""
-        self.checkpoint.wait()
-        self.logbook.close()
 
 
 def _position(
