@@ -23,10 +23,9 @@ test-fast: $(INSTALLED)
 test-vllm: $(INSTALLED) $(VLLM)/installed
 	$(BIN)/pytest tests/test_vllm.py -v -rP
 
+# .pre-commit-config.yaml lists what that is.
 lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)
