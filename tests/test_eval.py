@@ -14,7 +14,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from test_sampling import BUILDER, LLAMA, hf_llama, write_tokenizer
+from test_sampling import hf_llama, of_the_model, write_tokenizer
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
@@ -230,15 +230,7 @@ def of_a_model(folder, model_folder, lines=LINES, **changes):
         "batch_size": 8,
         "device": "cpu",
         "dtype": "fp32",
-        "model": {"_component_": BUILDER, **LLAMA},
-        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(model_folder),
-            "checkpoint_files": ["model.safetensors"],
-            "model_type": "LLAMA3_2",
-            "output_dir": str(folder / "out"),
-        },
+        **of_the_model(model_folder, folder / "out"),
     } | changes
 
 

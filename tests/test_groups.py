@@ -384,6 +384,19 @@ scored = st.builds(
 )
 
 
+def derived(derive, groups, expected, why_dropped):
+    """Checks what becomes of the groups, and that the report counts the dropped ones; None where none is left."""
+    if not expected:
+        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
+            derive(GroupDataset(groups))
+        return None
+    found = derive(GroupDataset(groups))
+    assert list(found) == expected
+    dropped = len(groups) - len(expected)
+    assert (f"{dropped} groups {why_dropped} dropped" in found.report()) == (dropped > 0)
+    return found
+
+
 @given(st.lists(scored, min_size=1, max_size=8))
 def test_a_pair_is_the_first_of_the_best_against_the_first_of_the_worst(groups):
     expected = []
@@ -392,15 +405,8 @@ def test_a_pair_is_the_first_of_the_best_against_the_first_of_the_worst(groups):
         rejected = group.responses[group.scores.index(min(group.scores))]
         if max(group.scores) > min(group.scores) and chosen != rejected:
             expected.append(Group(group.prompt, (chosen, rejected), id=group.id))
-    if expected:
-        pairs = as_pairs(GroupDataset(groups))
-        assert list(pairs) == expected
-        dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups without a best and a worst response dropped" in pairs.report()) == (dropped > 0)
-        assert as_pairs(pairs) is pairs
-    else:
-        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
-            as_pairs(GroupDataset(groups))
+    pairs = derived(as_pairs, groups, expected, "without a best and a worst response")
+    assert pairs is None or as_pairs(pairs) is pairs
 
 
 def test_pairs_pass_through_among_scored_groups():
@@ -430,28 +436,14 @@ def test_a_scored_response_is_desirable_above_its_group_s_mean_and_undesirable_b
         if max(group.scores) > min(group.scores):
             responses, labels = zip(*kept, strict=True)
             expected.append(Group(group.prompt, responses, labels=labels, id=group.id))
-    if expected:
-        found = as_labelled(GroupDataset(groups))
-        assert list(found) == expected
-        dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
-        assert as_labelled(found) is found
-    else:
-        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
-            as_labelled(GroupDataset(groups))
+    labelled = derived(as_labelled, groups, expected, "whose scores are all equal")
+    assert labelled is None or as_labelled(labelled) is labelled
 
 
 @given(st.lists(scored, min_size=1, max_size=8))
 def test_groups_whose_scores_are_all_equal_are_skipped_and_the_others_kept_whole(groups):
     expected = [group for group in groups if len(set(group.scores)) > 1]
-    if expected:
-        found = as_scored(GroupDataset(groups))
-        assert list(found) == expected
-        dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
-    else:
-        with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
-            as_scored(GroupDataset(groups))
+    derived(as_scored, groups, expected, "whose scores are all equal")
 
 
 def test_pairs_and_labels_become_labels_and_scores():

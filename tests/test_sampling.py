@@ -458,6 +458,21 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def of_the_model(model_folder, output_dir):
+    """The keys of a config that name the tiny model in its folder."""
+    return {
+        "model": {"_component_": BUILDER, **LLAMA},
+        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(model_folder),
+            "checkpoint_files": ["model.safetensors"],
+            "model_type": "LLAMA3_2",
+            "output_dir": str(output_dir),
+        },
+    }
+
+
 def recipe_config(folder, model_folder, lines, **changes):
     """The config of a run over these prompt lines, whose output is ``folder/samples/responses``."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -468,15 +483,7 @@ def recipe_config(folder, model_folder, lines, **changes):
         "dtype": "fp32",
         "max_new_tokens": 16,
         "batch_size": 4,
-        "model": {"_component_": BUILDER, **LLAMA},
-        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(model_folder),
-            "checkpoint_files": ["model.safetensors"],
-            "model_type": "LLAMA3_2",
-            "output_dir": str(folder / "samples"),
-        },
+        **of_the_model(model_folder, folder / "samples"),
     } | changes
 
 
