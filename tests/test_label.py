@@ -172,7 +172,7 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
         ({"bach_size": 1}, "bach_size: is not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),
         ({"reward": GSM8K | {"field": "a"}}, "reward: humanline.rewards.GSM8KReward does not take these arguments"),
-        ({"reward": GSM8K | {"answer_field": "solution"}}, "samples.jsonl line 1: field 'solution' is absent"),
+        ({"reward": GSM8K | {"answer_field": "solution"}}, "samples.jsonl line 1: field 'solution' is missing"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
@@ -186,7 +186,7 @@ def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"prompt": "?"}, "line 8: field 'all_generated_responses' is absent"),
+        ({"prompt": "?"}, "line 8: field 'all_generated_responses' is missing"),
         ({"prompt": "?", "all_generated_responses": []}, "line 8: field 'all_generated_responses' is empty"),
         ({"prompt": "?", "all_generated_responses": ["a", 1]}, "line 8: field 'all_generated_responses[1]' is 1"),
     ],

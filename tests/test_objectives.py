@@ -466,7 +466,9 @@ def test_kl_sequences_too_long_for_a_row_are_met_before_training(trajectory):
     long_response = {"prompt": [3] * 4, "responses": [[4] * 40], "labels": [False]}
     run.data.write_text("".join(json.dumps(line) + "\n" for line in [long_prompt, long_response] * 2))
     line = run.train("tokens_per_row=48")
-    whole = f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response take 79 tokens"
-    assert f"{whole}, a row holds 48" in line
+    whole = (
+        f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response have 79 input tokens"
+    )
+    assert f"{whole}, but a row holds 48" in line
     assert run.train("tokens_per_row=79") is None
     assert math.isfinite(run.log()[1])

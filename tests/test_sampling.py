@@ -397,7 +397,7 @@ def test_every_form_of_a_prompt_file_gives_the_same_chats(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("prompts.jsonl", '{"prompt": "a"}\n{"answer": 1}\n', DataError, "line 2: field 'prompt' is absent"),
+        ("prompts.jsonl", '{"prompt": "a"}\n{"answer": 1}\n', DataError, "line 2: field 'prompt' is missing"),
         ("prompts.jsonl", '{"prompt": 3}\n', DataError, "line 1: field 'prompt' is 3"),
         ("prompts.jsonl", '{"instruction": ""}\n', DataError, "line 1: field 'instruction' is empty"),
         ("prompts.txt", "\n", ConfigError, "^prompts: '.*' holds no prompt"),
@@ -615,4 +615,4 @@ def test_a_mistake_ends_the_recipe_with_one_line(sample):
     assert not output.exists()
     assert "Traceback" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("humanline_sample.py: ") and "prompts.jsonl line 4: field 'prompt' is absent" in last
+    assert last.startswith("humanline_sample.py: ") and "prompts.jsonl line 4: field 'prompt' is missing" in last
