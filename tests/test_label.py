@@ -188,7 +188,10 @@ def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
     [
         ({"prompt": "?"}, "line 8: field 'all_generated_responses' is missing"),
         ({"prompt": "?", "all_generated_responses": []}, "line 8: field 'all_generated_responses' is empty"),
-        ({"prompt": "?", "all_generated_responses": ["a", 1]}, "line 8: field 'all_generated_responses[1]' is 1"),
+        (
+            {"prompt": "?", "all_generated_responses": ["a", 1]},
+            "line 8: field 'all_generated_responses[1]' must be a string, got 1",
+        ),
     ],
 )
 def test_a_bad_line_ends_the_recipe_with_one_line(label, line, message):

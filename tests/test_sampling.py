@@ -398,7 +398,12 @@ def test_every_form_of_a_prompt_file_gives_the_same_chats(tmp_path, name, conten
     ("name", "content", "error", "message"),
     [
         ("prompts.jsonl", '{"prompt": "a"}\n{"answer": 1}\n', DataError, "line 2: field 'prompt' is missing"),
-        ("prompts.jsonl", '{"prompt": 3}\n', DataError, "line 1: field 'prompt' is 3"),
+        (
+            "prompts.jsonl",
+            '{"prompt": 3}\n',
+            DataError,
+            "line 1: field 'prompt' must be a string or a list of messages, got 3",
+        ),
         ("prompts.jsonl", '{"instruction": ""}\n', DataError, "line 1: field 'instruction' is empty"),
         ("prompts.txt", "\n", ConfigError, "^prompts: '.*' holds no prompt"),
         ("prompts.csv", "a,b\n", ConfigError, "^prompts: '.*' is of no known kind"),
@@ -420,7 +425,7 @@ def test_a_slice_of_a_prompt_file_is_taken_and_another_split_refused(tmp_path, n
         ("2", "b"),
         ("3", "c"),
     ]
-    with pytest.raises(ConfigError, match="^split: 'test' cannot be taken from local files"):
+    with pytest.raises(ConfigError, match="^split: 'test' does not work for local files"):
         read_prompts(str(tmp_path / name), split="test")
 
 
