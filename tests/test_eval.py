@@ -444,7 +444,7 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 @pytest.mark.parametrize(
     ("line", "changes", "message"),
     [
-        ({}, {"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
+        ({}, {"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
         ({}, {"k": [5]}, "k: 5 is more than the 4 responses of "),
         ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),

@@ -166,8 +166,8 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
     ("changes", "message"),
     [
         ({"samples": None}, "samples: is missing"),
-        ({"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
-        ({"samples": str(RECIPE)}, "humanline_label.py' is of no known kind"),
+        ({"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
+        ({"samples": str(RECIPE)}, "humanline_label.py' has an unsupported type"),
         ({"batch_size": 0}, "batch_size: 0 is not a whole number"),
         ({"bach_size": 1}, "bach_size: is not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),

@@ -276,7 +276,10 @@ MISTAKES = {
     "a word for a switch": ({"shuffle": "maybe"}, "shuffle: 'maybe' does not work: it is a str; give a bool"),
     "a negative rate": ({"optimizer.lr": -1.0}, "optimizer: Invalid learning rate: -1.0"),
     "fp16": ({"dtype": "fp16"}, "dtype: 'fp16' does not work: float16 has too narrow a range"),
-    "negative sync_every": ({"reference.sync_every": -1}, "reference.sync_every: -1 is not a positive number"),
+    "negative sync_every": (
+        {"reference.sync_every": -1},
+        "reference.sync_every: expected a positive integer or null (never sync), got -1",
+    ),
     "a ratio for a bound": ({"loss.log_eps_P": 0.8}, "loss.log_eps_P: got 0.8, expected a number of at most 0 nats"),
     "unknown key": ({"bach_size": 2}, "bach_size: is not a key of this recipe; did you mean batch_size?"),
     "unknown component argument": ({"loss.betta": 1.0}, "loss: humanline.losses.HumanlineDPOLoss does not take"),
