@@ -359,13 +359,13 @@ def test_a_model_of_another_architecture_is_refused_with_the_first_difference(tm
     with pytest.raises(ConfigError) as error:
         load(tmp_path / "model", lambda: llama3_2(**LLAMA | {"intermediate_dim": 80}))
     assert str(error.value) == (
-        f"checkpointer.checkpoint_dir: {tmp_path / 'model'} is another architecture than model: "
+        f"checkpointer.checkpoint_dir: {tmp_path / 'model'} has another architecture than model: "
         "layers.0.mlp.w1.weight is [64, 48] in the checkpoint and [80, 48] in the model; "
-        "let both keys name the same model"
+        "point both keys to the same model"
     )
-    with pytest.raises(ConfigError, match="output.weight is absent in the checkpoint and "):
+    with pytest.raises(ConfigError, match="output.weight is missing in the checkpoint and "):
         load(tmp_path / "model", lambda: llama3_2(**LLAMA, tie_word_embeddings=False))
-    with pytest.raises(ConfigError, match=r"layers.2.\S+ is \[.*\] in the checkpoint and absent in the model"):
+    with pytest.raises(ConfigError, match=r"layers.2.\S+ is \[.*\] in the checkpoint and missing in the model"):
         load(tmp_path / "model", lambda: llama3_2(**LLAMA | {"num_layers": 2}))
 
 
@@ -373,7 +373,9 @@ def test_attention_of_another_kind_is_refused():
     with torch.device("meta"):
         model = llama3_2(**LLAMA)
     model.layers[1].attn = torch.nn.Identity()
-    with pytest.raises(ConfigError, match="^model: its attention is a Identity"):
+    with pytest.raises(
+        ConfigError, match="^model: expected torchtune's MultiHeadAttention, which rows need, got Identity"
+    ):
         TorchtuneEngine(model, stop_tokens=[], batch_size=1)
 
 

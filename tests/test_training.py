@@ -289,7 +289,7 @@ MISTAKES = {
     "too large a step": ({"batch_size": 1000}, "batch_size: a step needs 1000 x 1 accumulated x 1 ranks = 1000 groups"),
     "a model too short for the data": ({"model.max_seq_len": 16}, "positions, the model has 16 (max_seq_len)"),
     "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
-    "another architecture": ({"model.embed_dim": 32}, "is another architecture than model"),
+    "another architecture": ({"model.embed_dim": 32}, "has another architecture than model"),
     "missing weights": ({"checkpointer.checkpoint_files": ["nope.safetensors"]}, "checkpointer:"),
     "missing checkpoint folder": ({"checkpointer.checkpoint_dir": "nowhere"}, "checkpointer: nowhere"),
     "nothing to resume from": (

@@ -50,11 +50,11 @@ def preference_groups(
         column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"chosen": "preferred"}; null
             means that columns are named like the fields.
         max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
-        max_prompt_tokens (int | None): the prompt is cut to this many tokens if prompt and response together exceed
-            ``max_tokens``. It keeps its first token and its end. null never cuts a prompt.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
 
     Returns:
-        The pairs. Pairs that are equal after cutting are dropped and counted in the dataset's report.
+        GroupDataset: the pairs. Pairs that are equal after cutting are dropped and counted in the dataset's report.
 
     Raises:
         ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
@@ -88,7 +88,26 @@ def labelled_groups(
     """Single responses that are desirable or not, in the Hugging Face format for KTO: groups of one with a label.
 
     ``prompt`` is messages or the user's text, ``completion`` the assistant's message or its text, ``label`` true or
-    false. Arguments and errors are those of :func:`preference_groups`.
+    false.
+
+    Args:
+        tokenizer (ChatTokenizer): encodes prompts and responses with the model's chat template.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"label": "liked"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     _check_tokenizer(tokenizer)
 
@@ -114,7 +133,26 @@ def scored_groups(
     """Scored responses in the format of UltraFeedback-ArmoRM: groups of G responses with scores.
 
     ``prompt`` is messages or the user's text, ``all_generated_responses`` a list of texts, ``all_rm_scores`` one number
-    per response. Arguments and errors are those of :func:`preference_groups`.
+    per response.
+
+    Args:
+        tokenizer (ChatTokenizer): encodes prompts and responses with the model's chat template.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"prompt": "question"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     _check_tokenizer(tokenizer)
 
@@ -140,8 +178,26 @@ def encoded_groups(
     """Groups that are already token ids.
 
     ``prompt`` is a list of ids, ``responses`` a list of such lists, ``scores`` or ``labels`` one value per response.
-    Without scores and labels a group must be a pair, the chosen response first. The tokenizer may be None; otherwise
-    the ids must be in its vocabulary. Other arguments and errors are those of :func:`preference_groups`.
+    Without scores and labels a group must be a pair, the chosen response first.
+
+    Args:
+        tokenizer (ChatTokenizer | None): the ids must be in its vocabulary; None does not check them.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"scores": "rewards"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     vocab_size = getattr(tokenizer, "vocab_size", None)
 

@@ -67,7 +67,7 @@ class TokenBudget:
     Attributes:
         max_tokens (int): most tokens of the prompt and one response together.
         max_prompt_tokens (int | None): the prompt is cut to this many tokens if its longest response does not fit
-            beside it; None never cuts a prompt.
+            with it; None never cuts a prompt.
 
     Raises:
         ConfigError: if the limits leave no room for a prompt or for a response.
@@ -97,7 +97,7 @@ class TokenBudget:
     def fit(self, group: Group) -> Group:
         """Cuts a group to the budget; a group that fits is returned as it is.
 
-        All responses share one prompt, so the prompt is cut once, if the longest response does not fit beside it. A
+        All responses share one prompt, so the prompt is cut once, if the longest response does not fit with it. A
         cut prompt keeps its first token (BOS, or the start of the turn) and its end (where the answer starts). A cut
         response loses its end.
 

@@ -141,7 +141,7 @@ class OfflineSource(Source):
         which = "a different choice in each" if self.shuffle else "the last ones"
         return [
             f"dataset: {len(self.dataset) - used:,} of {len(self.dataset):,} groups are left out of every epoch "
-            f"({which}): its {self.steps_per_epoch:,} steps take {self.groups_per_step} each"
+            f"({which}): its {self.steps_per_epoch:,} steps use {self.groups_per_step} each"
         ]
 
     def digest(self) -> str:

@@ -16,7 +16,7 @@ class ModelBuilder(Protocol):
         """Returns a digest of the weights that the run starts from and of the model's function; a collective."""
 
     def computation(self) -> str:
-        """Returns a digest of what affects log-probs besides the weights: code, device and precision."""
+        """Returns a digest of everything besides the weights that affects log-probs: code, device and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
