@@ -396,7 +396,7 @@ def test_a_pair_is_the_first_of_the_best_against_the_first_of_the_worst(groups):
         pairs = as_pairs(GroupDataset(groups))
         assert list(pairs) == expected
         dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups without a best and a worst response dropped" in pairs.report()) == (dropped > 0)
+        assert (f"{dropped} groups dropped (no best and worst response)" in pairs.report()) == (dropped > 0)
         assert as_pairs(pairs) is pairs
     else:
         with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
@@ -434,7 +434,7 @@ def test_a_scored_response_is_desirable_above_its_group_s_mean_and_undesirable_b
         found = as_labelled(GroupDataset(groups))
         assert list(found) == expected
         dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
+        assert (f"{dropped} groups dropped (all scores equal)" in found.report()) == (dropped > 0)
         assert as_labelled(found) is found
     else:
         with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
@@ -448,7 +448,7 @@ def test_groups_whose_scores_are_all_equal_are_skipped_and_the_others_kept_whole
         found = as_scored(GroupDataset(groups))
         assert list(found) == expected
         dropped = len(groups) - len(expected)
-        assert (f"{dropped} groups whose scores are all equal dropped" in found.report()) == (dropped > 0)
+        assert (f"{dropped} groups dropped (all scores equal)" in found.report()) == (dropped > 0)
     else:
         with pytest.raises(DataError, match="^memory: no group has a best and a worst response"):
             as_scored(GroupDataset(groups))

@@ -378,7 +378,7 @@ def test_groups_whose_scores_are_all_equal_are_skipped_and_counted(trajectory, c
     write_examples(run, examples)
     assert run.train() is None
     assert len(run.log()) == 6
-    assert "12 groups whose scores are all equal dropped" in caplog.text
+    assert "12 groups dropped (all scores equal)" in caplog.text
 
 
 # ---- Class imbalance

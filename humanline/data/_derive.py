@@ -22,7 +22,7 @@ def as_pairs(dataset: GroupDataset) -> GroupDataset:
         DataError: if a group has no scores and is not a pair, or if no pair is left.
     """
     remedy = "provide scores that differ, or raise max_tokens if responses are cut to the same tokens"
-    return _derive(dataset, _pair, lambda group: group.is_pair, "without a best and a worst response", remedy)
+    return _derive(dataset, _pair, lambda group: group.is_pair, "no best and worst response", remedy)
 
 
 def as_labelled(dataset: GroupDataset) -> GroupDataset:
@@ -35,7 +35,7 @@ def as_labelled(dataset: GroupDataset) -> GroupDataset:
         DataError: if a group has no labels and no scores and is not a pair, or if no group is left.
     """
     remedy = "provide scores that differ within a group, or labels"
-    return _derive(dataset, _labelled, lambda group: group.labels is not None, "whose scores are all equal", remedy)
+    return _derive(dataset, _labelled, lambda group: group.labels is not None, "all scores equal", remedy)
 
 
 def as_scored(dataset: GroupDataset) -> GroupDataset:
@@ -47,7 +47,7 @@ def as_scored(dataset: GroupDataset) -> GroupDataset:
         DataError: if a group has no scores and no labels and is not a pair, or if no group is left.
     """
     remedy = "GRPO needs groups of several responses to a prompt with different scores (scored_groups)"
-    return _derive(dataset, _scored, lambda _: False, "whose scores are all equal", remedy)
+    return _derive(dataset, _scored, lambda _: False, "all scores equal", remedy)
 
 
 def best_and_worst(values: Sequence[float]) -> tuple[int, int] | None:
@@ -70,7 +70,7 @@ def _derive(
     if not groups:
         raise DataError(f"{dataset.name}: no group has a best and a worst response; {remedy}")
     dropped = len(dataset.groups) - len(groups)
-    return dataset.derived(groups, f"{dropped:,} groups {why_dropped} dropped" if dropped else None)
+    return dataset.derived(groups, f"{dropped:,} groups dropped ({why_dropped})" if dropped else None)
 
 
 def _pair(group: Group) -> Group | None:

@@ -35,7 +35,7 @@ def read_records(
         split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
         data_files (str | Sequence[str] | None): the files to read, in the forms that ``source`` accepts; None reads
             ``source`` itself.
-        column_map (Mapping[str, str]): column names of the fields whose column has another name.
+        column_map (Mapping[str, str]): maps a field to its column, if their names differ.
 
     Returns:
         The source's name, and its records in the order of the source.

@@ -29,7 +29,7 @@ class Record:
     Attributes:
         where (str): the place in the source, for messages, such as "pairs.jsonl line 7".
         row (Mapping[str, Any]): the row's columns.
-        column_map (Mapping[str, str]): column names of the fields whose column has another name.
+        column_map (Mapping[str, str]): maps a field to its column, if their names differ.
     """
 
     where: str

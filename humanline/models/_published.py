@@ -358,7 +358,7 @@ class _Reader:
 def _llama3(plain: Tensor, rope: dict[str, Any], length: int) -> Tensor:
     """Computes Llama 3.1's frequencies: wavelengths beyond the original context are stretched, short ones are not."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = length * plain / (2 * math.pi)  # of a dimension over the original context
+    turns = length * plain / (2 * math.pi)  # full turns of each dimension over the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * plain / rope["factor"] + kept * plain
 

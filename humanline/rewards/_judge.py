@@ -181,8 +181,8 @@ class JudgeReward:
             ) from None
         if not isinstance(reply, str | None):
             raise ConfigError(
-                f"reward.base_url: {self._url} answers choices[0].message.content with {str(reply)[:100]}, expected a "
-                "string or null"
+                f"reward.base_url: {self._url}: expected a string or null in choices[0].message.content, got "
+                f"{str(reply)[:100]}"
             )
         return reply or ""
 
