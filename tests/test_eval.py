@@ -429,7 +429,7 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
                 "reward": {"_component_": "humanline.rewards.GSM8KReward", "answer_field": "solution"},
                 "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "none"},
             },
-            "prompts.jsonl line 1: field 'solution' is absent",
+            "prompts.jsonl line 1: field 'solution' is missing",
         ),
     ],
 )
@@ -444,11 +444,11 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 @pytest.mark.parametrize(
     ("line", "changes", "message"),
     [
-        ({}, {"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
+        ({}, {"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
         ({}, {"k": [5]}, "k: 5 is more than the 4 responses of "),
         ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
-        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is absent"),
+        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
     ],
 )
