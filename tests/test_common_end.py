@@ -90,10 +90,10 @@ def test_weights_are_missing_or_others_on_one_rank(two_ranks):
 def test_a_setting_is_another_on_one_rank(two_ranks):
     """Wrong on rank 0 alone, before it has met the other; without a value on rank 1 alone; or only different."""
     number = f"${{oc.decode:{RANK}}}"
-    assert_both_say(two_ranks, ("batch_size: 0 does not work",), f"batch_size={number}")
+    assert_both_say(two_ranks, ("batch_size: expected an integer of at least 1, got 0",), f"batch_size={number}")
     (two_ranks.folder / "output.txt").unlink()
     missing = f"seed=${{oc.decode:${{oc.env:NUMBER_{RANK}}}}}"
-    assert_both_say(two_ranks, ("seed: refers to what is not there", "NUMBER_1"), missing, NUMBER_0="0")
+    assert_both_say(two_ranks, ("seed: cannot resolve its value", "NUMBER_1"), missing, NUMBER_0="0")
     (two_ranks.folder / "output.txt").unlink()
     assert_both_say(
         two_ranks, ("optimizer.weight_decay: is 0 on rank 0 and 1 on rank 1",), f"optimizer.weight_decay={number}"

@@ -404,10 +404,10 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temprature": 1}, "temprature: is not a key of this recipe"),
-        ({"reward": None}, "reward: is missing"),
-        ({"model": None}, "model: is missing"),
-        ({"prompts": None}, "prompts: is missing"),
+        ({"temprature": 1}, "temprature: not a key of this recipe"),
+        ({"reward": None}, "reward: missing"),
+        ({"model": None}, "model: missing"),
+        ({"prompts": None}, "prompts: missing"),
         ({"k": [1, 8]}, "k: 8 is more than samples_per_prompt: 4; lower the one, or raise the other"),
         ({"k": [0]}, "k: [0] is not a list of whole numbers of at least 1"),
         ({"k": 4}, "k: 4 is not a list"),
@@ -420,7 +420,7 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
             "correct_above: is missing, and k: [1, 2, 4] counts the responses scored above it",
         ),
         ({"output": "figures.txt"}, "output: 'figures.txt' does not end in .json"),
-        ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
+        ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
         ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
         ({"reward": {"_component_": "humanline.rewards.None"}}, "reward._component_: "),
         (

@@ -326,14 +326,14 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nowhere.yaml"], "--config: there is no file nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "--config: file nowhere.yaml not found"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "--nproc", "0"], "--nproc: 0 is not above 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "--tflops", "0"], "--tflops: 0.0 is not above 0"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "rows_per_pass=0"], "rows_per_pass: 0"),
-        (["--config", "configs/smollm2_135m_dpo.yaml", "batch_sise=2"], "batch_sise: is not a key"),
+        (["--config", "configs/smollm2_135m_dpo.yaml", "batch_sise=2"], "batch_sise: not a key"),
         (
             ["--config", "configs/smollm2_135m_dpo.yaml", "~optimizer.warm"],
-            "override: Could not find key optimizer.warm",
+            "override: found no key optimizer.warm",
         ),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_mistake_is_one_line(arguments, message, monkeypatch):
 
 def test_the_command_ends_with_1_and_no_traceback():
     done = plan("--config", "nowhere.yaml")
-    assert done.returncode == 1 and done.stderr.startswith("humanline plan: --config: there is no file nowhere.yaml")
+    assert done.returncode == 1 and done.stderr.startswith("humanline plan: --config: file nowhere.yaml not found")
     assert len(done.stderr.splitlines()) == 1
 
 
