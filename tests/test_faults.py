@@ -348,7 +348,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trajectory):
         wait_until(lambda: 1 in logged_steps(run), ranks)
         lock = json.loads((run.folder / "out" / ".lock").read_text())
         assert lock["process"] == ranks.processes[0].pid
-        assert f"is in use by another run (process {lock['process']} on {lock['host']}); give each" in run.train()
+        assert f"is in use by another run (process {lock['process']} on {lock['host']}); use a different" in run.train()
         assert ranks.processes[0].is_alive()
 
 

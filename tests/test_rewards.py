@@ -471,7 +471,7 @@ def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
         ({"head": 3}, "reward.head: 3 is no output of .*, whose last is 2"),
         ({"head": None}, "reward.head: .* has 3 outputs; say which"),
         ({"head": -1}, "reward.head: -1 is not"),
-        ({"dtype": "fp16"}, "reward.dtype: expected bf16 or fp32, got 'fp16'"),
+        ({"dtype": "fp16"}, "reward.dtype: 'fp16' is not supported; choose bf16 or fp32"),
         ({"batch_size": 0}, "reward.batch_size: 0 is not"),
         ({"max_tokens": 129}, "reward.max_tokens: 129 is more than the model's 128 positions"),
         ({"device": "abacus"}, "reward.path: .* cannot be loaded"),
