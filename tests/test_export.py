@@ -104,7 +104,8 @@ def test_a_merged_adapter_keeps_its_update_where_plain_transformers_loads_it(tra
     assert share_said(caplog.text) == 1.0
     [line] = [record.getMessage() for record in caplog.records if "epoch_0" in record.getMessage()]
     assert re.search(
-        r"read in bfloat16 [\d.]+%; load it in float32 \(vLLM: --dtype float32\), or use the adapter", line
+        r"loaded in bfloat16 it keeps [\d.]+%, so load it in float32 \(vLLM: --dtype float32\), or use the adapter",
+        line,
     )
     folder = run.folder / "out" / "epoch_0"
 

@@ -454,7 +454,7 @@ def test_a_server_gets_merged_weights_that_have_the_update(vocabulary, trajector
     )
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
     [said] = [record for record in caplog.records if f"{folder}: " in record.getMessage()]
-    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding, read in bfloat16" in (
+    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding; loaded in bfloat16" in (
         said.getMessage()
     )
 

@@ -328,7 +328,10 @@ def test_the_command_takes_a_config_s_name_or_path_and_overrides():
     [
         (["--config", "nowhere.yaml"], "--config: file nowhere.yaml not found"),
         (["--config", "configs/smollm2_135m_dpo.yaml", "--nproc", "0"], "--nproc: expected a number above 0, got 0"),
-        (["--config", "configs/smollm2_135m_dpo.yaml", "--tflops", "0"], "--tflops: expected a number above 0, got 0.0"),
+        (
+            ["--config", "configs/smollm2_135m_dpo.yaml", "--tflops", "0"],
+            "--tflops: expected a number above 0, got 0.0",
+        ),
         (
             ["--config", "configs/smollm2_135m_dpo.yaml", "rows_per_pass=0"],
             "rows_per_pass: expected an integer of at least 1, got 0",

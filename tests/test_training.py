@@ -294,7 +294,7 @@ MISTAKES = {
     "missing checkpoint folder": ({"checkpointer.checkpoint_dir": "nowhere"}, "checkpointer: nowhere"),
     "nothing to resume from": (
         {"resume_from_checkpoint": "latest"},
-        "resume_from_checkpoint: there is no whole checkpoint",
+        "resume_from_checkpoint: found no complete checkpoint",
     ),
     "offloading on a CPU": (
         {"enable_activation_offloading": True},

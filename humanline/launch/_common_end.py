@@ -87,7 +87,7 @@ class _Watch:
             line = "another rank ended without an error message; the system may have killed it, for example for memory"
         elif line is None and self._failure() is None:
             traceback.print_exception(error)
-        # An error from outside humanline, or one caused by it, may exist on this rank alone. So the line names the rank.
+        # An error from outside humanline, or one caused by it, may be this rank's alone, so the line names the rank.
         if not isinstance(error, OURS) or not isinstance(error.__cause__, OURS | None):
             line = f"rank {self.rank}: {line or _named(error)}"
         self._say(self._failure(line) or str(line), wait=not lost)
