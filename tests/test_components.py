@@ -87,7 +87,10 @@ def test_a_missing_logger_package_is_named_with_the_command_that_installs_it(run
             f"lr_scheduler.T_max: missing; {SCHEDULES}.CosineAnnealingLR requires this argument; add it",
         ),
         ((f"lr_scheduler._component_={SCHEDULES}.LambdaLR",), "lr_scheduler.lr_lambda: missing; "),
-        ((f"lr_scheduler._component_={SCHEDULES}.ReduceLROnPlateau",), "ReduceLROnPlateau is no function of the step"),
+        (
+            (f"lr_scheduler._component_={SCHEDULES}.ReduceLROnPlateau",),
+            f"expected a function of the step, got {SCHEDULES}.ReduceLROnPlateau",
+        ),
         (
             (f"lr_scheduler._component_={SCHEDULES}.OneCycleLR", "lr_scheduler.max_lr=1", "lr_scheduler.total_steps=5"),
             f"lr_scheduler: {SCHEDULES}.OneCycleLR cannot schedule this run's 12 steps: Tried to step 6 times",

@@ -312,7 +312,7 @@ MISTAKES = {
     "no epochs": ({"epochs": 0}, "epochs: expected an integer of at least 1, got 0"),
     "a warm-up in steps": (
         {"lr_scheduler": {"_component_": "humanline.training.get_constant_schedule_with_warmup", "warmup_ratio": 10}},
-        "lr_scheduler.warmup_ratio: 10 is no share of the steps",
+        "lr_scheduler.warmup_ratio: expected a share of the steps from 0 to 1, such as 0.1, got 10",
     ),
     "a watch that is not kept": (
         {"collapse_window": None, "stop_on_collapse": True},
