@@ -65,8 +65,8 @@ def test_pass_at_k_takes_many_prompts_at_once(cases):
 @pytest.mark.parametrize(
     ("samples", "correct", "k", "message"),
     [
-        ([4, 3], [1, 1], 4, "^k: 4 is not from 1 to 3"),
-        ([4], [1], 0, "^k: 0 is not from 1 to 4"),
+        ([4, 3], [1, 1], 4, "^k: expected an integer from 1 to 3, the smallest number of samples, got 4"),
+        ([4], [1], 0, "^k: expected an integer from 1 to 4, the smallest number of samples, got 0"),
         ([4], [5], 1, "^correct: "),
         ([4], [-1], 1, "^correct: "),
     ],
@@ -128,8 +128,8 @@ def test_the_seed_decides_the_resamples():
         ([], {}, "^values: "),
         ([[1.0]], {}, "^values: "),
         ([1.0, math.nan], {}, "^values: "),
-        ([1.0], {"resamples": 0}, "^resamples: 0 is not"),
-        ([1.0], {"level": 1}, "^level: 1 is not"),
+        ([1.0], {"resamples": 0}, "^resamples: expected an integer of at least 1, got 0"),
+        ([1.0], {"level": 1}, "^level: expected a number between 0 and 1, got 1"),
     ],
 )
 def test_an_interval_of_nothing_is_refused(values, changes, message):
