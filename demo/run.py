@@ -44,7 +44,7 @@ def sample(folder: Path, weights: str, output: Path) -> list[dict]:
 
 
 def preference_accuracy(output: Path) -> tuple[float, float, int]:
-    """Returns the share of held-out pairs with the right response likelier, before and after, and the number of pairs."""
+    """Returns the share of held-out pairs with the right response likelier, before and after, and their number."""
     log = (output / "logs" / "metrics.txt").read_text()
     shares = [float(value) for value in re.findall(r"val/log_probs/accuracies:(\S+)", log)]
     return shares[0], shares[-1], len(read_jsonl(ROOT / "demo" / "held_out_groups.jsonl"))
