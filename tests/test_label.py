@@ -165,13 +165,13 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": None}, "samples: is missing"),
+        ({"samples": None}, "samples: missing"),
         ({"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
         ({"samples": str(RECIPE)}, "humanline_label.py' has an unsupported type"),
         ({"batch_size": 0}, "batch_size: 0 is not a whole number"),
-        ({"bach_size": 1}, "bach_size: is not a key of this recipe"),
+        ({"bach_size": 1}, "bach_size: not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),
-        ({"reward": GSM8K | {"field": "a"}}, "reward: humanline.rewards.GSM8KReward does not take these arguments"),
+        ({"reward": GSM8K | {"field": "a"}}, "reward.field: humanline.rewards.GSM8KReward has no such argument"),
         ({"reward": GSM8K | {"answer_field": "solution"}}, "samples.jsonl line 1: field 'solution' is missing"),
     ],
 )

@@ -597,10 +597,10 @@ def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
-        ({"temprature": 1}, "temprature: is not a key of this recipe"),
+        ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
+        ({"temprature": 1}, "temprature: not a key of this recipe"),
         ({"top_p": 0}, "top_p: 0 is not above 0"),
-        ({"prompts": None}, "prompts: is missing"),
+        ({"prompts": None}, "prompts: missing"),
         ({"format": "alpaca_eval", "samples_per_prompt": 2}, "samples_per_prompt: 2 does not work with format"),
         ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
         ({"model": {"_component_": BUILDER, **LLAMA, "vocab_size": 200}}, "tokenizer.path: its vocabulary of 258 is"),

@@ -31,6 +31,7 @@ COMPONENTS = (
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "loss", "reference", "optimizer", "metric_logger")
 OFFLINE, ONLINE = ("dataset",), ("source", "engine", "reward", "tokenizer")
+_KINDS = {bool: "a boolean", float: "a number", int: "an integer", str: "a string", type(None): "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,84 +131,93 @@ class Settings:
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
-        """Reads the settings of a whole config, and checks that its components are there and that no key is unknown.
+        """Reads the settings from a whole config. Checks that it has its components and no unknown key.
 
         Raises:
-            ConfigError: naming a key that is unknown, missing, or contradicts another.
+            ConfigError: if a key is unknown, missing, or contradicts another. The message names the key.
         """
         known = {f.name: f for f in fields(cls)}
         values = {str(key): cfg[key] for key in cfg if key not in COMPONENTS}
         for key in values:
             if key not in known:
-                raise ConfigError(f"{key}: is not a key of this recipe{suggestion(key, [*known, *COMPONENTS])}")
+                raise ConfigError(f"{key}: not a key of this recipe{suggestion(key, [*known, *COMPONENTS])}")
         for name, field in known.items():
             if name not in values and field.default is MISSING:
-                raise ConfigError(f"{name}: is missing")
+                raise ConfigError(f"{name}: missing; add it to the config")
         online = is_given(cfg, "source")
         if online and is_given(cfg, "dataset"):
-            raise ConfigError("source: groups come from it or from dataset; leave one of them out")
+            raise ConfigError("source: expected either source or dataset, got both; remove one of them")
         for key in (*REQUIRED_COMPONENTS, *(ONLINE if online else OFFLINE)):
             if not is_given(cfg, key):
-                raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
+                raise ConfigError(f"{key}: missing; add this component, with its _component_, to the config")
         for key in () if online else ("engine", "reward"):
             if is_given(cfg, key):
-                raise ConfigError(f"{key}: has nothing to do beside dataset; remove it, or give source for dataset")
+                raise ConfigError(f"{key}: not used with dataset; remove it, or replace dataset by source")
         if values.get("best_checkpoint_metric") and not is_given(cfg, "dataset_val"):
-            raise ConfigError("best_checkpoint_metric: is measured on dataset_val, which is not given; add it")
+            raise ConfigError("best_checkpoint_metric: needs dataset_val, which is missing; add it")
         return cls(**values)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             key, value = field.name, getattr(self, field.name)
             kinds = get_args(field.type) or (field.type,)
-            self._check(key, _is_one_of(value, kinds), f"it is a {type(value).__name__}; give a {_named(kinds)}")
+            self._check(key, _is_one_of(value, kinds), _named(kinds))
             if int in kinds and value is not None and key != "seed":
-                self._check(key, value >= 1, "give a whole number of at least 1")
-        self._check("seed", 0 <= self.seed < 2**32, "give a whole number of at least 0 and below 2^32")
+                self._check(key, value >= 1, "an integer of at least 1")
+        self._check("seed", 0 <= self.seed < 2**32, "an integer of at least 0 and below 2^32")
         for key in ("dtype", "master_dtype"):
             value = getattr(self, key)
-            remedy = "float16 has too narrow a range to train in" if value == "fp16" else "choose one"
-            self._check(key, value in DTYPES, f"{remedy}; bf16 and fp32 are supported")
+            remedy = "; the range of float16 is too narrow for training" if value == "fp16" else ""
+            self._check(key, value in DTYPES, "bf16 or fp32", remedy)
         self._check(
             "export_dtype",
             self.export_dtype is None or self.export_dtype in DTYPES,
-            "give fp32 or bf16, or null for what keeps the update",
+            "fp32, bf16 or null",
+            "; null keeps small updates",
         )
         self._check(
             "master_dtype",
             not (self.dtype == "fp32" and self.master_dtype == "bf16"),
-            "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
+            "fp32 with dtype: fp32",
+            "; set dtype: bf16 or master_dtype: fp32",
         )
         self._check(
             "optimizer_in_bwd",
             not self.optimizer_in_bwd,
-            "the reference syncs after backward and before the optimizer's step, which it would merge into backward; "
-            "leave it out, and save memory by gradient accumulation or an 8-bit optimizer instead",
+            "False",
+            "; it would merge the optimizer's step into backward, and the reference syncs between the two; to save "
+            "memory, use gradient accumulation or an 8-bit optimizer",
         )
         window = self.collapse_window
         self._check(
-            "collapse_window", window is None or window >= 8, "its two halves need 4 entries each; give 8 or more"
+            "collapse_window",
+            window is None or window >= 8,
+            "an integer of at least 8 or null",
+            "; each half of the window needs 4 entries",
         )
         self._check(
             "stop_on_collapse",
             window is not None or not self.stop_on_collapse,
-            "nothing watches for a collapse with collapse_window: null; set it to 50",
+            "False with collapse_window: null",
+            "; set collapse_window: 50 to watch for a collapse",
         )
         modes = self.best_checkpoint_mode in ("max", "min")
-        self._check("best_checkpoint_mode", modes, "choose max or min")
+        self._check("best_checkpoint_mode", modes, "max or min")
         self._check_best_checkpoint_metric()
         limit = self.clip_grad_norm
-        self._check("clip_grad_norm", limit is None or limit > 0, "give a norm above 0, or null to only measure it")
+        self._check("clip_grad_norm", limit is None or limit > 0, "a norm above 0 or null", "; null only measures it")
         offload = self.enable_activation_offloading
         self._check(
             "enable_activation_offloading",
             self.torch_device.type == "cuda" or not offload,
-            "needs a GPU; on a CPU there is nowhere to offload to",
+            "False without a GPU",
+            "; a run on the CPU has no other memory to offload to",
         )
         self._check(
             "enable_activation_offloading",
             self.enable_activation_checkpointing or not offload,
-            "offloads what checkpointing keeps; set enable_activation_checkpointing: True as well",
+            "False without enable_activation_checkpointing",
+            "; set enable_activation_checkpointing: True as well",
         )
         self.row_budget(self.torch_device)
 
@@ -218,21 +228,21 @@ class Settings:
         self._check(
             "best_checkpoint_metric",
             evaluated is not None and saved is not None and saved % evaluated == 0,
-            "a checkpoint is judged by the evaluation at its own step; set run_val_every_n_steps, and "
-            "save_every_n_steps to a multiple of it",
+            "null unless every checkpoint has an evaluation at its step",
+            "; set run_val_every_n_steps, and save_every_n_steps to a multiple of it",
         )
 
     def row_budget(self, device: torch.device) -> RowBudget:
-        """What a pass may hold; of one shape throughout where kernels are compiled for their shapes."""
+        """Returns the row budget of a pass. Its shape is fixed on CUDA and with ``compile``: kernels are per shape."""
         fixed = self.compile or device.type == "cuda"
         return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_shape=fixed)
 
     @property
     def torch_device(self) -> torch.device:
-        """This rank's device: the CPU where ``device`` is ``cuda`` and there is no GPU.
+        """This rank's device. ``cuda`` is the CPU on a machine without a GPU.
 
         Raises:
-            ConfigError: if there is no such device here.
+            ConfigError: if this machine has no such device.
         """
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             return torch.device("cpu")
@@ -240,16 +250,16 @@ class Settings:
             return utils.get_device(self.device)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"device: {self.device!r} cannot be used here ({error}); set device: cuda or cpu"
+                f"device: expected cuda or cpu, got {self.device!r}, which is not available here ({error})"
             ) from error
 
-    def _check(self, key: str, holds: bool, remedy: str) -> None:
+    def _check(self, key: str, holds: bool, expected: str, remedy: str = "") -> None:
         if not holds:
-            raise ConfigError(f"{key}: {getattr(self, key)!r} does not work: {remedy}")
+            raise ConfigError(f"{key}: expected {expected}, got {getattr(self, key)!r}{remedy}")
 
 
 def values_of(cfg: DictConfig) -> dict[str, Any]:
-    """What a config says by key, without what may differ from rank to rank: the device, and the paths of files."""
+    """Returns a config's values by dotted key, without those that may differ by rank: the device and file paths."""
     values: dict[str, Any] = {}
 
     def collect(prefix: str, node: Any) -> None:
@@ -264,9 +274,9 @@ def values_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a value is of a type; an int is a float, but a bool is no int."""
+    """Returns whether a value has one of the types. An int counts as a float, a bool does not count as an int."""
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _named(kinds: tuple[Any, ...]) -> str:
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    return " or ".join(_KINDS[kind] for kind in kinds)
