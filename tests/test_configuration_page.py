@@ -71,7 +71,7 @@ def test_every_component_s_key_is_on_the_page():
 def test_every_component_of_a_kind_is_in_one_table(components):
     assert components
     assert {path: listed("component").count(path) for path in components} == dict.fromkeys(components, 1), (
-        "docs/configuration.md: give each a <!-- component: PATH --> and <!-- end -->, and run docs/make_configuration.py"
+        "docs/configuration.md: give each a <!-- component: PATH --> and <!-- end -->, and run its program"
     )
 
 
