@@ -224,7 +224,7 @@ def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
     assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
 
 
-def test_an_adapter_on_a_base_in_4_bits_takes_what_its_config_says():
+def test_an_adapter_on_a_base_in_4_bits_takes_what_the_guide_says():
     peak = rehearse(config("llama3_8b_qlora"), 1).peak
     assert peak["weights"] / 1e9 == pytest.approx(5.70 + 4 * 4.19e-2, rel=0.01)
     assert (peak["gradients"] + peak["optimizer"]) / 1e9 == pytest.approx(12 * 4.19e-2, rel=0.01)

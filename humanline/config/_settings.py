@@ -36,98 +36,147 @@ _KINDS = {bool: "a boolean", float: "a number", int: "an integer", str: "a strin
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything at the top level of a training config that is not a component.
+    """The top level of a training config, without its components.
 
-    Args:
-        output_dir (str): where checkpoints, logs and the final weights go.
-        device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
-        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
-        master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the
-            memory but needs an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05
-            round away.
-        seed (int): seed of the data order and of every generator.
-        shuffle (bool): whether epochs are shuffled.
-        batch_size (int): groups a microbatch and rank.
-        gradient_accumulation_steps (int): microbatches an optimizer step.
-        epochs (int): passes over the dataset.
-        max_steps_per_epoch (int | None): optimizer steps after which an epoch ends early.
-        tokens_per_row (int): length of a row of packed groups, tokens.
-        rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of
-            activations.
-        data_parallel_replicate_dim (int): over how many groups of ranks the model is repeated; within a group it is
-            sharded (HSDP). One group a node keeps gathering inside of nodes; 1 shards over all ranks.
-        clip_grad_norm (float | None): largest gradient norm; None only measures it.
-        compile (bool): compile the transformer layers.
-        enable_activation_checkpointing (bool): recompute each layer in backward.
-        enable_activation_offloading (bool): keep the checkpointed activations in host memory (CUDA only).
-        log_every_n_steps (int): optimizer steps between two log entries.
-        log_peak_memory_stats (bool): log the peak memory as well.
-        adapter (str | None): a LoRA adapter to go on from, a folder or file in torchtune's or PEFT's format; None
-            starts a new one. For models with an adapter.
-        save_adapter_weights_only (bool): at the end of an epoch write the adapter alone; False writes the weights with
-            the adapter merged into them as well, as an HF folder. For models with an adapter.
-        export_dtype (str | None): what whole weights are written in, for users and for sampling servers: ``fp32`` or
-            ``bf16``. None keeps the update: weights that trained are written in ``master_dtype``, merged ones in
-            float32, the others in the checkpoint's dtype. bf16 rounds most of a small update away. An adapter is always
-            written in float32.
-        optimizer_in_bwd (bool): False only: the reference syncs between backward and the optimizer's step, which that
-            would merge.
-        run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
-        save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of
-            an epoch.
-        enable_async_checkpointing (bool): write checkpoints in the background, from a copy in host memory.
-        keep_last_n_checkpoints (int): how many of the newest checkpoints to keep. Two or more leave one to go back to
-            if the newest is damaged.
-        best_checkpoint_metric (str | None): a metric of ``dataset_val``, such as ``val/rewards/accuracies``: the
-            checkpoint that has the best of it is kept too, and its weights go into ``output_dir/best`` at the end.
-        best_checkpoint_mode (str): ``max`` or ``min``, which of its values is the best.
-        resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a
-            path from that one.
-        stop_after_nonfinite_steps (int): after how many steps in a row with a loss or gradient that is not finite the
-            run stops. Each such step is skipped.
-        stop_after_empty_rounds (int): after how many online rounds in a row with nothing to learn from the run stops.
-            The steps of such a round leave the weights as they are.
-        collapse_window (int | None): how many log entries the watch for a collapse looks at; None does not watch.
-        stop_on_collapse (bool): stop there, instead of warning.
+    The text under each field is what ``docs/configuration.md`` says of it.
 
     Raises:
         ConfigError: if a key is missing, unknown, or has a value that cannot work.
     """
 
+    # ---- Where, and in what precision
+
     output_dir: str
+    """Folder of checkpoints, logs, sampled rounds and final weights."""
+
     device: str = "cuda"
+    """``cuda`` or ``cpu``. Where there is no GPU, ``cuda`` falls back to the CPU."""
+
     dtype: str = "bf16"
+    """What the model computes in: ``bf16`` or ``fp32``. A frozen base is kept in it, too."""
+
     master_dtype: str = "fp32"
+    """What trained weights and optimizer states are kept in: ``fp32`` or ``bf16``. ``bf16`` halves their memory and
+    needs an optimizer with stochastic rounding, such as ``humanline.training.StochasticAdamW``: rounding to nearest
+    would lose most updates."""
+
     seed: int = 0
-    shuffle: bool = True
+    """Seed of the data order and of every random generator. An optimizer with a seed of its own needs it, too:
+    ``optimizer.seed: ${seed}``."""
+
+    # ---- Steps
+
     batch_size: int = 8
+    """Groups in a microbatch on each rank. They pass through the model row by row, so more groups need no more memory
+    of the GPU. On fewer GPUs raise it to keep the groups of a step."""
+
     gradient_accumulation_steps: int = 1
+    """Microbatches in an optimizer step. DPO's loss is the same with either key. KTO's baseline and GRPO's means over
+    tokens and responses are taken within a microbatch, so for these raise ``batch_size`` first."""
+
     epochs: int = 1
+    """Passes over the dataset; with ``source``, over its prompts."""
+
     max_steps_per_epoch: int | None = None
-    tokens_per_row: int = 2048
-    rows_per_pass: int = 1
-    data_parallel_replicate_dim: int = 1
+    """Optimizer steps after which an epoch ends early. None uses all groups."""
+
+    shuffle: bool = True
+    """Whether the order of groups, or of prompts, is shuffled in each epoch."""
+
     clip_grad_norm: float | None = 1.0
-    compile: bool = False
+    """Largest norm of the gradient. None only measures the norm."""
+
+    # ---- Memory and speed
+
+    tokens_per_row: int = 2048
+    """Length of a row, tokens. Groups are packed into rows: the prompt stands once and its responses branch from it. A
+    group that needs more than a row repeats its prompt in the next one."""
+
+    rows_per_pass: int = 1
+    """Rows in one forward and backward pass. ``rows_per_pass * tokens_per_row`` bounds the memory of activations. Fewer
+    rows need less memory, are slower, and change no loss. For DPO a pass has to hold the longest pair."""
+
     enable_activation_checkpointing: bool = False
+    """Keep only the input of each layer, and recompute the rest in backward: less memory, more time."""
+
     enable_activation_offloading: bool = False
-    adapter: str | None = None
-    save_adapter_weights_only: bool = True
-    export_dtype: str | None = None
+    """Keep these inputs in host memory. Needs a GPU and ``enable_activation_checkpointing``."""
+
+    compile: bool = False
+    """Compile the transformer layers."""
+
+    data_parallel_replicate_dim: int = 1
+    """Into how many groups the ranks are divided (HSDP). Each group holds the whole model, sharded over its ranks. With
+    the number of nodes, weights are gathered inside of nodes only. 1 shards over all ranks."""
+
     optimizer_in_bwd: bool = False
-    log_every_n_steps: int = 1
-    log_peak_memory_stats: bool = False
+    """Only False works. The reference syncs between backward and the optimizer's step, which this would merge."""
+
+    # ---- Adapters and exported weights
+
+    adapter: str | None = None
+    """LoRA adapter to start from: a folder or file in torchtune's or PEFT's format. None starts a new one. For models
+    with an adapter only."""
+
+    save_adapter_weights_only: bool = True
+    """At the end of an epoch write the adapter alone. False also writes the merged weights, as a Hugging Face folder.
+    For models with an adapter only."""
+
+    export_dtype: str | None = None
+    """What whole weights are written in, for users and for sampling servers: ``fp32``, ``bf16`` or None. None keeps the
+    update: trained weights are written in ``master_dtype``, merged ones in float32, the others in the checkpoint's
+    dtype. ``bf16`` rounds most of a small update away. An adapter is always written in float32."""
+
+    # ---- Evaluation and checkpoints
+
     run_val_every_n_steps: int | None = None
+    """Optimizer steps between two evaluations on ``dataset_val``. None evaluates only before the first step and after
+    the last."""
+
     save_every_n_steps: int | None = None
-    enable_async_checkpointing: bool = False
+    """Optimizer steps between two training checkpoints. None writes no checkpoint, only weights at the end of an
+    epoch."""
+
     keep_last_n_checkpoints: int = 2
+    """How many of the newest checkpoints to keep. With two or more the run can fall back to an older one if the newest
+    is damaged."""
+
     best_checkpoint_metric: str | None = None
+    """Metric of ``dataset_val`` that chooses the best checkpoint, such as ``val/rewards/accuracies`` (DPO, KTO) or
+    ``val/log_probs/accuracies``. That checkpoint is kept, and its weights are written to ``output_dir/best`` at the
+    end. ``save_every_n_steps`` has to be a multiple of ``run_val_every_n_steps``."""
+
     best_checkpoint_mode: str = "max"
+    """``max`` or ``min``: which value of that metric is the best."""
+
+    enable_async_checkpointing: bool = False
+    """Write checkpoints in the background, from a copy in host memory, while training continues."""
+
     resume_from_checkpoint: bool | str = False
+    """``latest`` (or True) resumes from the newest checkpoint in ``output_dir``, a path
+    (``output_dir/checkpoints/step_N``) from that one."""
+
+    # ---- Logs, and when to stop
+
+    log_every_n_steps: int = 1
+    """Optimizer steps between two log entries."""
+
+    log_peak_memory_stats: bool = False
+    """Log the peak memory of the GPU as well."""
+
     stop_after_nonfinite_steps: int = 10
+    """Stop after so many consecutive steps whose loss or gradient is not finite. Each such step is skipped."""
+
     stop_after_empty_rounds: int = 10
+    """Stop after so many consecutive online rounds without anything to learn. Their steps leave the weights as they
+    are."""
+
     collapse_window: int | None = 50
+    """Log entries that the watch for a collapse compares: the reward falls while the KL to the reference grows. None
+    does not watch."""
+
     stop_on_collapse: bool = False
+    """Stop at a collapse. False only warns."""
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
