@@ -27,6 +27,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/pytest -q --noconftest tests/test_links.py
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)

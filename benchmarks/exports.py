@@ -10,12 +10,12 @@ compute is in float32.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from humanline.data import ChatTokenizer, Group, scored_groups
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +58,7 @@ def mean_margin(model: torch.nn.Module, groups: list[Group]) -> float:
     return sum(margins) / len(margins)
 
 
-def log_prob(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
+def log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> float:
     """Returns the log-probability of a response after a prompt, both token ids; nats."""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
     return float(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())

@@ -116,7 +116,7 @@ def dataset(output: Path) -> Path:
         if not (folder / "result.json").is_file():
             for half_done in ("checkpoints", "rounds", "logs"):
                 shutil.rmtree(folder / half_done, ignore_errors=True)
-            one_step = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
+            one_step: dict[str, int | None] = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
             one_step |= {"source.groups_per_round": DATASET, "save_every_n_steps": None}
             train(folder, 0, one_step)
             _write(folder / "result.json", {"method": "dataset", **sampling(folder)})

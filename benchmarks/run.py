@@ -45,7 +45,8 @@ def pairs(count: int) -> list[tuple[list[int], list[int], list[int]]]:
     triples = []
     for _ in range(count):
         prompt = tokens(66, 256)
-        triples.append((prompt, *(tokens(320, MAX_TOKENS - len(prompt)) for _ in range(2))))
+        longest = MAX_TOKENS - len(prompt)
+        triples.append((prompt, tokens(320, longest), tokens(320, longest)))
     return triples
 
 
@@ -62,14 +63,13 @@ def second_model(steps: int) -> Iterator[float]:
 
 
 def humanline(steps: int, strategy: Any) -> Iterator[float]:
-    from torch.distributed.device_mesh import init_device_mesh
-
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
     from humanline.launch._processes import process_group
     from humanline.losses import HumanlineDPOLoss
-    from humanline.models import log_probs, smollm2_135m
+    from humanline.models import LogProbDecoder, log_probs, smollm2_135m
     from humanline.models._build import build_model
     from humanline.reference import RunContext
+    from torch.distributed.device_mesh import init_device_mesh
 
     device = torch.device("cpu")
     budget = RowBudget(tokens_per_row=1024, rows_per_pass=2)
@@ -79,7 +79,7 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
 
         def model(
             dtype: torch.dtype, state_dict: dict[str, torch.Tensor] | None = None, checkpointing: bool = False
-        ) -> torch.nn.Module:
+        ) -> LogProbDecoder:
             return build_model(
                 smollm2_135m,
                 state_dict,
@@ -97,7 +97,7 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
         policy = model(torch.float32, smollm2_135m().state_dict(), checkpointing=True)
         context = RunContext(
             policy=policy,
-            model=SimpleNamespace(reference_model=lambda: model(torch.bfloat16)),  # type: ignore[arg-type]
+            model=SimpleNamespace(reference_model=lambda: model(torch.bfloat16)),
             passes=passes,
             total_steps=steps + 1,  # so that the last step fills a window too
             resumes=False,
@@ -121,11 +121,10 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
 
 
 def torchtune(steps: int) -> Iterator[float]:
+    from humanline.models import smollm2_135m
     from torchtune import modules, rlhf, training
     from torchtune.data import padded_collate_dpo
     from torchtune.rlhf.loss import DPOLoss
-
-    from humanline.models import smollm2_135m
 
     with training.set_default_dtype(torch.bfloat16):
         policy, reference = smollm2_135m(), smollm2_135m().eval().requires_grad_(False)

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from torchtune.generation import generate
-from torchtune.training import FullModelHFCheckpointer
-
 from humanline.data import ChatTokenizer
 from humanline.models import load_decoder, smollm2_135m
 from humanline.rollout import SamplingParams, TorchtuneEngine
+from torchtune.generation import generate
+from torchtune.modules import TransformerDecoder
+from torchtune.training import FullModelHFCheckpointer
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -37,7 +37,7 @@ def main() -> None:
     checkpointer = FullModelHFCheckpointer(str(MODEL), ["model.safetensors"], "LLAMA3_2", str(ROOT / "outputs"))
     weights = checkpointer.load_checkpoint()["model"]
 
-    def decoder():
+    def decoder() -> TransformerDecoder:
         with torch.device("meta"):
             model = smollm2_135m()
         return load_decoder(model, weights, device=torch.device("cpu"), dtype=torch.bfloat16)

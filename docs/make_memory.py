@@ -4,6 +4,7 @@ python docs/make_memory.py      # minutes
 """
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -16,7 +17,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 def main() -> None:
     lines = ["| config | ranks | " + " | ".join(LABELS) + " | peak |", "|---|---|" + "---|" * (len(LABELS) + 1)]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        cfg = OmegaConf.load(path)
+        cfg: Any = OmegaConf.load(path)
         if "loss" not in cfg:
             continue
         on_gpus, recipes = cfg.get("device", "cuda") == "cuda", path.read_text().splitlines()[0]

@@ -100,7 +100,7 @@ class HumanlineEvalRecipe:
     def _settings(self, cfg: DictConfig) -> dict[str, Any]:
         """All that the figures depend on, defaults filled in."""
         own = {key: getattr(self, key) for key in ("correct_above", "k", "bootstrap", "seed")}
-        given = OmegaConf.to_container(cfg, resolve=True)
+        given: Any = OmegaConf.to_container(cfg, resolve=True)
         if self.sampler is not None:
             return given | own | self.sampler.settings
         # What the config says of a model did not make these samples.
@@ -144,7 +144,7 @@ class HumanlineEvalRecipe:
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         """Each figure's mean over the prompts, and the ends of its interval."""
         scores = [row["all_rm_scores"] for row in rows]
-        values = {}
+        values: dict[str, Any] = {}  # of each prompt
         if self.correct_above is not None:
             correct = [sum(score > self.correct_above for score in each) for each in scores]
             values |= {f"pass@{k}": pass_at_k(list(map(len, scores)), correct, k) for k in self.k}

@@ -128,7 +128,7 @@ class HumanlineGRPORecipeSingleDevice(FTRecipeInterface):
         policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
         advantages = rows.advantages  # [B]
         loss = self.loss.total(policy, reference, mask, advantages, draws)
-        scores = [group.scores for group in rows.groups]
+        scores = [group.scores or () for group in rows.groups]
         log_probs, responses = policy.detach().sum(1), len(advantages)
         return loss, {
             "rewards/mean": (sum(map(sum, scores)), responses),

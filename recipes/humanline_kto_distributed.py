@@ -146,7 +146,7 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
             "kl_baseline": (kl * responses, responses),
             "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
             "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
-            "log_probs/accuracies": likelier_best(log_probs, [group.labels for group in rows.groups]),
+            "log_probs/accuracies": likelier_best(log_probs, [group.labels or () for group in rows.groups]),
             **perception_metrics(self.loss, policy, reference, mask),
         }
 

@@ -84,7 +84,7 @@ def byte_level_tokenizer(family: Family) -> Tokenizer:
     if family.nfc:
         tokenizer.normalizer = normalizers.NFC()
     if family.digits:
-        split = pre_tokenizers.Split(Regex(SPLIT_AT_LETTERS % family.digits), "isolated")
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(Regex(SPLIT_AT_LETTERS % family.digits), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     else:
         split = pre_tokenizers.Digits(individual_digits=True)

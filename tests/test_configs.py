@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def ids(text: str) -> list[int]:
 PROMPT = "What is 2 + 2?"
 ANSWERS = ["4", "perhaps 4", "5"]
 SCORES = [1.0, 0.75, 0.0]
-LINES = {
+LINES: dict[str, list[dict[str, Any]]] = {
     "humanline.data.preference_groups": [{"prompt": PROMPT, "chosen": "4", "rejected": "5"}],
     "humanline.data.labelled_groups": [
         {"prompt": PROMPT, "completion": "4", "label": True},
@@ -116,7 +116,7 @@ LINES = {
         {"prompt": ids(PROMPT), "responses": [ids(answer) for answer in ANSWERS], "scores": SCORES},
     ],
 }
-LEARNED = {
+LEARNED: dict[type[Objective], dict[str, Any]] = {
     DPO: {"4": "chosen", "5": "rejected"},
     KTO: {"4": True, "perhaps 4": True, "5": False},
     GRPO: dict(zip(ANSWERS, SCORES, strict=True)),
@@ -169,7 +169,7 @@ def size(tensor: torch.Tensor) -> int:
     return sum(part.numel() * part.itemsize for part in parts)
 
 
-def is_nf4(tensor: torch.Tensor) -> bool:
+def is_nf4(tensor: torch.Tensor) -> TypeGuard[NF4Tensor]:
     return isinstance(tensor, NF4Tensor)
 
 
@@ -184,14 +184,14 @@ def recipe_file(name: str) -> Path:
 
 
 @functools.cache
-def recipe_class(name: str) -> type:
+def recipe_class(name: str) -> Any:
     """The class in ``recipes/NAME.py``."""
     module = runpy.run_path(str(recipe_file(name)))
     (found,) = (it for it in module.values() if isinstance(it, type) and it.__module__ == module["__name__"])
     return found
 
 
-def recipe_classes(path: Path) -> list[type]:
+def recipe_classes(path: Path) -> list[Any]:
     return [recipe_class(name) for name in recipe_names(path) if recipe_file(name).is_file()]
 
 
@@ -603,7 +603,7 @@ CONTRADICTIONS = {
 }
 
 
-def loss_and_reference(path: Path, words: str) -> tuple[torch.nn.Module, object]:
+def loss_and_reference(path: Path, words: str) -> tuple[Any, Any]:
     """What the recipe builds of the config with overrides, which come to it as torchtune's command line gives them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["recipe", "--config", str(path), *words.split()])

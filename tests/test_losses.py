@@ -276,7 +276,7 @@ def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(o
     torch.testing.assert_close(sampled, plain)
 
     log_ratio = (policy - reference).detach().requires_grad_()
-    kept = humanline_sample(log_ratio, *BOUNDS.values(), *gammas.values(), draws)
+    kept = humanline_sample(log_ratio, **BOUNDS, **gammas, draws=draws)
     (accepted,) = torch.autograd.grad(kept.sum(), log_ratio)
     # GRPO's KL to the reference is of the log-ratio as it is, so that it reaches rejected tokens.
     kl = 0.0

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -353,7 +354,7 @@ def test_a_reward_that_leaves_responses_out_is_refused(trajectory):
 
 # ---- Mistakes
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "overlap in one process": ({"source.overlap": True}, "source.overlap: InProcessEngine samples with the very"),
     "a window": ({"reference._component_": "humanline.reference.WindowedReference"}, "samples their groups later"),
     "both": (

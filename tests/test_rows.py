@@ -187,6 +187,16 @@ def test_the_order_of_groups_changes_no_loss(decoder):
     torch.testing.assert_close(sums(groups), sums(groups[::-1]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["labels", "advantages"])
+def test_what_a_group_lacks_is_refused_with_the_group_s_name(name):
+    budget, values = RowBudget(tokens_per_row=16), {"labels": (True,), "advantages": (0.5,)}
+    groups = [Group([1], ([2],), **values), Group([1], ([2],), id="pairs.jsonl line 7")]
+    (planned,) = pack(groups, budget)
+    assert getattr(lay_out(groups[:1], pack(groups[:1], budget)[0], budget), name).tolist() == list(values[name])
+    with pytest.raises(DataError, match=f"^pairs.jsonl line 7: expected {name}, found none; use the objective"):
+        getattr(lay_out(groups, planned, budget), name)
+
+
 def test_padding_alone_is_visible_to_itself_so_that_attention_stays_finite():
     budget = RowBudget(tokens_per_row=32, fixed_shape=True)
     groups = [Group(prompt=[1], responses=([2, 3],))]

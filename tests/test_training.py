@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_a_component_may_stand_in_the_working_directory(trajectory, tmp_path, mo
     assert_trained(run, "max_steps_per_epoch=1")
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a word for a switch": ({"shuffle": "maybe"}, "shuffle: expected a boolean, got 'maybe'"),
     "a negative rate": ({"optimizer.lr": -1.0}, "optimizer: Invalid learning rate: -1.0"),
     "fp16": ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'; the range of float16"),

@@ -76,8 +76,8 @@ class Rows:
     predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
-    labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
-    advantages: Tensor | None  # [B] float32; None if a group has none
+    _labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
+    _advantages: Tensor | None  # [B] float32; None if a group has none
     num_tokens: int  # input tokens, without padding
     longest: int  # input tokens of the longest prompt with one response
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -126,6 +126,33 @@ class Rows:
     def lengths(self) -> list[int]:
         """Number of tokens of each response."""
         return [len(response) for group in self.groups for response in group.responses]
+
+    @property
+    def labels(self) -> Tensor:
+        """Whether each response is desirable, bool ``[B]``.
+
+        Raises:
+            DataError: if a group has no labels.
+        """
+        return self._of_every_group("labels", self._labels)
+
+    @property
+    def advantages(self) -> Tensor:
+        """The advantage of each response, float32 ``[B]``.
+
+        Raises:
+            DataError: if a group has no advantages.
+        """
+        return self._of_every_group("advantages", self._advantages)
+
+    def _of_every_group(self, name: str, values: Tensor | None) -> Tensor:
+        if values is None:
+            without = next(group for group in self.groups if getattr(group, name) is None)
+            raise DataError(
+                f"{without.id}: expected {name}, found none; use the objective that derives them: KTO for labels, "
+                "GRPO for advantages"
+            )
+        return values
 
     def per_response(self, values: Tensor) -> Tensor:
         """Scatters one value per response token to its response: ``[..., N]`` to ``[..., B, S]``.
@@ -266,8 +293,8 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        labels=_of_responses([group.labels for group in laid], torch.bool),
-        advantages=_of_responses([group.advantages for group in laid], torch.float32),
+        _labels=_of_responses([group.labels for group in laid], torch.bool),
+        _advantages=_of_responses([group.advantages for group in laid], torch.float32),
         num_tokens=sum(segment.tokens for row in rows for segment in row),
         longest=int(positions.max()) + 1,
     )

@@ -13,7 +13,7 @@ Left out: more than one device, and paging (a slot is as long as the longest seq
 
 import random
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,7 +108,7 @@ class TorchtuneEngine:
     @torch.no_grad()
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, int, Completion]]:
+    ) -> Generator[tuple[int, int, Completion], None, None]:
         """Yields ``(prompt index, sample index, completion)`` as completions finish.
 
         Args:

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 
 class Measure(Protocol):
-    """A recipe's ``loss_and_metrics``."""
+    """A recipe's ``loss_and_metrics``; KTO's has a further argument ``kl``."""
 
     def __call__(
-        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, /, **kl: Tensor
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, /, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Metrics]: ...
 
 
