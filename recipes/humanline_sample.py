@@ -38,7 +38,7 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
 REQUIRED = (*Sampler.REQUIRED, "output")
-DEFAULTS = {"format": "jsonl", "generator": None, "output_dir": None}
+DEFAULTS: dict[str, Any] = {"format": "jsonl", "generator": None, "output_dir": None}
 OPTIONAL = (*Sampler.OPTIONAL, *DEFAULTS)
 
 log = get_logger("INFO")
