@@ -1,10 +1,10 @@
-"""What the reference of a LoRA run costs: its memory beside the adapter's, and the time of a sync.
+"""Measures the cost of a LoRA run's reference: its memory, compared with the adapter's, and the time of a sync.
 
     python benchmarks/adapter_reference.py
 
-SmolLM2-135M's shape with random weights, LoRA of rank 16 on every linear layer, on this machine's CPU or first GPU.
-Prints the bytes of the adapter, the bytes that are there in addition once `AdapterReference` is set up, has given
-log-probs and has synced, and the median time of a sync.
+The model has SmolLM2-135M's shape and random weights, with LoRA of rank 16 on every linear layer. It runs on this
+machine's CPU or first GPU. The program prints the bytes of the adapter, the bytes that `AdapterReference` adds after
+set-up, log-probs and one sync, and the median time of a sync.
 """
 
 import gc
@@ -32,7 +32,7 @@ def build() -> TransformerDecoder:
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that the allocator holds on a GPU; on a CPU, which does not count, those of all live tensors."""
+    """Returns the bytes that the allocator holds on a GPU, or the bytes of all live tensors on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()

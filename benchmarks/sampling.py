@@ -1,10 +1,10 @@
-"""Tokens a second of sampling in process, against torchtune's own `generate`, in one run on this machine.
+"""Compares the sampling speed of the in-process engine and torchtune's `generate`, in one run on this machine.
 
     python benchmarks/sampling.py
 
-SmolLM2-135M-Instruct (fetched on first use), bf16, 64 of the demo's prompts x 8 samples of at most 64 tokens at
-temperature 1. torchtune's `generate` gets the same prompts and samples in batches of 64, padded, with its KV cache.
-Counted are the tokens up to the end of each answer, and the seconds that the two took.
+The model is SmolLM2-135M-Instruct (fetched on first use) in bf16. It samples 8 responses of at most 64 tokens to each
+of 64 prompts of the demo, at temperature 1. torchtune's `generate` gets the same prompts and samples in padded batches
+of 64, with its KV cache. The program prints tokens per second, and counts the tokens up to the end of each answer.
 """
 
 import json

@@ -20,7 +20,8 @@ def main() -> None:
         cfg: Any = OmegaConf.load(path)
         if "loss" not in cfg:
             continue
-        count = 8 if cfg.device == "cuda" and "_single_device" not in path.read_text().splitlines()[0] else 1
+        on_gpus, recipes = cfg.get("device", "cuda") == "cuda", path.read_text().splitlines()[0]
+        count = 8 if on_gpus and "_single_device" not in recipes else 1
         estimate = rehearse(cfg, count)
         cells = (f"{estimate.peak.get(label, 0) / 1e9:.2f}" for label in LABELS)
         lines.append(f"| `{path.stem}` | {count} | " + " | ".join(cells) + f" | {estimate.total / 1e9:.2f} |")

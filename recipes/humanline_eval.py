@@ -45,7 +45,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.utils import get_logger
 
 REQUIRED = ("reward", "output")
-OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")
+DEFAULTS = {"correct_above": None, "k": [1], "bootstrap": 10_000, "seed": 0, "samples": None, "output_dir": None}
 
 PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while what is scored is soon written
 
@@ -58,13 +58,24 @@ class HumanlineEvalRecipe:
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        reward (component): what scores the responses.
+        output (str): the .json file with settings and figures; the samples and their scores go into a .jsonl beside it.
+        correct_above (float | None): a response with a higher score is solved: 0.5 for a reward of 0 and 1, 5 for
+            ``OpenR1Reward``. None is for a reward without right and wrong. Needed with ``k``.
+        k (list[int]): each k of pass@k, at most ``samples_per_prompt``.
+        bootstrap (int): resamples of the prompts for the intervals.
+        seed (int): seed of sampling and of the bootstrap.
+        samples (str | None): a .jsonl file of samples to score. None samples from the model.
+        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
+
     Raises:
         ConfigError: if a top-level key is missing, unknown, or cannot work.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         sampling = cfg.get("samples") is None
-        optional = (*OPTIONAL, *Sampler.OPTIONAL, *Sampler.REQUIRED)
+        optional = (*DEFAULTS, *Sampler.OPTIONAL, *Sampler.REQUIRED)
         check_keys(cfg, (*REQUIRED, *Sampler.REQUIRED) if sampling else REQUIRED, optional)
         if "correct_above" not in cfg and cfg.get("k") is not None:
             raise ConfigError(
@@ -75,8 +86,8 @@ class HumanlineEvalRecipe:
         if isinstance(self.correct_above, bool) or not isinstance(self.correct_above, int | float | None):
             raise ConfigError(f"correct_above: {self.correct_above!r} is not a score; give a number, or null")
         self.k = read_k(cfg) if self.correct_above is not None else []
-        self.bootstrap = whole_number(cfg, "bootstrap", default=10_000, least=1)
-        self.seed = whole_number(cfg, "seed", default=0, least=0)
+        self.bootstrap = whole_number(cfg, "bootstrap", least=1)
+        self.seed = whole_number(cfg, "seed", least=0)
         self.output = Path(str(cfg.output)).expanduser()
         if self.output.suffix != ".json":
             raise ConfigError(f"output: '{cfg.output}' does not end in .json; the samples go beside it, into a .jsonl")
@@ -184,15 +195,15 @@ def mean(values: Any) -> float:
     return float(sum(values) / len(values))
 
 
-def whole_number(cfg: DictConfig, key: str, default: int, least: int) -> int:
-    value = cfg.get(key, default)
+def whole_number(cfg: DictConfig, key: str, least: int) -> int:
+    value = cfg.get(key, DEFAULTS[key])
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{key}: {value!r} is not a whole number of at least {least}")
     return value
 
 
 def read_k(cfg: DictConfig) -> list[int]:
-    value = cfg.get("k", [1])
+    value = cfg.get("k", DEFAULTS["k"])
     counts = list(value) if OmegaConf.is_list(value) or isinstance(value, list) else []
     if not counts or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in counts):
         raise ConfigError(f"k: {value!r} is not a list of whole numbers of at least 1, such as [1, 4, 8]")

@@ -34,7 +34,7 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
 REQUIRED = ("samples", "output", "reward")
-OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to
+DEFAULTS = {"batch_size": 16, "output_dir": None, "device": None}
 
 log = get_logger("INFO")
 
@@ -45,13 +45,21 @@ class HumanlineLabelRecipe:
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        samples (str): a .jsonl, .json or .parquet file of prompts with their responses in ``all_generated_responses``.
+        output (str): the file that is written: the same lines with ``all_rm_scores``.
+        reward (component): what scores the responses.
+        batch_size (int): prompts that are scored, and written, at a time.
+        output_dir (str | None): a folder for ``output`` to refer to.
+        device (str | None): a device for ``reward.device`` to refer to.
+
     Raises:
         ConfigError: if a top-level key is missing, unknown, or cannot work.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        check_keys(cfg, REQUIRED, OPTIONAL)
-        self.batch_size = cfg.get("batch_size", 16)
+        check_keys(cfg, REQUIRED, DEFAULTS)
+        self.batch_size = cfg.get("batch_size", DEFAULTS["batch_size"])
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size!r} is not a whole number of at least 1")
         self.output = Path(cfg.output).expanduser()

@@ -38,7 +38,8 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
 REQUIRED = (*Sampler.REQUIRED, "output")
-OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")
+DEFAULTS: dict[str, Any] = {"format": "jsonl", "generator": None, "output_dir": None}
+OPTIONAL = (*Sampler.OPTIONAL, *DEFAULTS)
 
 log = get_logger("INFO")
 
@@ -49,6 +50,12 @@ class HumanlineSampleRecipe:
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        output (str): the file that is written.
+        format (str): ``jsonl``, one line a prompt; or ``alpaca_eval``, the ``model_outputs.json`` of AlpacaEval.
+        generator (str | None): with ``alpaca_eval``, the model's name in the file; None is its folder's.
+        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
+
     Raises:
         ConfigError: if a top-level key is missing, unknown, or cannot work.
     """
@@ -56,7 +63,7 @@ class HumanlineSampleRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         check_keys(cfg, REQUIRED, OPTIONAL)
         self.sampler = Sampler(cfg)
-        self.alpaca_eval = one_of(cfg, "format", {"jsonl": False, "alpaca_eval": True}, default="jsonl")
+        self.alpaca_eval = one_of(cfg, "format", {"jsonl": False, "alpaca_eval": True}, default=DEFAULTS["format"])
         samples_per_prompt = self.sampler.params.samples_per_prompt
         if self.alpaca_eval and samples_per_prompt != 1:
             raise ConfigError(

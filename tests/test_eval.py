@@ -65,8 +65,8 @@ def test_pass_at_k_takes_many_prompts_at_once(cases):
 @pytest.mark.parametrize(
     ("samples", "correct", "k", "message"),
     [
-        ([4, 3], [1, 1], 4, "^k: 4 is not from 1 to 3"),
-        ([4], [1], 0, "^k: 0 is not from 1 to 4"),
+        ([4, 3], [1, 1], 4, "^k: expected an integer from 1 to 3, the smallest number of samples, got 4"),
+        ([4], [1], 0, "^k: expected an integer from 1 to 4, the smallest number of samples, got 0"),
         ([4], [5], 1, "^correct: "),
         ([4], [-1], 1, "^correct: "),
     ],
@@ -128,8 +128,8 @@ def test_the_seed_decides_the_resamples():
         ([], {}, "^values: "),
         ([[1.0]], {}, "^values: "),
         ([1.0, math.nan], {}, "^values: "),
-        ([1.0], {"resamples": 0}, "^resamples: 0 is not"),
-        ([1.0], {"level": 1}, "^level: 1 is not"),
+        ([1.0], {"resamples": 0}, "^resamples: expected an integer of at least 1, got 0"),
+        ([1.0], {"level": 1}, "^level: expected a number between 0 and 1, got 1"),
     ],
 )
 def test_an_interval_of_nothing_is_refused(values, changes, message):
@@ -396,10 +396,10 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temprature": 1}, "temprature: is not a key of this recipe"),
-        ({"reward": None}, "reward: is missing"),
-        ({"model": None}, "model: is missing"),
-        ({"prompts": None}, "prompts: is missing"),
+        ({"temprature": 1}, "temprature: not a key of this recipe"),
+        ({"reward": None}, "reward: missing"),
+        ({"model": None}, "model: missing"),
+        ({"prompts": None}, "prompts: missing"),
         ({"k": [1, 8]}, "k: 8 is more than samples_per_prompt: 4; lower the one, or raise the other"),
         ({"k": [0]}, "k: [0] is not a list of whole numbers of at least 1"),
         ({"k": 4}, "k: 4 is not a list"),
@@ -412,7 +412,7 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
             "correct_above: is missing, and k: [1, 2, 4] counts the responses scored above it",
         ),
         ({"output": "figures.txt"}, "output: 'figures.txt' does not end in .json"),
-        ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
+        ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
         ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
         ({"reward": {"_component_": "humanline.rewards.None"}}, "reward._component_: "),
         (
@@ -421,7 +421,7 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
                 "reward": {"_component_": "humanline.rewards.GSM8KReward", "answer_field": "solution"},
                 "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "none"},
             },
-            "prompts.jsonl line 1: field 'solution' is absent",
+            "prompts.jsonl line 1: field 'solution' is missing",
         ),
     ],
 )
@@ -436,11 +436,11 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 @pytest.mark.parametrize(
     ("line", "changes", "message"),
     [
-        ({}, {"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
+        ({}, {"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
         ({}, {"k": [5]}, "k: 5 is more than the 4 responses of "),
         ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
-        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is absent"),
+        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
     ],
 )

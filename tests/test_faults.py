@@ -177,8 +177,14 @@ def flip_a_byte(path):
 
 
 DAMAGES = {
-    "a flipped byte": (lambda step: flip_a_byte(step / "__0_0.distcp"), "__0_0.distcp is not what was written"),
-    "a truncated file": (lambda step: os.truncate(step / ".metadata", 100), ".metadata is not what was written"),
+    "a flipped byte": (
+        lambda step: flip_a_byte(step / "__0_0.distcp"),
+        "the checksum of __0_0.distcp differs from SHA256SUMS",
+    ),
+    "a truncated file": (
+        lambda step: os.truncate(step / ".metadata", 100),
+        "the checksum of .metadata differs from SHA256SUMS",
+    ),
     "a missing file": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "no checksums": (lambda step: (step / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
 }
@@ -202,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(trajectory, d
 
     for step in (10, 20):
         do_damage(folder(run) / f"step_{step}")
-    assert "there is no whole checkpoint in" in run.train("resume_from_checkpoint=latest")
+    assert "found no complete checkpoint in" in run.train("resume_from_checkpoint=latest")
 
 
 # ---- No room
@@ -241,7 +247,7 @@ def test_a_full_disk_fails_the_save_and_not_the_run(trajectory, small_disk, in_b
     run.train_on(1)
     output = (run.folder / "output.txt").read_text()
     assert "the checkpoint of step 12 could not be written: " in output and "GB are free in" in output
-    assert "step_8 stays the last one, training goes on" in output
+    assert "step_8 is still the newest, training continues" in output
     assert saved_steps(run) == [4, 8] and {path.name for path in folder(run).iterdir()} == {"step_4", "step_8"}
     assert run.log() == whole.log()
 
@@ -348,7 +354,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trajectory):
         wait_until(lambda: 1 in logged_steps(run), ranks)
         lock = json.loads((run.folder / "out" / ".lock").read_text())
         assert lock["process"] == ranks.processes[0].pid
-        assert f"is in use by another run (process {lock['process']} on {lock['host']}); give each" in run.train()
+        assert f"is in use by another run (process {lock['process']} on {lock['host']}); use a different" in run.train()
         assert ranks.processes[0].is_alive()
 
 
@@ -443,7 +449,7 @@ def test_another_run_s_checkpoint_goes_into_a_folder_of_its_own(trajectory):
     step = folder(run) / "step_10"
     assert other.train(f"resume_from_checkpoint={step}") is None
     assert other.log() == {step: loss for step, loss in run.log().items() if step > 10}
-    assert f"{step} is of another folder, and output_dir has checkpoints" in other.train(
+    assert f"{step} is not in output_dir, and output_dir already has checkpoints" in other.train(
         f"resume_from_checkpoint={step}"
     )
 

@@ -42,7 +42,7 @@ def test_checkpoints_move_between_groups_and_one_process(trajectory, reference):
 def test_ranks_that_do_not_divide_are_refused(trajectory):
     run = trajectory("dpo_8_k4")
     message = run.train("data_parallel_replicate_dim=2")
-    assert "data_parallel_replicate_dim: 1 ranks do not divide into 2 groups; give a divisor of 1" in message
+    assert "data_parallel_replicate_dim: 1 ranks do not divide into 2 groups; use a divisor of 1" in message
 
 
 def test_one_device_has_no_groups(trajectory):

@@ -102,9 +102,7 @@ def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp
     run.config["dataset"]["split"] = "train[:47]"
     with caplog.at_level(logging.INFO):
         assert run.train("max_steps_per_epoch=2") is None
-    assert (
-        "dataset: 39 of 47 groups are left out of every epoch (the last ones): its 2 steps take 4 each" in caplog.text
-    )
+    assert "dataset: 39 of 47 groups are left out of every epoch (the last ones): its 2 steps use 4 each" in caplog.text
 
     groups = [Group([i], ([1], [2])) for i in range(8)]
     shape = {"accumulation": 1, "world_size": 1, "seed": 0, "shuffle": True}

@@ -378,7 +378,7 @@ def test_groups_whose_scores_are_all_equal_are_skipped_and_counted(trajectory, c
     write_examples(run, examples)
     assert run.train() is None
     assert len(run.log()) == 6
-    assert "12 groups whose scores are all equal dropped" in caplog.text
+    assert "12 groups dropped (all scores equal)" in caplog.text
 
 
 # ---- Class imbalance
@@ -427,10 +427,10 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
     ("name", "changes", "message"),
     [
         ("kto_7_k1", {"_component_": "humanline.losses.HumanlineDPOLoss"}, "loss: humanline.losses.HumanlineDPOLoss"),
-        ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 means nothing with perception: clip"),
+        ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 has no effect with perception: clip"),
         ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: 'mean' is unknown"),
-        ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: None is not a number above 0"),
-        ("grpo_7_k1", {"label_smoothing": 0.1}, "loss: humanline.losses.HumanlineGRPOLoss does not take these"),
+        ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: got None, expected a number above 0"),
+        ("grpo_7_k1", {"label_smoothing": 0.1}, "loss.label_smoothing: humanline.losses.HumanlineGRPOLoss has no such"),
     ],
 )
 def test_a_mistake_in_the_loss_ends_the_run_with_one_line(trajectory, name, changes, message):
@@ -466,7 +466,9 @@ def test_kl_sequences_too_long_for_a_row_are_met_before_training(trajectory):
     long_response = {"prompt": [3] * 4, "responses": [[4] * 40], "labels": [False]}
     run.data.write_text("".join(json.dumps(line) + "\n" for line in [long_prompt, long_response] * 2))
     line = run.train("tokens_per_row=48")
-    whole = f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response take 79 tokens"
-    assert f"{whole}, a row holds 48" in line
+    whole = (
+        f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response have 79 input tokens"
+    )
+    assert f"{whole}, but a row holds 48" in line
     assert run.train("tokens_per_row=79") is None
     assert math.isfinite(run.log()[1])

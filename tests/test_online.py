@@ -359,10 +359,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a window": ({"reference._component_": "humanline.reference.WindowedReference"}, "samples their groups later"),
     "both": (
         {"dataset": {"_component_": "humanline.data.encoded_groups"}},
-        "source: groups come from it or from dataset",
+        "source: expected either source or dataset, got both",
     ),
-    "no engine": ({"engine": None}, "engine: is missing"),
-    "no reward": ({"reward": None}, "reward: is missing"),
+    "no engine": ({"engine": None}, "engine: missing"),
+    "no reward": ({"reward": None}, "reward: missing"),
     "one response": ({"source.generations": 1}, "source.generations: 1 makes no group"),
     "no prompts a round": ({"source.groups_per_round": 0}, "source.groups_per_round: 0 is not a whole number"),
     "no score": ({"source.desirable_above": "half"}, "source.desirable_above: 'half' is no score"),
@@ -454,7 +454,7 @@ def test_a_server_gets_merged_weights_that_have_the_update(vocabulary, trajector
     )
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
     [said] = [record for record in caplog.records if f"{folder}: " in record.getMessage()]
-    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding, read in bfloat16" in (
+    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding; loaded in bfloat16" in (
         said.getMessage()
     )
 

@@ -152,7 +152,10 @@ def test_a_server_that_answers_otherwise_than_its_probe_said_is_refused(engine, 
 def test_a_judge_that_answers_no_text_ends_scoring_with_the_field_in_one_line(content, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with judge(lambda *_: (200, {"choices": [{"message": {"content": content}}]}), retries=0) as (reward, _):
-        with pytest.raises(ConfigError, match=r"^reward.base_url: http://.* answers choices\[0\].message.content with"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^reward.base_url: http://.*: expected a string or null in choices\[0\].message.content, got ",
+        ):
             reward([Prompt("", [{"role": "user", "content": "?"}], {})], [["a"]])
 
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +34,21 @@ class Sampler:
     Args:
         cfg (DictConfig): the whole config. The keys that are read here are ``REQUIRED`` and ``OPTIONAL``.
 
+    Keys:
+        model (component): the builder of the model, without an adapter.
+        checkpointer (component): a checkpointer of torchtune, with the folder of the weights.
+        tokenizer (component): the model's tokenizer, a ``humanline.data.ChatTokenizer``.
+        prompts (str): a .jsonl, .json or .parquet file with ``prompt`` (text or messages) or ``instruction``, a .txt
+            file with one prompt a line, or a hub dataset.
+        split (str): the split of a hub dataset; of any source also a slice, such as ``train[:100]``.
+        column_map (dict | None): the source's name for each field that it calls otherwise, such as
+            ``{prompt: problem}``.
+        system_prompt (str | None): stands before each prompt. Give the one that the model was trained with.
+        device (str): ``cuda`` or ``cpu``.
+        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
+        batch_size (int): responses drawn at a time. The KV cache has room for each, at the longest prompt's length plus
+            ``max_new_tokens``.
+
     Attributes:
         params (SamplingParams): how responses are drawn.
         settings (dict[str, Any]): what the responses depend on besides model and prompts, defaults filled in.
@@ -44,22 +59,30 @@ class Sampler:
 
     REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
     PARAMS = tuple(field.name for field in fields(SamplingParams))
-    OPTIONAL = (*PARAMS, "split", "column_map", "system_prompt", "device", "dtype", "batch_size")
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "split": "train",
+        "column_map": None,
+        "system_prompt": None,
+        "device": "cuda",
+        "dtype": "bf16",
+        "batch_size": 64,
+    }
+    OPTIONAL = (*PARAMS, *DEFAULTS)
 
     def __init__(self, cfg: DictConfig) -> None:
         self.params = SamplingParams(**{key: cfg[key] for key in self.PARAMS if key in cfg})
-        self.dtype = one_of(cfg, "dtype", DTYPES, default="bf16")
+        given = {key: cfg.get(key, default) for key, default in self.DEFAULTS.items()}
+        self.dtype = one_of(cfg, "dtype", DTYPES, default=self.DEFAULTS["dtype"])
         try:
-            self.device = utils.get_device(cfg.get("device", "cuda"))
+            self.device = utils.get_device(given["device"])
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"device: {cfg.get('device', 'cuda')!r} cannot be used here ({error}); try cpu"
-            ) from error
-        self.settings = asdict(self.params) | {"device": self.device.type, "dtype": cfg.get("dtype", "bf16")}
+            raise ConfigError(f"device: {given['device']!r} cannot be used here ({error}); try cpu") from error
+        self.batch_size = given["batch_size"]
+        self.settings = asdict(self.params) | {"device": self.device.type, "dtype": given["dtype"]}
 
     def read(self, cfg: DictConfig) -> list[Prompt]:
         """The prompts; see :func:`~humanline.rollout.read_prompts`."""
-        self.prompts = read_prompts(cfg.prompts, cfg.get("split", "train"), cfg.get("column_map"))
+        self.prompts = read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
         return self.prompts
 
     def setup(self, cfg: DictConfig) -> None:
@@ -87,7 +110,7 @@ class Sampler:
         self.engine = TorchtuneEngine(
             load_decoder(model, weights, device=self.device, dtype=self.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
-            batch_size=cfg.get("batch_size", 64),
+            batch_size=self.batch_size,
             token_ids=token_ids(self.tokenizer),
         )
         self.made_of = [

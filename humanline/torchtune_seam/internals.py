@@ -1,4 +1,4 @@
-"""torchtune's private names, each behind a public one. Nothing else in humanline names one; a test holds it to that."""
+"""torchtune's private names, each behind a public one. No other module of humanline uses one; a test checks this."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,21 +39,21 @@ __all__ = [
 Attend = Callable[..., Tensor]
 
 SUPPORTS_FLEX_ATTENTION: bool = _SUPPORTS_FLEX_ATTENTION
-"""Whether torchtune finds a GPU here that FlexAttention runs on."""
+"""Whether torchtune finds a GPU here that supports FlexAttention."""
 
 LLAMA_FROM_HF: dict[str, str] = _llama_weights._FROM_HF
 QWEN2_FROM_HF: dict[str, str] = _qwen2_weights._FROM_HF
 GEMMA2_FROM_HF: dict[str, str] = _gemma2_weights._GEMMA2_FROM_HF
-"""A family's weights: Hugging Face's name of each to torchtune's. These are the tables its checkpointers read."""
+"""Maps Hugging Face's name of each weight of a family to torchtune's. torchtune's checkpointers read these tables."""
 
 
 def find_component(dotpath: str) -> Any:
-    """What stands at a dotpath, as ``config.instantiate`` finds it."""
+    """Returns the object at a dotpath, found in the same way as by ``config.instantiate``."""
     return _get_component_from_path(dotpath)
 
 
 def attention_call(attention: MultiHeadAttention) -> Attend:
-    """What computes an attention layer's output from q, k, v and a mask."""
+    """Returns the function that computes an attention layer's output from q, k, v and a mask."""
     call: Attend = attention._attention_call
     return call
 
@@ -63,29 +63,31 @@ def set_attention_call(attention: MultiHeadAttention, call: Attend) -> None:
 
 
 def checkpoint_dir(checkpointer: Any) -> Path:
-    """The folder that a checkpointer reads."""
+    """Returns the folder that a checkpointer reads."""
     return Path(checkpointer._checkpoint_dir)
 
 
 def checkpoint_files(checkpointer: Any) -> Iterable[Path]:
-    """The files that a checkpointer of Hugging Face's format reads."""
+    """Returns the files that a checkpointer of Hugging Face's format reads."""
     files: Iterable[Path] = checkpointer._checkpoint_paths
     return files
 
 
 def hf_config(checkpointer: Any) -> dict[str, Any] | None:
-    """The config.json beside the weights; None for a checkpointer of another format."""
+    """Returns the config.json beside the weights; None for a checkpointer of another format."""
     return getattr(checkpointer, "_config", None)
 
 
 def hf_files(checkpointer: Any) -> dict[str, str]:
-    """Which file each weight goes into, by Hugging Face's names: the very map that the checkpointer writes by. Empty
-    for a checkpointer of another format, and before it has loaded."""
+    """Returns the file of each weight by its Hugging Face name: the map that the checkpointer uses for writing.
+
+    It is empty for a checkpointer of another format, and before the checkpointer has loaded.
+    """
     return getattr(checkpointer, "_weight_map", {})
 
 
 def model_type(checkpointer: Any) -> str:
-    """A checkpointer's ``model_type``, such as ``LLAMA3``."""
+    """Returns a checkpointer's ``model_type``, such as ``LLAMA3``."""
     kind: str = checkpointer._model_type
     return kind
 
