@@ -463,7 +463,7 @@ def test_a_resumed_run_is_of_the_same_model(trajectory):
 
 def test_lora_on_the_output_layer_is_refused(trajectory):
     run = with_lora(one_device(trajectory("dpo_7_k1")), apply_lora_to_output=True)
-    assert "(with LoRA: apply_lora_to_output: False)" in run.train()
+    assert "LoRA needs apply_lora_to_output: False" in run.train()
 
 
 def test_a_checkpoint_of_an_adapter_holds_no_base(trajectory):

@@ -441,7 +441,7 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
         ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
         ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
-        ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
+        ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' has no number"),
     ],
 )
 def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line, changes, message):

@@ -452,7 +452,7 @@ def test_grpo_on_single_responses_says_what_it_needs(trajectory):
     run = trajectory("kto_7_k1")
     run.recipe = run.recipe.with_name("humanline_grpo_distributed.py")
     run.config["loss"] = {"_component_": "humanline.losses.HumanlineGRPOLoss"}
-    assert "GRPO compares several responses to a prompt in one group, whose scores differ" in run.train()
+    assert "GRPO needs groups of several responses to a prompt with different scores" in run.train()
 
 
 def test_the_loss_of_another_objective_is_refused_by_name():

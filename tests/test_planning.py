@@ -286,7 +286,7 @@ def test_a_base_in_4_bits_is_planned_on_several_ranks_too():
     cfg.model.update({"intermediate_dim": 512, "max_seq_len": 4096})
     one, two = (rehearse(cfg, ranks).peak["weights"] for ranks in (1, 2))
     assert 0.4 * one < two < 0.7 * one
-    with pytest.raises(ConfigError, match="data_parallel_replicate_dim: a base in NF4"):
+    with pytest.raises(ConfigError, match="data_parallel_replicate_dim: an NF4 base"):
         rehearse(with_overrides(cfg, ["data_parallel_replicate_dim=2"]), 2)
 
 

@@ -194,5 +194,5 @@ def test_a_frozen_reference_of_other_weights_is_not_resumed_with(trajectory):
 
 def test_a_source_that_samples_after_the_sync_is_refused():
     context = RunContext(policy=nn.Module(), model=None, passes=None, total_steps=1, resumes=False)
-    with pytest.raises(ConfigError, match="this source samples their groups later; take humanline.reference.ModelRef"):
+    with pytest.raises(ConfigError, match="this source samples their groups later; use humanline.reference.ModelRef"):
         WindowedReference().build(context)

@@ -18,9 +18,9 @@ TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's resul
 class ChatTokenizer(ModelTokenizer, Transform):
     """Encodes chats with the tokenizer and chat template of a Hugging Face checkpoint.
 
-    The ids are those of ``apply_chat_template`` in ``transformers``: the text is the same, BOS appears only if the
-    template writes it, and the string of a special token inside a message becomes that token. So a message can open or
-    close a turn; strip such strings from untrusted text.
+    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. The
+    string of a special token inside a message becomes that token, so a message can open or close a turn. Strip such
+    strings from untrusted text.
 
     A prompt and its response are tokenised separately, split where generation starts, because a model sees exactly
     that: the prompt's ids, then tokens that it generates. If they were tokenised as one text, the prompt's last token

@@ -16,8 +16,8 @@ def humanline_sample(
 ) -> Tensor:
     """Detaches the token log-ratios that humanline sampling rejects (Eq. 5 of https://arxiv.org/abs/2509.24207).
 
-    With ``B_P ~ Beta(gamma_P, 1)`` and ``B_R ~ Beta(gamma_R, 1)`` drawn for every token, a token is rejected when
-    ``exp(l_t) < M_P * B_P`` or ``exp(-l_t) < M_R * B_R``, where ``M_P = exp(log_eps_P) / E[B_P]``,
+    ``B_P ~ Beta(gamma_P, 1)`` and ``B_R ~ Beta(gamma_R, 1)`` are drawn for every token. A token is rejected when
+    ``exp(l_t) < M_P * B_P`` or ``exp(-l_t) < M_R * B_R``. Here ``M_P = exp(log_eps_P) / E[B_P]``,
     ``M_R = exp(-log_eps_R) / E[B_R]`` and ``E[Beta(g, 1)] = g / (g + 1)``. Since ``Beta(g, 1) = U^(1/g)`` for a uniform
     ``U``, the accepted tokens are those inside an interval with random ends:
 

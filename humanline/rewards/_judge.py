@@ -49,7 +49,7 @@ class JudgeReward:
         api_key_env (str): environment variable with the API key; if it is not set, no key is sent.
         temperature (float | None): sampling temperature of the judge; null uses the server's default.
         timeout (float): most seconds for a reply of the server.
-        retries (int): how often a request is repeated that failed or was lost with its server.
+        retries (int): most repetitions of a request that failed or was lost with its server.
         max_concurrency (int): most requests at a time.
         wait (float | None): seconds to wait for an unreachable server; null waits without limit.
 
