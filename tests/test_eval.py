@@ -460,7 +460,7 @@ def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="^reward: Broken did not give each response a finite score"):
+    with pytest.raises(ConfigError, match="^reward: Broken did not return one finite score per response"):
         evaluate(of_samples(tmp_path, reward={"_component_": "test_eval.Broken", "value": math.nan}))
     assert not (tmp_path / "eval" / "figures.json").exists()
 

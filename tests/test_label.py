@@ -206,7 +206,7 @@ def test_a_reward_that_does_not_score_each_response_is_named(label, body):
     reward = "class Odd:\n    def __call__(self, prompts, responses):\n        return " + body
     (label.folder / "odd_reward.py").write_text(reward)
     code, output = label.start(reward={"_component_": "odd_reward.Odd"})
-    assert code == 1 and "humanline_label.py: reward: Odd did not give each response a finite score" in output
+    assert code == 1 and "humanline_label.py: reward: Odd did not return one finite score per response" in output
     assert not label.output.exists()
 
 
