@@ -121,7 +121,7 @@ class Connection:
         Raises:
             Refused: if the last reply is an error, or does not match the request.
             Stopped: if waiting is ended first.
-            TrainingError: if the server stays down, or each retry loses it.
+            TrainingError: if the server stays down, or is lost at every retry.
         """
         for tries in itertools.count():
             self.check()

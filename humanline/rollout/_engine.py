@@ -50,7 +50,7 @@ class Engine(ABC):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """Returns the completions of each prompt, without those that cannot be trained on.
+        """Returns up to ``params.samples_per_prompt`` completions of each prompt, without those unusable for training.
 
         Args:
             prompts (Sequence[Sequence[int]]): the token ids of this rank's prompts; may be empty.

@@ -36,7 +36,7 @@ class OnlineSource:
         max_new_tokens (int): the maximum number of tokens in a response.
         generations (int): responses sampled for each prompt, at least 2.
         every (int): optimizer steps that one round serves.
-        groups_per_round (int | None): prompts in a round; None uses as many as the round's steps need groups.
+        groups_per_round (int | None): prompts in a round; None uses one for each group that the round's steps need.
         temperature (float): divides the logits; above 0.
         top_p (float): samples from the smallest set of most probable tokens whose probabilities sum to this; 1 samples
             from all tokens.

@@ -17,7 +17,7 @@ class SamplingParams:
 
     Args:
         max_new_tokens (int): the maximum number of tokens in a completion.
-        temperature (float): divides the logits; 0 takes the most probable token.
+        temperature (float): divides the logits; 0 picks the most probable token.
         top_p (float): samples from the smallest set of most probable tokens whose probabilities sum to this; 1 samples
             from all tokens.
         samples_per_prompt (int): completions sampled for each prompt.
@@ -52,7 +52,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
     Args:
         logits (Tensor): float32 ``[B, V]``.
         uniforms (Tensor): float32 ``[B]``, in (0, 1]: 0 could give a token of probability 0.
-        temperature (float): divides the logits; 0 takes the most probable token.
+        temperature (float): divides the logits; 0 picks the most probable token.
         top_p (float): mass of the nucleus, in (0, 1].
 
     Returns:
