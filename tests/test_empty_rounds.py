@@ -51,7 +51,7 @@ def test_rounds_that_stay_wrong_end_the_run_and_a_resumed_one_draws_by_what_was_
         "step 5: the last 3 rounds were empty (stop_after_empty_rounds): all wrong: every response scored 0;" in message
     )
     assert "use easier prompts, more source.generations or a higher source.temperature" in message
-    assert message.endswith("resume_from_checkpoint: latest goes on from step 5")
+    assert message.endswith("resume_from_checkpoint: latest resumes from step 5")
     assert checkpoints(run) == ["step_5"]
     assert "round 2 is empty: the objective cannot learn from any prompt's responses (all 8 scored 0)" in caplog.text
 

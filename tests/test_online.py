@@ -309,7 +309,7 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_what_they_have(trajectory
         ends = re.findall(r"humanline_grpo_distributed\.py: reward.*?from step \d+", ranks.output())
     assert len(ends) == 2 and len(set(ends)) == 1
     assert "reward: Failing failed for " in ends[0] and "(KeyError('solution')); correct the reward" in ends[0]
-    assert "resume_from_checkpoint: latest goes on from step 3" in ends[0]
+    assert "resume_from_checkpoint: latest resumes from step 3" in ends[0]
     assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_3"]
 
 
@@ -492,7 +492,7 @@ def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
             wait_until(lambda: any((run.folder / "weights").glob("round_1_*")), ranks)
             os.kill(ranks.processes[0].pid, number)
             assert ranks.wait() == [0], ranks.output()
-            assert f"stopped after step 3 by {number.name}; resume_from_checkpoint: latest goes on" in ranks.output()
+            assert f"stopped after step 3 by {number.name}; resume_from_checkpoint: latest resumes" in ranks.output()
         hold.unlink()
         run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == list(range(1, 13))
@@ -522,7 +522,7 @@ def test_a_signal_ends_the_wait_for_a_judge(trajectory):
             wait_until(lambda: len(requests) > 24, ranks)
             os.kill(ranks.processes[0].pid, signal.SIGTERM)
             assert ranks.wait() == [0], ranks.output()
-            assert "stopped after step 3 by SIGTERM; resume_from_checkpoint: latest goes on" in ranks.output()
+            assert "stopped after step 3 by SIGTERM; resume_from_checkpoint: latest resumes" in ranks.output()
 
 
 def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):
