@@ -168,7 +168,7 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
         ({"samples": None}, "samples: is missing"),
         ({"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
         ({"samples": str(RECIPE)}, "humanline_label.py' is of no known kind"),
-        ({"batch_size": 0}, "batch_size: 0 is not a whole number"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
         ({"bach_size": 1}, "bach_size: is not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),
         ({"reward": GSM8K | {"field": "a"}}, "reward: humanline.rewards.GSM8KReward does not take these arguments"),

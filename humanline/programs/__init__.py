@@ -1,4 +1,4 @@
-"""What the recipes that do not train share: sampling, scoring, and files that a killed program continues."""
+"""Shared parts of the recipes that do not train: sampling, scoring, and output that an interrupted program resumes."""
 
 from humanline.checkpoint import read_weights
 from humanline.config import check_keys, component, load_config, one_of, with_overrides
@@ -6,11 +6,13 @@ from humanline.launch import check_one_process, common_end, hide_known_warnings,
 from humanline.programs._output_file import write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
 from humanline.programs._sampler import Sampler
-from humanline.programs._scored_rows import score_sources, scored_rows
+from humanline.programs._scored_rows import check_facts, score_sources, scored_rows
+from humanline.programs._whole_number import whole_number
 
 __all__ = [
     "PartialFile",
     "Sampler",
+    "check_facts",
     "check_keys",
     "check_one_process",
     "common_end",
@@ -22,6 +24,7 @@ __all__ = [
     "read_weights",
     "score_sources",
     "scored_rows",
+    "whole_number",
     "with_overrides",
     "write_json",
     "write_jsonl",

@@ -1,4 +1,4 @@
-"""A model from its folder, and what it answers to the prompts of a file: what the recipes that sample share."""
+"""Loads a model and samples its responses to the prompts of a file, for the recipes that sample."""
 
 import time
 from dataclasses import asdict, fields
@@ -24,7 +24,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def _decides(file: Path) -> bool:
-    """Whether a file of a checkpoint decides what its model computes: its weights, and config.json's windows."""
+    """Returns whether a checkpoint's file affects its model's output: weights, and config.json with its windows."""
     return file.suffix in _WEIGHTS or file.name == "config.json"
 
 
@@ -32,14 +32,14 @@ class Sampler:
     """Samples from a model in one process, on one device.
 
     Args:
-        cfg (DictConfig): the whole config. The keys that are read here are ``REQUIRED`` and ``OPTIONAL``.
+        cfg (DictConfig): the whole config; this class reads the keys in ``REQUIRED`` and ``OPTIONAL``.
 
     Attributes:
-        params (SamplingParams): how responses are drawn.
-        settings (dict[str, Any]): what the responses depend on besides model and prompts, defaults filled in.
+        params (SamplingParams): the sampling settings.
+        settings (dict[str, Any]): the settings that responses depend on, besides model and prompts, with defaults.
 
     Raises:
-        ConfigError: if a setting cannot work.
+        ConfigError: if a setting is invalid.
     """
 
     REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
@@ -58,16 +58,16 @@ class Sampler:
         self.settings = asdict(self.params) | {"device": self.device.type, "dtype": cfg.get("dtype", "bf16")}
 
     def read(self, cfg: DictConfig) -> list[Prompt]:
-        """The prompts; see :func:`~humanline.rollout.read_prompts`."""
+        """Reads and returns the prompts; see :func:`~humanline.rollout.read_prompts`."""
         self.prompts = read_prompts(cfg.prompts, cfg.get("split", "train"), cfg.get("column_map"))
         return self.prompts
 
     def setup(self, cfg: DictConfig) -> None:
-        """Encodes the prompts that were read, then loads the model: what is wrong with a prompt shows at once.
+        """Encodes the prompts, then loads the model, so that an invalid prompt is reported first.
 
         Raises:
-            ConfigError: if the model, its tokenizer and its weights are not those of one model.
-            DataError: if a prompt leaves no room for ``max_new_tokens``, naming it.
+            ConfigError: if model, tokenizer and weights do not match.
+            DataError: if a prompt leaves no room for ``max_new_tokens``; the message names it.
         """
         system = [{"role": "system", "content": cfg.system_prompt}] if cfg.get("system_prompt") else []
         self.tokenizer = component(cfg, "tokenizer")
@@ -76,8 +76,8 @@ class Sampler:
             model = build_decoder(cfg)
         if adapter_modules(model):
             raise ConfigError(
-                f"model: {cfg.model._component_} makes a model with an adapter; sampling reads whole weights: name the "
-                "builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
+                f"model: {cfg.model._component_} builds a model with an adapter, but sampling needs whole weights; use "
+                "the builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
                 "(save_adapter_weights_only: False)"
             )
         self._check_fit(model)
@@ -103,26 +103,25 @@ class Sampler:
         if self.tokenizer.vocab_size > rows:
             raise ConfigError(
                 f"tokenizer.path: its vocabulary of {self.tokenizer.vocab_size} is larger than the model's of {rows}; "
-                "let tokenizer.path and model name the same model"
+                "use the same model for tokenizer.path and model"
             )
         for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True):
             if len(ids) + self.params.max_new_tokens > model.max_seq_len:
                 raise DataError(
                     f"{prompt.where}: the prompt's {len(ids)} tokens and max_new_tokens: {self.params.max_new_tokens} "
-                    f"are more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
+                    f"exceed the model's max_seq_len of {model.max_seq_len}; shorten the prompt or lower max_new_tokens"
                 )
 
     def sample(self, output: str | Path) -> list[dict[str, Any]]:
-        """Draws the responses of every prompt, with a progress bar.
+        """Samples the responses to every prompt, with a progress bar.
 
-        A prompt with all its responses is written down, in a file beside ``output``. A run that was cut short goes on
-        with the prompts that it lacks; :meth:`forget` removes the file.
+        A prompt with all its responses is written to a file beside ``output``. An interrupted run resumes with the
+        missing prompts; :meth:`forget` removes the file.
 
         Returns:
-            list[dict[str, Any]]: for each prompt all that its file says of it, with its responses under
-            ``all_generated_responses``, and for each of these under ``finish_reasons`` whether it ended by itself
-            ("stop") or at ``max_new_tokens`` ("length"), and under ``response_lengths`` its tokens, the end of turn
-            included.
+            list[dict[str, Any]]: for each prompt all fields of its line, and three lists with a value for each
+            response: ``all_generated_responses``; ``finish_reasons``, "stop" after a stop token or "length" at
+            ``max_new_tokens``; and ``response_lengths``, in tokens, including the end of turn.
         """
         self.partial = PartialFile(output, self.made_of)
         with self.partial as partial:
@@ -133,7 +132,7 @@ class Sampler:
         return [rows[i] for i in range(len(self.prompts))]
 
     def _sample_rest(self, rows: dict[int, dict[str, Any]], partial: PartialFile) -> None:
-        """Adds the rows that are not there, by the prompt's index."""
+        """Adds the missing rows, by the prompt's index."""
         count = self.params.samples_per_prompt
         rest = [i for i in range(len(self.prompts)) if i not in rows]
         completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
@@ -142,7 +141,7 @@ class Sampler:
         with tqdm(
             total=len(self.prompts) * count, initial=len(rows) * count, unit="response", dynamic_ncols=True
         ) as bar:
-            # Its own index seeds a prompt, whatever else is left.
+            # The seed is the prompt's own index, whichever prompts are left.
             stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
             for place, sample, completion in stream:
                 i = rest[place]
@@ -162,11 +161,11 @@ class Sampler:
         )
 
     def forget(self) -> None:
-        """Removes what :meth:`sample` has written down."""
+        """Removes the partial file of :meth:`sample`."""
         self.partial.path.unlink(missing_ok=True)
 
     def _row(self, prompt: Prompt, samples: list[Completion]) -> dict[str, Any]:
-        # Scores that the line may have come with are those of other responses.
+        # Scores in the prompt's line belong to other responses.
         kept = {key: value for key, value in prompt.fields.items() if key != "all_rm_scores"}
         return kept | {
             "all_generated_responses": [self.tokenizer.decode(sample.tokens) for sample in samples],
