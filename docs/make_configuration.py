@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from humanline.config import Settings
-from humanline.programs import Sampler
+from humanline.programs import SamplerSettings
 from humanline.rollout import SamplingParams
 from humanline.torchtune_seam.internals import find_component
 
@@ -98,15 +98,15 @@ def component(paths: list[str]) -> list[Key]:
 
 
 def program(names: list[str]) -> list[Key]:
-    """The keys of a recipe that does not train; its docstring and that of ``Sampler`` say what each means."""
+    """The keys of a recipe that does not train; its docstring and that of ``SamplerSettings`` say what each means."""
     (name,) = names
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
     (recipe_class,) = (it for it in recipe.values() if isinstance(it, type) and it.__module__ == recipe["__name__"])
     entries, required, defaults = _entries(recipe_class, "Keys"), [*recipe["REQUIRED"]], recipe["DEFAULTS"]
     if "Sampler" in recipe:
-        entries = _entries(SamplingParams, "Args") | _entries(Sampler, "Keys") | entries
+        entries = _entries(SamplingParams, "Args") | _entries(SamplerSettings, "Keys") | entries
         params = {field.name: field.default for field in fields(SamplingParams) if field.default is not MISSING}
-        required, defaults = [*Sampler.REQUIRED, *required], params | Sampler.DEFAULTS | defaults
+        required, defaults = [*SamplerSettings.REQUIRED, *required], params | SamplerSettings.DEFAULTS | defaults
     return [
         Key(key, type_name.replace(" | ", " or ").replace("None", "null"), _default(default, MISSING), _markdown(text))
         for key, default in (dict.fromkeys(required, MISSING) | defaults).items()

@@ -89,7 +89,7 @@ def test_a_single_device_recipe_on_two_ranks_is_refused(trajectory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = command([*torchrun, str(run.recipe), "--config", str(run.folder / "config.yaml")], cwd=ROOT, check=False)
     assert done.returncode != 0
-    assert "nproc_per_node: this recipe is for one device; run the _distributed one" in done.stderr
+    assert "nproc_per_node: this recipe needs exactly one process; use the _distributed recipe" in done.stderr
 
 
 def test_optimizer_in_backward_is_refused_with_the_reason(trajectory):
@@ -403,7 +403,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(trajectory):
     assert "expected adapter_model.pt or adapter_model.safetensors in nowhere, found" in run.train("adapter=nowhere")
     run.config["model"] = trajectory("dpo_8_k4").config["model"]
     run.config["reference"]["_component_"] = "humanline.reference.ModelReference"
-    assert "adapter: the model has none; name a lora_" in run.train(f"adapter={folder}")
+    assert "adapter: the model has no adapter; use a lora_" in run.train(f"adapter={folder}")
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_log_on_a_full_disk_is_said_and_ends_no_run(trajectory, caplog):
     run.config["metric_logger"]["_component_"] = "toys.FullLogger"
     assert run.train() is None
     assert (
-        "step 3: its metrics could not be logged: [Errno 28] No space left on device; training goes on" in caplog.text
+        "step 3: its metrics could not be logged: [Errno 28] No space left on device; training continues" in caplog.text
     )
     assert sorted(run.log()) == [step for step in range(1, 13) if step != 3]
 

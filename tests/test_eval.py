@@ -400,20 +400,20 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
         ({"reward": None}, "reward: missing"),
         ({"model": None}, "model: missing"),
         ({"prompts": None}, "prompts: missing"),
-        ({"k": [1, 8]}, "k: 8 is more than samples_per_prompt: 4; lower the one, or raise the other"),
-        ({"k": [0]}, "k: [0] is not a list of whole numbers of at least 1"),
-        ({"k": 4}, "k: 4 is not a list"),
-        ({"k": []}, "k: [] is not a list"),
-        ({"bootstrap": 0}, "bootstrap: 0 is not a whole number of at least 1"),
-        ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
-        ({"correct_above": "high"}, "correct_above: 'high' is not a score"),
+        ({"k": [1, 8]}, "k: 8 exceeds samples_per_prompt: 4; lower k, or sample more responses"),
+        ({"k": [0]}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got [0]"),
+        ({"k": 4}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got 4"),
+        ({"k": []}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got []"),
+        ({"bootstrap": 0}, "bootstrap: expected a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"correct_above": "high"}, "correct_above: expected a number or null, got 'high'"),
         (
             {"correct_above": ...},
-            "correct_above: is missing, and k: [1, 2, 4] counts the responses scored above it",
+            "correct_above: missing, but k: [1, 2, 4] needs it; set the score that only right responses exceed",
         ),
-        ({"output": "figures.txt"}, "output: 'figures.txt' does not end in .json"),
+        ({"output": "figures.txt"}, "output: expected a name ending in .json, got 'figures.txt'"),
         ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
-        ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
+        ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 exceed"),
         ({"reward": {"_component_": "humanline.rewards.None"}}, "reward._component_: "),
         (
             # No answer, and no model either: the reward looks at the prompts first.
@@ -437,9 +437,9 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
     ("line", "changes", "message"),
     [
         ({}, {"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
-        ({}, {"k": [5]}, "k: 5 is more than the 4 responses of "),
-        ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
-        ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
+        ({}, {"k": [5]}, "k: 5 exceeds the 4 responses of "),
+        ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths': expected one int for each"),
+        ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons': expected one str for each"),
         ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' has no number"),
     ],
@@ -452,7 +452,7 @@ def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="^reward: Broken did not give each response a finite score"):
+    with pytest.raises(ConfigError, match="^reward: Broken did not return one finite score per response"):
         evaluate(of_samples(tmp_path, reward={"_component_": "test_eval.Broken", "value": math.nan}))
     assert not (tmp_path / "eval" / "figures.json").exists()
 
@@ -461,4 +461,4 @@ def test_a_mistake_ends_the_recipe_with_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_samples(tmp_path, k=[1, 5])))
     done = run([sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")], cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 is more than the 4 responses of ")
+    assert done.stderr.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 exceeds the 4 responses of ")

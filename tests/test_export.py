@@ -155,7 +155,7 @@ def test_weights_that_lose_digits_in_being_read_are_warned_of(trajectory, caplog
 def test_an_export_dtype_that_does_nothing_or_is_unknown_is_refused(trajectory):
     run = with_adapter(trajectory("dpo_8_k4"))
     line = run.train("export_dtype=bf16", "save_adapter_weights_only=True")
-    assert "export_dtype: bf16 has nothing to do, since an adapter is written in float32; set" in line
+    assert "export_dtype: bf16 has no effect, since an adapter is written in float32; set" in line
     assert "export_dtype: expected fp32, bf16 or null, got 'fp16'" in run.train("export_dtype=fp16")
 
 

@@ -48,4 +48,6 @@ def test_ranks_that_do_not_divide_are_refused(trajectory):
 def test_one_device_has_no_groups(trajectory):
     run = trajectory("dpo_8_k4")
     run.recipe = run.recipe.with_name("humanline_dpo_single_device.py")
-    assert "data_parallel_replicate_dim: this recipe has one device" in run.train("data_parallel_replicate_dim=2")
+    assert "data_parallel_replicate_dim: expected 1, since this recipe uses one device" in run.train(
+        "data_parallel_replicate_dim=2"
+    )

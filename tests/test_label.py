@@ -168,7 +168,7 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
         ({"samples": None}, "samples: missing"),
         ({"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
         ({"samples": str(RECIPE)}, "humanline_label.py' has an unsupported type"),
-        ({"batch_size": 0}, "batch_size: 0 is not a whole number"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
         ({"bach_size": 1}, "bach_size: not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),
         ({"reward": GSM8K | {"field": "a"}}, "reward.field: humanline.rewards.GSM8KReward has no such argument"),
@@ -209,7 +209,7 @@ def test_a_reward_that_does_not_score_each_response_is_named(label, body):
     reward = "class Odd:\n    def __call__(self, prompts, responses):\n        return " + body
     (label.folder / "odd_reward.py").write_text(reward)
     code, output = label.start(reward={"_component_": "odd_reward.Odd"})
-    assert code == 1 and "humanline_label.py: reward: Odd did not give each response a finite score" in output
+    assert code == 1 and "humanline_label.py: reward: Odd did not return one finite score per response" in output
     assert not label.output.exists()
 
 

@@ -115,5 +115,5 @@ def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp
     assert [line.split(":")[1].strip() for line in said] == [
         "1 of 9 prompts are left out",
         "3 of 8 prompts are left out of every epoch (a different choice in each)",
-        "a round samples 5 prompts and its steps take 4 groups",
+        "a round samples 5 prompts and its steps need 4 groups",
     ]

@@ -14,8 +14,8 @@ from humanline._torchrun import say_in_a_line
 NEWS = [
     r"dataset: 48 groups from \S+: .*",
     r"Loading the model took [\d.]+ s",
-    r"106,816 parameters train",
-    r"4 groups a step on 2 processes, 12 steps",
+    r"106,816 trainable parameters",
+    r"4 groups per step on 2 processes, 12 steps",
     r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",
     r"\S+/epoch_0: \S+ GB, float32; 100\.0% of the update's norm survived rounding.*",
 ]

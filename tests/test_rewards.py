@@ -582,13 +582,13 @@ def test_a_judge_that_is_gone_is_waited_for():
         assert heard.gone.wait(SECONDS)
         with judge(lambda *_: says("Rating: 5"), port=port):
             assert scores.result(SECONDS) == [[0.5] * 3, [0.5], []]
-    assert ["is gone" in line for line in heard.lines] == [True, False]
+    assert ["is down" in line for line in heard.lines] == [True, False]
 
 
 def test_the_wait_for_a_judge_ends_in_time_or_when_it_is_stopped():
     with judge(lambda *_: says("Rating: 5"), wait=0) as (reward, _):
         pass
-    with pytest.raises(TrainingError, match="^http://127.0.0.1:.* has been gone for 0 s; start it again"):
+    with pytest.raises(TrainingError, match="^http://127.0.0.1:.* has been down for 0 s; restart it"):
         reward(PROMPTS, RESPONSES)
     with judge(lambda *_: says("Rating: 5")) as (reward, _):
         pass

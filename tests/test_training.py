@@ -70,7 +70,7 @@ def test_a_new_run_in_a_folder_with_another_run_s_checkpoints_is_refused(traject
     run = trajectory(RUN)
     run.config["save_every_n_steps"] = 5
     assert_trained(run)
-    assert "out has checkpoints of an earlier run; continue it by resume_from_checkpoint: latest" in run.train()
+    assert "out has checkpoints of an earlier run; continue it with resume_from_checkpoint: latest" in run.train()
 
 
 def test_a_checkpoint_of_another_batch_or_loss_is_refused(trajectory):

@@ -1,4 +1,4 @@
-"""A model from its folder, and what it answers to the prompts of a file: what the recipes that sample share."""
+"""Loads a model and samples its responses to the prompts of a file, for the recipes that sample."""
 
 import time
 from dataclasses import asdict, fields
@@ -24,15 +24,15 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def _decides(file: Path) -> bool:
-    """Whether a file of a checkpoint decides what its model computes: its weights, and config.json's windows."""
+    """Returns whether a checkpoint's file affects its model's output: weights, and config.json with its windows."""
     return file.suffix in _WEIGHTS or file.name == "config.json"
 
 
-class Sampler:
-    """Samples from a model in one process, on one device.
+class SamplerSettings:
+    """The keys of a config about sampling, checked before anything is read.
 
     Args:
-        cfg (DictConfig): the whole config. The keys that are read here are ``REQUIRED`` and ``OPTIONAL``.
+        cfg (DictConfig): the whole config; this class reads the keys in ``REQUIRED`` and ``OPTIONAL``.
 
     Keys:
         model (component): the builder of the model, without an adapter.
@@ -50,11 +50,11 @@ class Sampler:
             ``max_new_tokens``.
 
     Attributes:
-        params (SamplingParams): how responses are drawn.
-        settings (dict[str, Any]): what the responses depend on besides model and prompts, defaults filled in.
+        params (SamplingParams): the sampling settings.
+        settings (dict[str, Any]): the settings that responses depend on, besides model and prompts, with defaults.
 
     Raises:
-        ConfigError: if a setting cannot work.
+        ConfigError: if a setting is invalid.
     """
 
     REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
@@ -81,17 +81,28 @@ class Sampler:
         self.settings = asdict(self.params) | {"device": self.device.type, "dtype": given["dtype"]}
 
     def read(self, cfg: DictConfig) -> list[Prompt]:
-        """The prompts; see :func:`~humanline.rollout.read_prompts`."""
-        self.prompts = read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
-        return self.prompts
+        """Reads the prompts; see :func:`~humanline.rollout.read_prompts`."""
+        return read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
 
-    def setup(self, cfg: DictConfig) -> None:
-        """Encodes the prompts that were read, then loads the model: what is wrong with a prompt shows at once.
 
-        Raises:
-            ConfigError: if the model, its tokenizer and its weights are not those of one model.
-            DataError: if a prompt leaves no room for ``max_new_tokens``, naming it.
-        """
+class Sampler:
+    """Samples from a model in one process, on one device.
+
+    It encodes the prompts, then loads the model, so that an invalid prompt is reported first.
+
+    Args:
+        cfg (DictConfig): the whole config, of which model, checkpointer, tokenizer and system prompt are read.
+        settings (SamplerSettings): its settings.
+        prompts (list[Prompt]): the prompts.
+        output (str | Path): the program's output; a file beside it keeps the responses of an interrupted run.
+
+    Raises:
+        ConfigError: if model, tokenizer and weights do not match.
+        DataError: if a prompt leaves no room for ``max_new_tokens``; the message names it.
+    """
+
+    def __init__(self, cfg: DictConfig, settings: SamplerSettings, prompts: list[Prompt], output: str | Path) -> None:
+        self.params, self.prompts = settings.params, prompts
         system = [{"role": "system", "content": cfg.system_prompt}] if cfg.get("system_prompt") else []
         self.tokenizer = component(cfg, "tokenizer")
         self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
@@ -99,55 +110,54 @@ class Sampler:
             model = build_decoder(cfg)
         if adapter_modules(model):
             raise ConfigError(
-                f"model: {cfg.model._component_} makes a model with an adapter; sampling reads whole weights: name the "
-                "builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
+                f"model: {cfg.model._component_} builds a model with an adapter, but sampling needs whole weights; use "
+                "the builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
                 "(save_adapter_weights_only: False)"
             )
         self._check_fit(model)
         _, weights = read_decoder_weights(cfg, model)
-        if warning := rounding_on_load(cfg, weights, "dtype", self.dtype):
+        if warning := rounding_on_load(cfg, weights, "dtype", settings.dtype):
             log.warning(warning)
         self.engine = TorchtuneEngine(
-            load_decoder(model, weights, device=self.device, dtype=self.dtype),
+            load_decoder(model, weights, device=settings.device, dtype=settings.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
-            batch_size=self.batch_size,
+            batch_size=settings.batch_size,
             token_ids=token_ids(self.tokenizer),
         )
-        self.made_of = [
+        made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
-            *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
+            *(settings.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
             [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
             [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
             code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
+        self.partial = PartialFile(output, made_of)
 
     def _check_fit(self, model: TransformerDecoder) -> None:
         rows = model.tok_embeddings.num_embeddings
         if self.tokenizer.vocab_size > rows:
             raise ConfigError(
                 f"tokenizer.path: its vocabulary of {self.tokenizer.vocab_size} is larger than the model's of {rows}; "
-                "let tokenizer.path and model name the same model"
+                "use the same model for tokenizer.path and model"
             )
         for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True):
             if len(ids) + self.params.max_new_tokens > model.max_seq_len:
                 raise DataError(
                     f"{prompt.where}: the prompt's {len(ids)} tokens and max_new_tokens: {self.params.max_new_tokens} "
-                    f"are more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
+                    f"exceed the model's max_seq_len of {model.max_seq_len}; shorten the prompt or lower max_new_tokens"
                 )
 
-    def sample(self, output: str | Path) -> list[dict[str, Any]]:
-        """Draws the responses of every prompt, with a progress bar.
+    def sample(self) -> list[dict[str, Any]]:
+        """Samples the responses to every prompt, with a progress bar.
 
-        A prompt with all its responses is written down, in a file beside ``output``. A run that was cut short goes on
-        with the prompts that it lacks; :meth:`forget` removes the file.
+        A prompt with all its responses is written to a file beside the output. An interrupted run resumes with the
+        missing prompts; :meth:`forget` removes the file.
 
         Returns:
-            list[dict[str, Any]]: for each prompt all that its file says of it, with its responses under
-            ``all_generated_responses``, and for each of these under ``finish_reasons`` whether it ended by itself
-            ("stop") or at ``max_new_tokens`` ("length"), and under ``response_lengths`` its tokens, the end of turn
-            included.
+            list[dict[str, Any]]: for each prompt all fields of its line, and three lists with a value for each
+            response: ``all_generated_responses``; ``finish_reasons``, "stop" after a stop token or "length" at
+            ``max_new_tokens``; and ``response_lengths``, in tokens, including the end of turn.
         """
-        self.partial = PartialFile(output, self.made_of)
         with self.partial as partial:
             rows = {done["index"]: done["row"] for done in partial.rows}
             if rows:
@@ -156,7 +166,7 @@ class Sampler:
         return [rows[i] for i in range(len(self.prompts))]
 
     def _sample_rest(self, rows: dict[int, dict[str, Any]], partial: PartialFile) -> None:
-        """Adds the rows that are not there, by the prompt's index."""
+        """Adds the missing rows, by the prompt's index."""
         count = self.params.samples_per_prompt
         rest = [i for i in range(len(self.prompts)) if i not in rows]
         completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
@@ -165,7 +175,7 @@ class Sampler:
         with tqdm(
             total=len(self.prompts) * count, initial=len(rows) * count, unit="response", dynamic_ncols=True
         ) as bar:
-            # Its own index seeds a prompt, whatever else is left.
+            # The seed is the prompt's own index, whichever prompts are left.
             stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
             for place, sample, completion in stream:
                 i = rest[place]
@@ -185,11 +195,11 @@ class Sampler:
         )
 
     def forget(self) -> None:
-        """Removes what :meth:`sample` has written down."""
+        """Removes the partial file of :meth:`sample`."""
         self.partial.path.unlink(missing_ok=True)
 
     def _row(self, prompt: Prompt, samples: list[Completion]) -> dict[str, Any]:
-        # Scores that the line may have come with are those of other responses.
+        # Scores in the prompt's line belong to other responses.
         kept = {key: value for key, value in prompt.fields.items() if key != "all_rm_scores"}
         return kept | {
             "all_generated_responses": [self.tokenizer.decode(sample.tokens) for sample in samples],

@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from humanline.errors import ConfigError
 
-__all__ = ["bootstrap_interval", "pass_at_k"]
+__all__ = ["bootstrap_interval", "mean", "pass_at_k", "with_interval"]
 
 # Draws in memory at a time: 32 MB of indices and 32 MB of values.
 _DRAWS_AT_ONCE = 1 << 22
@@ -77,3 +77,14 @@ def bootstrap_interval(
         part[:] = array[draw.integers(array.size, size=(part.size, array.size))].mean(-1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean(values: ArrayLike) -> float:
+    """The mean of ``values``, ``[P]``."""
+    return float(np.asarray(values, dtype=np.float64).mean())
+
+
+def with_interval(values: ArrayLike, resamples: int, seed: int) -> dict[str, float]:
+    """The ``mean`` of ``values``, ``[P]``, and ``low`` and ``high``: see :func:`bootstrap_interval`."""
+    low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
+    return {"mean": mean(values), "low": low, "high": high}
