@@ -48,14 +48,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.utils import get_logger
 
 REQUIRED = ("reward", "output")
-DEFAULTS: dict[str, Any] = {
-    "correct_above": None,
-    "k": [1],
-    "bootstrap": 10_000,
-    "seed": 0,
-    "samples": None,
-    "output_dir": None,
-}
+DEFAULTS: dict[str, Any] = {"correct_above": None, "k": [1], "bootstrap": 10_000, "seed": 0}
+DEFAULTS |= dict.fromkeys(("samples", "output_dir"))
 
 PROMPTS_PER_CALL = 64  # of the reward: enough for batches, few enough to write scores soon
 
