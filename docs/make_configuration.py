@@ -20,7 +20,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from humanline.config import Settings
+from humanline.config import COMPONENTS, Settings
 from humanline.programs import SamplerSettings
 from humanline.rollout import SamplingParams
 from humanline.torchtune_seam.internals import find_component
@@ -98,7 +98,7 @@ def component(paths: list[str]) -> list[Key]:
 
 
 def program(names: list[str]) -> list[Key]:
-    """The keys of a recipe that does not train; its docstring and that of ``SamplerSettings`` say what each means."""
+    """The keys of a recipe that does not train, without components. It and ``SamplerSettings`` explain them."""
     (name,) = names
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
     (recipe_class,) = (it for it in recipe.values() if isinstance(it, type) and it.__module__ == recipe["__name__"])
@@ -110,6 +110,7 @@ def program(names: list[str]) -> list[Key]:
     return [
         Key(key, type_name.replace(" | ", " or ").replace("None", "null"), _default(default, MISSING), _markdown(text))
         for key, default in (dict.fromkeys(required, MISSING) | defaults).items()
+        if key not in COMPONENTS
         for type_name, text in [entries.get(key, ("", ""))]
     ]
 

@@ -45,15 +45,12 @@ from humanline.programs import (
 from humanline.rewards import read_samples
 from humanline.tools.statistics import mean, pass_at_k, with_interval
 from omegaconf import DictConfig, OmegaConf
-from torchtune.utils import get_logger
 
 REQUIRED = ("reward", "output")
 DEFAULTS: dict[str, Any] = {"correct_above": None, "k": [1], "bootstrap": 10_000, "seed": 0}
 DEFAULTS |= dict.fromkeys(("samples", "output_dir"))
 
 PROMPTS_PER_CALL = 64  # of the reward: enough for batches, few enough to write scores soon
-
-log = get_logger("INFO")
 
 
 class HumanlineEvalRecipe:
@@ -63,15 +60,12 @@ class HumanlineEvalRecipe:
         cfg (DictConfig): the whole config.
 
     Keys:
-        reward (component): what scores the responses.
-        output (str): the .json file with settings and figures; the samples and their scores go into a .jsonl beside it.
-        correct_above (float | None): a response with a higher score is solved: 0.5 for a reward of 0 and 1, 5 for
-            ``OpenR1Reward``. None is for a reward without right and wrong. Needed with ``k``.
+        output (str): the .json file that gets settings and figures, beside a .jsonl of the samples and their scores.
+        correct_above (float | None): a higher score is a solved response; None for a reward without right and wrong.
         k (list[int]): each k of pass@k, at most ``samples_per_prompt``.
         bootstrap (int): resamples of the prompts for the intervals.
         seed (int): seed of sampling and of the bootstrap.
         samples (str | None): a .jsonl file of samples to score. None samples from the model.
-        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
 
     Raises:
         ConfigError: if a top-level key is missing, unknown, or invalid.

@@ -49,7 +49,6 @@ class HumanlineLabelRecipe:
     Keys:
         samples (str): a .jsonl, .json or .parquet file of prompts with their responses in ``all_generated_responses``.
         output (str): the file that is written: the same lines with ``all_rm_scores``.
-        reward (component): what scores the responses.
         batch_size (int): prompts that are scored, and written, at a time.
         output_dir (str | None): a folder for ``output`` to refer to.
         device (str | None): a device for ``reward.device`` to refer to.

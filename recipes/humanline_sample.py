@@ -55,7 +55,6 @@ class HumanlineSampleRecipe:
         output (str): the file that is written.
         format (str): ``jsonl``, one line a prompt; or ``alpaca_eval``, the ``model_outputs.json`` of AlpacaEval.
         generator (str | None): with ``alpaca_eval``, the model's name in the file; None is its folder's.
-        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
 
     Raises:
         ConfigError: if a top-level key is missing, unknown, or invalid.

@@ -104,7 +104,7 @@ def engine(tmp_path, monkeypatch):
 )
 def test_an_answer_that_is_no_completion_ends_sampling_with_the_field_in_one_line(engine, answer, field):
     with completions(lambda _: answer) as url:
-        with pytest.raises((ConfigError, TrainingError), match=f"{re.escape(url)} .*{field}") as error:
+        with pytest.raises((ConfigError, TrainingError), match=f"{re.escape(url)}:? .*{field}") as error:
             engine(url).generate([[1, 2]], PARAMS, [3])
     assert "\n" not in str(error.value)
 
@@ -189,7 +189,7 @@ def test_rows_that_no_token_has_are_not_sampled_and_count_in_the_log_probs(param
 
 def test_a_tokenizer_whose_stop_tokens_are_none_of_its_own_is_refused():
     model = LogProbDecoder(llama3(64, 1, 2, 1, 16, 64))
-    with pytest.raises(ConfigError, match=r"^tokenizer: none of its stop tokens \[50\] has a token"):
+    with pytest.raises(ConfigError, match=r"^tokenizer: none of its stop tokens \[50\] is a known token"):
         TorchtuneEngine(model, stop_tokens=[50], batch_size=8, token_ids=range(40))
 
 

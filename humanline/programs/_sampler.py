@@ -35,9 +35,6 @@ class SamplerSettings:
         cfg (DictConfig): the whole config; this class reads the keys in ``REQUIRED`` and ``OPTIONAL``.
 
     Keys:
-        model (component): the builder of the model, without an adapter.
-        checkpointer (component): a checkpointer of torchtune, with the folder of the weights.
-        tokenizer (component): the model's tokenizer, a ``humanline.data.ChatTokenizer``.
         prompts (str): a .jsonl, .json or .parquet file with ``prompt`` (text or messages) or ``instruction``, a .txt
             file with one prompt a line, or a hub dataset.
         split (str): the split of a hub dataset; of any source also a slice, such as ``train[:100]``.
@@ -48,6 +45,7 @@ class SamplerSettings:
         dtype (str): what the model computes in, ``bf16`` or ``fp32``.
         batch_size (int): responses drawn at a time. The KV cache has room for each, at the longest prompt's length plus
             ``max_new_tokens``.
+        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
 
     Attributes:
         params (SamplingParams): the sampling settings.
