@@ -92,8 +92,7 @@ def attributes_set(function: ast.FunctionDef) -> set[str]:
 def calls(function: ast.FunctionDef) -> set[str]:
     """Methods of ``self`` that a method calls."""
     funcs = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
-    methods = (func for func in funcs if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name))
-    return {func.attr for func in methods if func.value.id == "self"}
+    return {func.attr for func in funcs if isinstance(func, ast.Attribute) and ast.unparse(func.value) == "self"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
