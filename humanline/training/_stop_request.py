@@ -13,6 +13,8 @@ from humanline.launch import meeting_place
 log = utils.get_logger("INFO")
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_PATIENCE_S = 10.0
+"""How long the end of a run waits for its thread, which may ask a store on a lost node."""
 _STOP = "humanline/stop"
 
 
@@ -30,6 +32,7 @@ class StopRequest:
         self.interrupt = interrupt
         self._number: int | None = None
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         store, _, world_size = meeting_place()
         # A signal may reach one rank only, while another waits for a server. A separate connection, as in _Watch.
         self._store = store.clone() if world_size > 1 else None  # type: ignore[attr-defined]
@@ -47,14 +50,16 @@ class StopRequest:
         self._before: dict[int, Any] = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(signal.set_wakeup_fd(self._wakeup))
         self._over.set()
+        os.close(signal.set_wakeup_fd(self._wakeup))  # which wakes the thread
+        # A thread that asks the store while the interpreter ends aborts the process.
+        self._thread.join(_PATIENCE_S)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number
