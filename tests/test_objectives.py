@@ -426,7 +426,11 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("kto_7_k1", {"_component_": "humanline.losses.HumanlineDPOLoss"}, "loss: humanline.losses.HumanlineDPOLoss"),
+        (
+            "kto_7_k1",
+            {"_component_": "humanline.losses.HumanlineDPOLoss"},
+            "loss.desirable_weight: humanline.losses.HumanlineDPOLoss has no such argument",
+        ),
         ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 means nothing with perception: clip"),
         ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: 'mean' is unknown"),
         ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: None is not a number above 0"),
