@@ -426,7 +426,11 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("kto_7_k1", {"_component_": "humanline.losses.HumanlineDPOLoss"}, "loss: humanline.losses.HumanlineDPOLoss"),
+        (
+            "kto_7_k1",
+            {"_component_": "humanline.losses.HumanlineDPOLoss"},
+            "loss.desirable_weight: humanline.losses.HumanlineDPOLoss has no such argument",
+        ),
         ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 has no effect with perception: clip"),
         ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: expected token, sequence or dapo, got 'mean'"),
         ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: got None, expected a number above 0"),
