@@ -4,16 +4,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torchtune
 from torch import Tensor
-from torchtune.config._utils import _get_component_from_path
-from torchtune.models import convert_weights as _llama_weights
-from torchtune.models.gemma2 import _convert_weights as _gemma2_weights
-from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
-from torchtune.models.qwen2 import _convert_weights as _qwen2_weights
 from torchtune.modules import MultiHeadAttention
-from torchtune.modules.attention_utils import _MaskType as Mask
-from torchtune.training.checkpointing._utils import safe_torch_load
-from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
+
+# A table is a family's weights, Hugging Face's name of each to torchtune's: the very one that its checkpointers read.
+# Whether FlexAttention is supported, torchtune finds by the GPU here.
+try:
+    from torchtune.config._utils import _get_component_from_path
+    from torchtune.models.convert_weights import _FROM_HF as LLAMA_FROM_HF
+    from torchtune.models.gemma2._convert_weights import _GEMMA2_FROM_HF as GEMMA2_FROM_HF
+    from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+    from torchtune.models.qwen2._convert_weights import _FROM_HF as QWEN2_FROM_HF
+    from torchtune.modules.attention_utils import _MaskType as Mask
+    from torchtune.training.checkpointing._utils import safe_torch_load
+    from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION as SUPPORTS_FLEX_ATTENTION
+except ImportError as error:
+    raise ImportError(
+        f"torchtune {torchtune.__version__} in {Path(torchtune.__file__).parent} lacks a private name that "
+        f"humanline uses: {error}. torchtune 0.6.1 has it; for a fork, change {__file__}"
+    ) from error
 
 __all__ = [
     "GEMMA2_FROM_HF",
@@ -37,14 +47,6 @@ __all__ = [
 ]
 
 Attend = Callable[..., Tensor]
-
-SUPPORTS_FLEX_ATTENTION: bool = _SUPPORTS_FLEX_ATTENTION
-"""Whether torchtune finds a GPU here that supports FlexAttention."""
-
-LLAMA_FROM_HF: dict[str, str] = _llama_weights._FROM_HF
-QWEN2_FROM_HF: dict[str, str] = _qwen2_weights._FROM_HF
-GEMMA2_FROM_HF: dict[str, str] = _gemma2_weights._GEMMA2_FROM_HF
-"""Maps Hugging Face's name of each weight of a family to torchtune's. torchtune's checkpointers read these tables."""
 
 
 def find_component(dotpath: str) -> Any:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -35,8 +36,22 @@ class _TorchtuneFinder:
 
 
 def complete_torchao() -> None:
-    """Adds to torchao the missing names that torchtune 0.6.1 imports. A torchao that has them is not changed."""
+    """Adds to torchao the missing names that torchtune 0.6.1 imports. A torchao that has them is not changed.
+
+    Raises:
+        ImportError: if this torchao does not import with this torch. torchtune would say that torchao is missing.
+    """
     old, new = _NF4
+    if importlib.util.find_spec("torchao") is None:
+        return
+    try:
+        importlib.import_module("torchao")
+    except (ImportError, AttributeError) as error:
+        torchao, torch = metadata.version("torchao"), metadata.version("torch")
+        raise ImportError(
+            f"torchao {torchao} does not import with torch {torch}: {error}. Install another torchao: torch 2.8 and "
+            'torch 2.9 need 0.17 or earlier (pip install "torchao<0.18")'
+        ) from error
     try:
         if importlib.util.find_spec(old) is None:
             sys.modules[old] = importlib.import_module(new)
@@ -45,7 +60,7 @@ def complete_torchao() -> None:
             for name in names:
                 if not hasattr(module, name):
                     setattr(module, name, _stand_in(module_name, name))
-    except ImportError:  # no torchao, or another layout of it: torchtune's own error names the failing import
+    except ImportError:  # another layout of torchao: torchtune's own error names the failing import
         return
 
 
