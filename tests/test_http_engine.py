@@ -244,7 +244,7 @@ def test_a_request_without_an_answer_in_time_is_repeated(folder, tokenizer, prom
 def test_what_keeps_failing_ends_the_run_with_one_line(folder, tokenizer, prompts):
     with Server(folder, "--fail", *["500"] * 20) as server:
         engine = engine_for(server, tokenizer, retries=1)
-        with pytest.raises(TrainingError, match=r"one request failed 2 times \(HTTP 500 .*try again") as error:
+        with pytest.raises(TrainingError, match=r"failed one request 2 times \(HTTP 500 .*try again") as error:
             engine.generate(prompts, PARAMS, SEEDS)
     assert "\n" not in str(error.value)
 

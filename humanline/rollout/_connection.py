@@ -139,7 +139,7 @@ class Connection:
             except Gone as gone:
                 if tries == self._retries:
                     raise TrainingError(
-                        f"{self._url}: one request failed {tries + 1} times ({gone}); check the server"
+                        f"{self._url} failed one request {tries + 1} times ({gone}); check the server"
                     ) from None
                 if not self._was_away(outages, gone.busy):
                     self._pause(tries)

@@ -343,7 +343,7 @@ class ServerEngine(Engine):
         return Completion(tokens, "stop" if tokens and tokens[-1] in stops else "length", logps)
 
     def _failed(self, error: Refused) -> TrainingError:
-        return TrainingError(f"{self._url}: one request failed {self._retries + 1} times ({error}); check the server")
+        return TrainingError(f"{self._url} failed one request {self._retries + 1} times ({error}); check the server")
 
     def _misunderstanding(self, error: Refused) -> str:
         return (
