@@ -12,12 +12,13 @@ VLLM := .venv-vllm
 
 .PHONY: test test-fast test-vllm lint demo bench clean
 
+# Each worker gets half of the files, so that it makes a file's fixtures once; the one that ends first takes over tests.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
 
 # For every edit: all tests that neither train nor start programs.
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" tests
 
 # Tests against a real vLLM on the CPU, in a separate environment (about 3 GB).
 test-vllm: $(INSTALLED) $(VLLM)/installed

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from humanline._garbage import spare_imports
 from humanline._home import HOME
 from humanline.errors import ConfigError, DataError
 
@@ -42,6 +43,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     from humanline.planning import report
 
     hide_known_warnings()
+    spare_imports()
     for name in ("nproc", "device_memory", "tflops"):
         if (value := getattr(arguments, name)) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")

@@ -24,6 +24,8 @@ from humanline.models import LogProbDecoder, check_adapter, fixed_log_probs, ini
 from humanline.models._build import build_model
 from humanline.reference import AdapterReference, RunContext
 
+pytestmark = pytest.mark.slow
+
 LORA = {
     "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True,

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 from humanline.config._config_file import read_config
 from humanline.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """\
 seed: 3
 output_dir: out

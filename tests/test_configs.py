@@ -45,6 +45,8 @@ from humanline.models import freeze_base, trainable_parameters
 from humanline.torchtune_seam.internals import find_component
 from humanline.training import DPO, GRPO, KTO, Objective, Settings, component
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAMA3 = ROOT / "configs" / "llama3_8b_offline.yaml"
 LLAMA3_KTO, LLAMA3_GRPO = (LLAMA3.with_stem(f"{LLAMA3.stem}_{objective}") for objective in ("kto", "grpo"))

@@ -4,13 +4,11 @@ import itertools
 import json
 import math
 import runpy
-import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
-import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -19,6 +17,8 @@ from test_sampling import hf_llama, of_the_model, write_tokenizer
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
 from humanline.tools.statistics import bootstrap_interval, pass_at_k
+
+pytestmark = pytest.mark.slow
 
 RECIPE = ROOT / "recipes" / "humanline_eval.py"
 SAMPLE_RECIPE = ROOT / "recipes" / "humanline_sample.py"
@@ -314,8 +314,8 @@ def test_samples_that_are_there_get_the_figures_that_they_got_when_they_were_dra
 
 
 def test_the_figures_of_known_samples_are_printed_and_written(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_samples(tmp_path)))
-    done = run([sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")], cwd=tmp_path)
+    code, output = run_recipe(RECIPE, of_samples(tmp_path), tmp_path)
+    assert code == 0, output
     written = json.loads((tmp_path / "eval" / "figures.json").read_text())
     means = {name: figure["mean"] for name, figure in written["figures"].items()}
     # pass@1: (2/4 + 0 + 1/4) / 3. pass@4: two of three.
@@ -323,9 +323,9 @@ def test_the_figures_of_known_samples_are_printed_and_written(tmp_path):
     assert means == pytest.approx(expected)
     scores = [row["all_rm_scores"] for row in read_lines(tmp_path / "eval" / "figures.jsonl")]
     assert scores == [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    table = [line.split()[:2] for line in done.stdout.splitlines()]
+    table = [line.split()[:2] for line in output.splitlines()]
     for cells in (["pass@1", "25.0%"], ["pass@4", "66.7%"], ["reward", "0.25"], ["tokens", "3"], ["cut", "8.3%"]):
-        assert cells in table, done.stdout
+        assert cells in table, output
 
 
 def test_a_reward_without_right_and_wrong_has_no_pass_at_k(tmp_path):
@@ -458,7 +458,6 @@ def test_a_score_that_is_no_number_is_refused(tmp_path):
 
 
 def test_a_mistake_ends_the_recipe_with_one_line(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_samples(tmp_path, k=[1, 5])))
-    done = run([sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")], cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 exceeds the 4 responses of ")
+    code, output = run_recipe(RECIPE, of_samples(tmp_path, k=[1, 5]), tmp_path)
+    assert code == 1 and "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 exceeds the 4 responses of ")

@@ -53,6 +53,8 @@ from humanline.models import (
 from humanline.models.gemma2 import _mend
 from humanline.rollout import SamplingParams, TorchtuneEngine
 
+pytestmark = pytest.mark.slow
+
 HF = {
     "vocab_size": 96,
     "hidden_size": 32,

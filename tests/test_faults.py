@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from humanline.training._collapse import CollapseWatch
 
+pytestmark = pytest.mark.slow
+
 RUN = "dpo_8_k4"
 PAST_THE_VOCABULARY_S_MIDDLE = 200
 

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 RUNS = [("dpo_8_k4", 2), ("kto_8_k4", 2), ("grpo_8_k4", 2), ("dpo_8_k4", 4), ("kto_8_k4", 4)]
 
 

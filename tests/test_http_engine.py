@@ -24,6 +24,8 @@ from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.rollout import Completion, SamplingParams
 from humanline.rollout._http_engine import HTTPEngine, ServerEngine
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).with_name("completions_server.py")
 SECONDS = 60  # for what takes a moment, on a busy machine too
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]

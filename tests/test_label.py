@@ -5,15 +5,15 @@ import runpy
 import signal
 
 import pytest
-import yaml
-from conftest import ROOT, TUNE, run
+from conftest import ROOT, TUNE, run, run_recipe
 from omegaconf import OmegaConf
-from ranks import Ranks
 from test_configs import write_chat_tokenizer
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
 from humanline.programs import PartialFile
+
+pytestmark = pytest.mark.slow
 
 RECIPE = ROOT / "recipes" / "humanline_label.py"
 
@@ -65,15 +65,7 @@ class Label:
 
     def start(self, **changes):
         """Runs the recipe to its end; returns its exit code and what it printed."""
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config | changes))
-        log = self.folder / "log.txt"
-        log.unlink(missing_ok=True)
-        environment = {"PYTHONPATH": str(self.folder)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(self.folder)
-            arguments = ["--config", str(self.folder / "config.yaml")]
-            with Ranks(RECIPE, arguments, 1, log, environment) as process:
-                return process.wait()[0], process.output()
+        return run_recipe(RECIPE, self.config | changes, self.folder)
 
     def rows(self):
         return [json.loads(line) for line in self.output.read_text(encoding="utf-8").split("\n")[:-1]]

@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from humanline.config import Settings
 from humanline.launch._output_folder import sole_use
-from humanline.launch._processes import process_group
+from humanline.launch._processes import process_group, start_on_every_device
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import os, sys
@@ -31,15 +34,10 @@ def test_launch_replaces_the_process_by_one_a_device_with_the_same_arguments(tmp
     assert sorted(lines[1:]) == [f"rank {rank} of 2 --config c.yaml seed=3" for rank in (0, 1)]
 
 
-def test_on_a_cpu_this_process_is_the_one_rank(tmp_path):
-    start = (
-        "from humanline.launch._processes import start_on_every_device, process_group\n"
-        "import torch, torch.distributed as dist\n"
-        "start_on_every_device('cpu', 'never started')\n"
-        "with process_group(torch.device('cpu')): print(dist.get_rank(), 'of', dist.get_world_size())"
-    )
-    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["0", "of", "1"]
+def test_on_a_cpu_this_process_is_the_one_rank():
+    start_on_every_device("cpu", "never started")
+    with process_group(torch.device("cpu")):
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
 
 
 def test_a_restart_is_a_start_under_the_same_name_of_a_run_that_took_the_folder_for_its_own(tmp_path, monkeypatch):

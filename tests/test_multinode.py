@@ -12,6 +12,8 @@ from conftest import ROOT, TUNE, logged_steps
 from ranks import free_port
 from test_faults import assert_same_end, saved_steps, saving
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN, SLURM = ROOT / "launch" / "torchrun.sh", ROOT / "launch" / "slurm.sh"
 
 

@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from humanline._torchrun import say_in_a_line
 
+pytestmark = pytest.mark.slow
+
 NEWS = [
     r"dataset: 48 groups from \S+: .*",
     r"Loading the model took [\d.]+ s",

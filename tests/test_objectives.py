@@ -18,6 +18,8 @@ from humanline.losses import HumanlineDPOLoss, HumanlineGRPOLoss, HumanlineKTOLo
 from humanline.training import DPO, GRPO, KTO
 from humanline.training._draws import uniform_draws
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = {"perception": "sample", "gamma_P": 2.0, "gamma_R": 2.0}
 
 

@@ -5,6 +5,8 @@ from conftest import ROOT
 from test_adapters import one_device, quantize, with_lora
 from virtual_environment import VirtualEnvironment, copy_repository
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory) -> VirtualEnvironment:

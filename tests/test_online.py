@@ -21,6 +21,8 @@ from humanline.data import ChatTokenizer, Group, RowBudget, lay_out, pack
 from humanline.models import LogProbDecoder, fixed_log_probs
 from humanline.rollout import InProcessEngine, OnlineSource, SamplingParams, Steps, Stopped, TorchtuneEngine
 
+pytestmark = pytest.mark.slow
+
 
 def online(run: TrajectoryRun, **source) -> TrajectoryRun:
     """The golden run with its dataset replaced by 24 prompts that the policy answers."""

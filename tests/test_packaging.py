@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from virtual_environment import REPOSITORY, VirtualEnvironment, build_wheel, copy_repository
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,5 +1,6 @@
 """What a config will take, foretold without taking it."""
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from ranks import free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtune.models.llama3 import llama3_70b, lora_llama3
@@ -19,9 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from humanline._cli import main
 from humanline.errors import ConfigError
 from humanline.models.gemma2 import gemma2_27b
-from humanline.planning import rehearse, report, with_overrides
+from humanline.planning import Estimate, rehearse, report, with_overrides
 from humanline.planning._layers import depths
 from humanline.planning._meter import Meter
+
+pytestmark = pytest.mark.slow
 
 CONFIGS = ROOT / "configs"
 
@@ -31,6 +34,22 @@ def config(name: str, **changes):
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
     return cfg
+
+
+@functools.cache
+def rehearsed_yaml(cfg: str, ranks: int) -> Estimate:
+    return rehearse(OmegaConf.create(cfg), ranks)
+
+
+def rehearsed(cfg: DictConfig, ranks: int) -> Estimate:
+    """`rehearse`, once for each config: it takes seconds, and several tests ask for the same ones."""
+    return rehearsed_yaml(OmegaConf.to_yaml(cfg), ranks)
+
+
+@pytest.fixture
+def nothing_twice(monkeypatch):
+    """A report does not rehearse again what has been rehearsed here, by another report above all."""
+    monkeypatch.setattr("humanline.planning._plan.rehearse", rehearsed)
 
 
 TINY = {
@@ -69,13 +88,13 @@ def test_a_storage_counts_from_its_first_byte_to_its_last_reference(fake):
 MEASURED = {
     "_component_": "torchtune.models.llama3.llama3",
     **{"vocab_size": 16384, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4, "rope_base": 10000},
-    **{"embed_dim": 512, "intermediate_dim": 1536, "max_seq_len": 512},
+    **{"embed_dim": 256, "intermediate_dim": 768, "max_seq_len": 512},
 }
 
 
 def random_weights(folder: Path) -> Path:
     """A checkpoint of that shape."""
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384}
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab_size": 16384}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
     model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_theta=1e4, rms_norm_eps=1e-5))
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -125,7 +144,7 @@ def test_the_peak_on_a_cpu_is_as_foretold(tmp_path, ranks):
     ]
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert all("grown by" in output for output in outputs), outputs
-    foretold = rehearse(OmegaConf.load(tmp_path / "config.yaml"), ranks).total
+    foretold = rehearsed(OmegaConf.load(tmp_path / "config.yaml"), ranks).total
     for output in outputs:
         measured = int(re.search(r"grown by (\d+)", output)[1])
         assert measured == pytest.approx(foretold, rel=0.15)
@@ -133,7 +152,7 @@ def test_the_peak_on_a_cpu_is_as_foretold(tmp_path, ranks):
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
 def test_weights_gradients_and_states_are_four_copies_of_the_parameters(objective):
-    peak = rehearse(config(f"smollm2_135m_{objective}", rows_per_pass=1), 1).peak
+    peak = rehearsed(config(f"smollm2_135m_{objective}", rows_per_pass=1), 1).peak
     parameters = 134_515_008
     tables = peak["weights"] - 4 * parameters  # of rotary positions
     assert 0 < tables < 1e7
@@ -142,7 +161,7 @@ def test_weights_gradients_and_states_are_four_copies_of_the_parameters(objectiv
 
 
 def test_ranks_divide_what_is_sharded_and_gather_it_layer_by_layer():
-    one, eight = (rehearse(config("llama3_8b_offline"), ranks).peak for ranks in (1, 8))
+    one, eight = (rehearsed(config("llama3_8b_offline"), ranks).peak for ranks in (1, 8))
     for label in ("weights", "gradients", "optimizer"):
         assert eight[label] == pytest.approx(one[label] / 8, rel=0.01)
     layer, output = 218e6 * 2, 128_256 * 4096 * 2
@@ -192,40 +211,40 @@ def test_layers_that_do_not_repeat_all_run():
 def test_the_size_of_what_is_written_is_foretold(tmp_path):
     cfg = config("smollm2_135m_dpo")
     parameters = 134_515_008
-    told = rehearse(cfg, 1)
+    told = rehearsed(cfg, 1)
     assert told.export == 4 * parameters and told.checkpoint == pytest.approx(12 * parameters, rel=1e-3)
-    assert rehearse(OmegaConf.merge(cfg, {"export_dtype": "bf16"}), 1).export == 2 * parameters
+    assert rehearsed(OmegaConf.merge(cfg, {"export_dtype": "bf16"}), 1).export == 2 * parameters
     adapter = config("smollm2_135m_dpo_lora")
     merged = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
-    told = rehearse(adapter, 1)
+    told = rehearsed(adapter, 1)
     assert told.export == 2 * parameters + 2 * merged + 8 * 4_884_480
     assert told.checkpoint == pytest.approx(16 * 4_884_480, rel=1e-3)  # the reference's adapter too
-    alone = rehearse(OmegaConf.merge(adapter, {"save_adapter_weights_only": True}), 1)
+    alone = rehearsed(OmegaConf.merge(adapter, {"save_adapter_weights_only": True}), 1)
     assert alone.export == 8 * 4_884_480
 
 
 def test_groups_of_ranks_each_hold_the_whole_model():
     cfg = config("smollm2_135m_dpo")
     cfg.model = TINY
-    two = rehearse(cfg, 2).peak
-    two_and_two = rehearse(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
+    two = rehearsed(cfg, 2).peak
+    two_and_two = rehearsed(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
     assert two_and_two["gradients"] == two["gradients"] and two_and_two["optimizer"] == two["optimizer"]
     assert two_and_two["weights"] == pytest.approx(two["weights"], abs=512)  # a block, of the mesh's second dimension
 
 
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
-    base = rehearse(config("smollm2_135m_dpo"), 1).peak
-    checkpointed = rehearse(config("smollm2_135m_dpo", enable_activation_checkpointing=True), 1)
+    base = rehearsed(config("smollm2_135m_dpo"), 1).peak
+    checkpointed = rehearsed(config("smollm2_135m_dpo", enable_activation_checkpointing=True), 1)
     assert checkpointed.peak["activations"] < base["activations"] / 4
-    second = rehearse(config("smollm2_135m_dpo", reference___component_="humanline.reference.ModelReference"), 1).peak
+    second = rehearsed(config("smollm2_135m_dpo", reference___component_="humanline.reference.ModelReference"), 1).peak
     assert second["reference"] == pytest.approx(2 * 134_515_008, rel=0.05)
-    longer = rehearse(config("smollm2_135m_dpo", enable_activation_checkpointing=True, rows_per_pass=16), 1)
+    longer = rehearsed(config("smollm2_135m_dpo", enable_activation_checkpointing=True, rows_per_pass=16), 1)
     assert longer.peak["activations"] > 1.2 * checkpointed.peak["activations"]
     assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
 
 
 def test_an_adapter_on_a_base_in_4_bits_takes_what_the_guide_says():
-    peak = rehearse(config("llama3_8b_qlora"), 1).peak
+    peak = rehearsed(config("llama3_8b_qlora"), 1).peak
     assert peak["weights"] / 1e9 == pytest.approx(5.70 + 4 * 4.19e-2, rel=0.01)
     assert (peak["gradients"] + peak["optimizer"]) / 1e9 == pytest.approx(12 * 4.19e-2, rel=0.01)
     assert peak["reference"] / 1e9 == pytest.approx(4 * 4.19e-2, rel=0.01)
@@ -234,7 +253,7 @@ def test_an_adapter_on_a_base_in_4_bits_takes_what_the_guide_says():
 def test_humanline_sampling_can_be_planned():
     cfg = config("smollm2_135m_grpo", loss__perception="sample", loss__gamma_P=4.0, loss__gamma_R=4.0)
     cfg.model = TINY
-    assert rehearse(cfg, 1).peak["activations"] > 0
+    assert rehearsed(cfg, 1).peak["activations"] > 0
 
 
 def test_an_optimizer_that_cannot_be_rehearsed_is_named():
@@ -242,38 +261,38 @@ def test_an_optimizer_that_cannot_be_rehearsed_is_named():
     cfg.model = TINY | {"embed_dim": 256}  # torchao quantizes states of some size only
     del cfg.optimizer["fused"]
     with pytest.raises(ConfigError, match="optimizer: AdamW8bit does not run on fake tensors"):
-        rehearse(cfg, 1)
+        rehearsed(cfg, 1)
 
 
 # ---- The verdict
 
 
-def test_what_does_not_fit_comes_with_the_cheapest_change_that_would():
+def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twice):
     cfg = config("smollm2_135m_dpo")
     cfg.model = TINY
-    peak = rehearse(cfg, 1).total / 1e9
-    checkpointed = rehearse(OmegaConf.merge(cfg, {"enable_activation_checkpointing": True}), 1).total / 1e9
+    peak = rehearsed(cfg, 1).total / 1e9
+    checkpointed = rehearsed(OmegaConf.merge(cfg, {"enable_activation_checkpointing": True}), 1).total / 1e9
     assert checkpointed < 0.6 * peak
     fits = report(cfg, 1, device_memory=1.1 * peak, tflops=400)
     assert "It fits" in fits and re.search(rf"peak of a rank +{peak:.2f} GB", fits)
     checkpoint = report(cfg, 1, device_memory=1.1 * checkpointed, tflops=400)
     assert "It does not fit" in checkpoint and "It fits with enable_activation_checkpointing=True: " in checkpoint
     fewer = ["enable_activation_checkpointing=True", "rows_per_pass=4"]
-    half = rehearse(with_overrides(cfg, fewer), 1).total / 1e9
+    half = rehearsed(with_overrides(cfg, fewer), 1).total / 1e9
     assert half < 0.7 * checkpointed
     assert f"It fits with {' and '.join(fewer)}: " in report(cfg, 1, device_memory=1.09 * half, tflops=400)
     lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
     overrides = f"enable_activation_checkpointing=True rows_per_pass=1 {lean}".split()
-    least = rehearse(with_overrides(cfg, overrides), 1).total / 1e9
+    least = rehearsed(with_overrides(cfg, overrides), 1).total / 1e9
     assert f"and rows_per_pass=1 and {lean}: " in report(cfg, 1, device_memory=1.09 * least, tflops=400)
     nothing = report(cfg, 1, device_memory=1e-4, tflops=400)
     assert "and --nproc 8 batch_size=2; use an adapter (LoRA, QLoRA)" in nothing
 
 
-def test_a_change_that_is_not_needed_is_not_asked_for():
+def test_a_change_that_is_not_needed_is_not_asked_for(nothing_twice):
     cfg = config("smollm2_135m_dpo", data_parallel_replicate_dim=2, enable_activation_checkpointing=True)
     cfg.model = TINY | {"embed_dim": 512, "intermediate_dim": 4096}  # of which the weights are the most
-    sharded = rehearse(with_overrides(cfg, ["data_parallel_replicate_dim=1"]), 4).total / 1e9
+    sharded = rehearsed(with_overrides(cfg, ["data_parallel_replicate_dim=1"]), 4).total / 1e9
     assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.1 * sharded, tflops=400)
     cfg.reference._component_ = "humanline.reference.ModelReference"
     assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.25 * sharded, tflops=400)
@@ -284,10 +303,10 @@ def test_a_base_in_4_bits_is_planned_on_several_ranks_too():
     cfg.model.update({"_component_": "torchtune.models.llama3.lora_llama3", "quantize_base": True})
     cfg.model.update({"vocab_size": 1000, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "embed_dim": 256})
     cfg.model.update({"intermediate_dim": 512, "max_seq_len": 4096})
-    one, two = (rehearse(cfg, ranks).peak["weights"] for ranks in (1, 2))
+    one, two = (rehearsed(cfg, ranks).peak["weights"] for ranks in (1, 2))
     assert 0.4 * one < two < 0.7 * one
     with pytest.raises(ConfigError, match="data_parallel_replicate_dim: an NF4 base"):
-        rehearse(with_overrides(cfg, ["data_parallel_replicate_dim=2"]), 2)
+        rehearsed(with_overrides(cfg, ["data_parallel_replicate_dim=2"]), 2)
 
 
 def test_operations_are_those_of_products_attention_and_the_reference():
@@ -302,7 +321,7 @@ def test_operations_are_those_of_products_attention_and_the_reference():
     head = 2 * width * TINY["vocab_size"] * (length - length // 5)
     window = products + attention + head  # a forward
     training = 3 * products + 3.5 * attention + 3 * head
-    assert rehearse(cfg, 1).flops == pytest.approx(window + training, rel=0.03)
+    assert rehearsed(cfg, 1).flops == pytest.approx(window + training, rel=0.03)
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
@@ -310,17 +329,27 @@ def plan(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, "plan", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=180)
 
 
-def test_the_command_takes_a_config_s_name_or_path_and_overrides():
-    for name in ("configs/smollm2_135m_grpo.yaml", "humanline/smollm2_135m_grpo"):
-        done = plan("--config", name, "--nproc", "2", "--tflops", "1", "rows_per_pass=1", "batch_size=3")
-        assert done.returncode == 0, done.stderr
-        assert (
-            "2 ranks" in done.stdout
-            and "a pass: 256 tokens" in done.stdout
-            and "3 passes if each group needs one row" in done.stdout
-            and "on disk: an export 0.54 GB, a checkpoint 1.61 GB" in done.stdout
-        )
-        assert "humanline plan: estimating the config as it is ..." in done.stderr
+def test_the_command_takes_a_config_s_path_and_overrides():
+    done = plan("--config", "configs/smollm2_135m_grpo.yaml", *OVERRIDES)
+    assert done.returncode == 0, done.stderr
+    assert_is_planned(done.stdout, done.stderr)
+
+
+def test_the_command_takes_a_config_s_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["humanline", "plan", "--config", "humanline/smollm2_135m_grpo", *OVERRIDES])
+    main()
+    assert_is_planned(*capsys.readouterr())
+
+
+OVERRIDES = ("--nproc", "2", "--tflops", "1", "rows_per_pass=1", "batch_size=3")
+
+
+def assert_is_planned(output, messages):
+    assert "2 ranks" in output
+    assert "a pass: 256 tokens" in output
+    assert "3 passes if each group needs one row" in output
+    assert "on disk: an export 0.54 GB, a checkpoint 1.61 GB" in output
+    assert "humanline plan: estimating the config as it is ..." in messages
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from humanline.errors import ConfigError
 from humanline.models import check_function, differences, measure, read_published, second_opinion
 from humanline.models._check_function import remedy
 
+pytestmark = pytest.mark.slow
+
 MODEL_TYPES = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
 
 

@@ -40,6 +40,8 @@ from humanline.rewards import (
 )
 from humanline.rollout import Prompt, Stopped
 
+pytestmark = pytest.mark.slow
+
 
 def prompt(answer=None, text="What is it?", **fields):
     return Prompt("prompts.jsonl line 3", [{"role": "user", "content": text}], {"answer": answer, **fields})

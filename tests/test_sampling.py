@@ -2,16 +2,13 @@
 
 import gc
 import json
-import os
 import runpy
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run_recipe
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtune.models.llama3_2 import llama3_2
@@ -25,6 +22,8 @@ from humanline.models import check_architecture, load_decoder
 from humanline.rollout import Completion, SamplingParams, TorchtuneEngine, read_prompts
 from humanline.rollout._kv_cache import KVCache
 from humanline.rollout._sampling import draw
+
+pytestmark = pytest.mark.slow
 
 VOCABULARY = 260
 SHAPE = {"vocab_size": VOCABULARY, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "embed_dim": 48}
@@ -494,13 +493,14 @@ def recipe_config(folder, model_folder, lines, **changes):
 
 @pytest.fixture
 def sample(model_folder, tmp_path):
-    """``sample(lines, **changes)`` runs the recipe in a process, and returns that and the path of its output."""
+    """``sample(lines, **changes)`` runs the recipe in a process of its own.
+
+    It returns the exit code, what was printed, and the path of the output.
+    """
 
     def start(lines, **changes):
         config = recipe_config(tmp_path, model_folder, lines, **changes)
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")]
-        return run(command, cwd=tmp_path, check=False), Path(config["output"])
+        return *run_recipe(RECIPE, config, tmp_path), Path(config["output"])
 
     return start
 
@@ -513,8 +513,8 @@ LINES = [
 
 
 def test_the_recipe_writes_lines_that_only_lack_scores(sample, model_folder):
-    process, output = sample(LINES, samples_per_prompt=3)
-    assert process.returncode == 0, process.stderr
+    code, printed, output = sample(LINES, samples_per_prompt=3)
+    assert code == 0, printed
     assert [path.name for path in output.parent.iterdir()] == ["responses"]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [LINES[0]["prompt"], LINES[1]["prompt"], "Name?"]
@@ -532,8 +532,8 @@ def test_the_recipe_writes_lines_that_only_lack_scores(sample, model_folder):
 
 
 def test_the_recipe_writes_the_form_of_alpaca_eval(sample):
-    process, output = sample(LINES, format="alpaca_eval", temperature=0)
-    assert process.returncode == 0, process.stderr
+    code, printed, output = sample(LINES, format="alpaca_eval", temperature=0)
+    assert code == 0, printed
     rows = json.loads(output.read_text())
     assert [row.pop("instruction") for row in rows] == ["1 + 1 = ?", "2 + 3 = ?", "Name?"]
     assert [row.pop("output") != "" for row in rows] == [True] * 3
@@ -541,8 +541,8 @@ def test_the_recipe_writes_the_form_of_alpaca_eval(sample):
 
 
 def test_the_recipe_samples_what_the_engine_samples(sample, model_folder, llama):
-    process, output = sample(LINES[:1], seed=3)
-    assert process.returncode == 0, process.stderr
+    code, printed, output = sample(LINES[:1], seed=3)
+    assert code == 0, printed
     tokenizer = ChatTokenizer(str(model_folder))
     engine = TorchtuneEngine(llama[1], stop_tokens=tokenizer.stop_tokens, batch_size=1, token_ids=tokenizer.token_ids)
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "1 + 1 = ?"}])
@@ -569,32 +569,30 @@ class Killing(ChatTokenizer):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "alpaca_eval"])
-def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, form, monkeypatch):
+def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, form):
     lines = [{"prompt": f"{a} + 1 = ?"} for a in range(9)]
     config = recipe_config(tmp_path, model_folder, lines, format=form, batch_size=2)
     config["tokenizer"]["_component_"] = "killing_tokenizer.Killing"
     (tmp_path / "killing_tokenizer.py").write_text(TOKENIZER)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
 
     def start(**changes):
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | changes))
         (tmp_path / "decoded").unlink(missing_ok=True)
-        process = run([sys.executable, str(RECIPE), "--config", "config.yaml"], cwd=tmp_path, check=False)
-        return process, len((tmp_path / "decoded").read_text())
+        code, printed = run_recipe(RECIPE, config | changes, tmp_path)
+        return code, len((tmp_path / "decoded").read_text()), printed
 
     output = Path(config["output"])
-    process, decoded = start()
-    assert (process.returncode, decoded) == (0, 9), process.stderr
+    code, decoded, printed = start()
+    assert (code, decoded) == (0, 9), printed
     whole = output.read_text()
     output.unlink()
     (tmp_path / "kill_at").write_text("6")
-    assert start()[0].returncode == -signal.SIGKILL and not output.exists()
+    assert start()[0] == -signal.SIGKILL and not output.exists()
     (tmp_path / "kill_at").unlink()
     other = start(seed=1, output=f"{output}_other")
     assert other[1] == 9
-    process, decoded = start()
-    assert (process.returncode, decoded) == (0, 4), process.stderr
-    assert "5 of 9 prompts are sampled already" in process.stderr + process.stdout
+    code, decoded, printed = start()
+    assert (code, decoded) == (0, 4), printed
+    assert "5 of 9 prompts are sampled already" in printed
     assert output.read_text() == whole
     assert sorted(path.name for path in output.parent.iterdir()) == ["responses", "responses_other"]
 
@@ -625,9 +623,9 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 
 
 def test_a_mistake_ends_the_recipe_with_one_line(sample):
-    process, output = sample([*LINES, {"answer": 1}])
-    assert process.returncode == 1
+    code, printed, output = sample([*LINES, {"answer": 1}])
+    assert code == 1
     assert not output.exists()
-    assert "Traceback" not in process.stderr
-    last = process.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
     assert last.startswith("humanline_sample.py: ") and "prompts.jsonl line 4: field 'prompt' is missing" in last

@@ -1,6 +1,6 @@
 """Every stream of random numbers is its own: no two purposes, steps, ranks or seeds share one."""
 
-import re
+import ast
 from itertools import product
 from pathlib import Path
 
@@ -46,5 +46,7 @@ def test_seeds_of_all_streams_differ():
 
 def test_every_purpose_in_the_code_is_its_own():
     code = Path(__file__).parent.parent / "humanline"
-    named = [n for file in code.rglob("*.py") for n in re.findall(r'stream_seed\("([^"]+)"', file.read_text())]
+    nodes = [node for file in code.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "stream_seed"]
+    named = [ast.literal_eval(call.args[0]) for call in calls]
     assert len(named) == len(set(named)) >= 7

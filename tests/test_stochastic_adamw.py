@@ -15,6 +15,8 @@ from humanline.errors import ConfigError
 from humanline.models._build import mesh_of
 from humanline.optim import StochasticAdamW, stochastic_round
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.floats(-(2.0**100), 2.0**100, width=32))
 def test_a_value_is_rounded_to_one_of_its_two_neighbours(value):

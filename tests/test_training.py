@@ -13,6 +13,8 @@ from torchtune.training import FullModelHFCheckpointer
 
 from humanline.training import get_constant_schedule_with_warmup
 
+pytestmark = pytest.mark.slow
+
 RUN = "dpo_8_k4"
 
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"{objective}_{run}" for objective in ("dpo", "kto", "grpo") for run in ("7_k1", "8_k4")]
 
 

@@ -4,12 +4,13 @@ The recipe that runs here is a stand-in that prints which file it is and what it
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 from virtual_environment import REPOSITORY, VirtualEnvironment, build_wheel, copy_repository
+
+pytestmark = pytest.mark.slow
 
 STAND_IN_RECIPE = """
 import os, sys
@@ -144,19 +145,25 @@ def listed(table: str) -> dict[str, list[str]]:
 
 def humanline_recipes(clone: Path) -> dict[str, list[str]]:
     """What `tune ls` has to show for `clone`, going by its files."""
-    configs = {path.stem: path.read_text().splitlines()[0] for path in sorted((clone / "configs").glob("*.yaml"))}
+    users = {path.stem: recipes_in_first_line(path) for path in sorted((clone / "configs").glob("*.yaml"))}
     recipes = sorted(path.stem for path in (clone / "recipes").glob("humanline_*.py"))
     return {
-        recipe: [f"humanline/{name}" for name, line in configs.items() if re.search(rf"\b{recipe}\b", line)] or ["<>"]
+        recipe: [f"humanline/{name}" for name, named in users.items() if recipe in named] or ["<>"]
         for recipe in recipes
     }
 
 
+def recipes_in_first_line(config: Path) -> list[str]:
+    """The recipes of a line `# recipe: one, another`; none where the first line is another."""
+    key, _, names = config.read_text().splitlines()[0].partition(": ")
+    return names.split(", ") if key == "# recipe" else []
+
+
 def test_every_config_names_recipes_that_exist() -> None:
     for config in (REPOSITORY / "configs").glob("*.yaml"):
-        header = re.fullmatch(r"# recipe: (\w+(?:, \w+)*)", config.read_text().splitlines()[0])
-        assert header, config
-        for recipe in header[1].split(", "):
+        recipes = recipes_in_first_line(config)
+        assert recipes, config
+        for recipe in recipes:
             assert (REPOSITORY / "recipes" / f"{recipe}.py").is_file(), config
 
 
@@ -187,11 +194,13 @@ def test_validate_reads_a_config_by_name(from_wheel: VirtualEnvironment, tmp_pat
 
 
 def test_validate_prefers_a_local_file(from_wheel: VirtualEnvironment, home: Path, bare_tune: Path) -> None:
-    config, arguments = home / "configs" / "standin.yaml", ["tune", "validate", "humanline/standin"]
-    assert from_wheel.run(*arguments, cwd=bare_tune).stdout.startswith(f"validate {config}\n")
+    config, arguments = home / "configs" / "standin.yaml", ["validate", "humanline/standin"]
+    result = from_wheel.run_tune(*arguments, cwd=bare_tune, script=bare_tune / "tune")
+    assert result.stdout.startswith(f"validate {config}\n")
     (bare_tune / "humanline").mkdir()
     (bare_tune / "humanline" / "standin").touch()
-    assert from_wheel.run(*arguments, cwd=bare_tune).stdout.startswith("validate humanline/standin\n")
+    result = from_wheel.run_tune(*arguments, cwd=bare_tune, script=bare_tune / "tune")
+    assert result.stdout.startswith("validate humanline/standin\n")
 
 
 def test_run_by_name_works_from_any_folder(from_wheel: VirtualEnvironment, home: Path, tmp_path: Path) -> None:
@@ -226,7 +235,7 @@ def test_run_by_path_with_torchrun_options_runs_it_on_every_rank(environment: Vi
 
 def test_run_refuses_torchrun_options_for_a_single_device_recipe(from_wheel: VirtualEnvironment, clone: Path) -> None:
     arguments = ["run", "--nproc_per_node", "2", "recipes/humanline_standin_single_device", "--config", "standin.yaml"]
-    result = from_wheel.run(from_wheel.tune_script, *arguments, cwd=clone)
+    result = from_wheel.run_tune(*arguments, cwd=clone)
     assert result.returncode != 0 and "does not support distributed training" in result.stderr
 
 
@@ -273,7 +282,7 @@ def test_a_recipe_is_whatever_file_imports_humanline(
     )
 
     def registered(*arguments: str) -> dict[str, tuple[str, str]]:
-        rows = from_wheel.run("tune", "run", *arguments, cwd=bare_tune).stdout.splitlines()
+        rows = from_wheel.run_tune("run", *arguments, cwd=bare_tune, script=bare_tune / "tune").stdout.splitlines()
         return {name: (distributed, path) for name, distributed, path in map(str.split, rows)}
 
     recipes = copied / "recipes"
@@ -313,13 +322,13 @@ def test_run_in_a_fork_by_the_name_it_registers(from_wheel: VirtualEnvironment, 
 def test_a_name_that_a_fork_registers_is_not_registered_again(from_wheel: VirtualEnvironment, bare_tune: Path) -> None:
     with (bare_tune / "torchtune" / "_recipe_registry.py").open("a") as registry:
         registry.write(FORKS_ENTRY)
-    names = from_wheel.run("tune", "ls", cwd=bare_tune).stdout.split()
+    names = from_wheel.run_tune("ls", cwd=bare_tune, script=bare_tune / "tune").stdout.split()
     assert names.count("humanline_standin_distributed") == names.count("humanline_standin_single_device") == 1
 
 
 def test_a_registry_that_cannot_be_extended_is_left_as_it_is(from_wheel: VirtualEnvironment, bare_tune: Path) -> None:
     (bare_tune / "torchtune" / "_recipe_registry.py").write_text("def get_all_recipes(): return []")
-    result = from_wheel.run("tune", "ls", cwd=bare_tune)
+    result = from_wheel.run_tune("ls", cwd=bare_tune, script=bare_tune / "tune")
     assert (result.returncode, result.stdout) == (0, "ls\n\n")
     assert len(result.stderr.splitlines()) == 1 and "without the humanline recipes" in result.stderr
 

@@ -30,6 +30,7 @@ VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 SECONDS = 900  # for what takes a minute or two on a machine with nothing else to do
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(not VLLM.exists(), reason="there is no vLLM in .venv-vllm: `make test-vllm` installs it"),
 ]

@@ -9,6 +9,8 @@ from torch import nn
 from humanline.errors import ConfigError
 from humanline.reference import RunContext, WindowedReference
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ["dpo_8_k4", "kto_8_k4", "grpo_8_k4"]
 WINDOWED = "humanline.reference.WindowedReference"
 
@@ -43,10 +45,9 @@ def test_it_has_the_losses_of_a_second_model(trajectory, name, sync_every, accum
 
 @pytest.mark.parametrize(("sync_every", "accumulation"), [(1, 2), (4, 1), (None, 2)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_two_ranks_it_has_the_losses_of_a_second_model(trajectory, name, sync_every, accumulation, cache):
+def test_on_two_ranks_it_has_the_losses_of_a_second_model_on_one(trajectory, name, sync_every, accumulation, cache):
     run = shuffled(trajectory(name), sync_every, accumulation, ranks=2)
-    run.train_on(2)
-    second_model = run.log()
+    second_model = losses(run, f"batch_size={2 * run.config['batch_size']}")
     assert len(second_model) == 24 and len(set(second_model.values())) > 20
     (run.folder / "logs" / "log.txt").unlink()
     windowed(run).train_on(2, XDG_CACHE_HOME=str(cache.parent))

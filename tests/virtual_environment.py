@@ -4,7 +4,9 @@ Installing torch anew takes minutes, so its files are linked, like those of ever
 installed by pip, from a copy of this repository that the tests may edit.
 """
 
+import json
 import os
+import select
 import shutil
 import subprocess
 import sysconfig
@@ -41,13 +43,13 @@ class VirtualEnvironment:
                 if "humanline" not in entry.name:
                     (self.libraries / entry.name).symlink_to(entry)
         (self.site_packages / "libraries.pth").write_text(f"{self.libraries}\n")
+        self._tune_server: subprocess.Popen[str] | None = None
 
     def run(
         self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs this environment's Python in `cwd`, with only the folder `first_on_path` before its own libraries."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment = _environment()
         if first_on_path is not None:
             environment["PYTHONPATH"] = str(first_on_path)
         command = [str(argument) for argument in (self.python, *arguments)]
@@ -64,9 +66,45 @@ class VirtualEnvironment:
 
     def tune(self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None) -> str:
         """Runs `tune`, which must succeed, and returns what it printed."""
-        result = self.run(self.tune_script, *arguments, cwd=cwd, first_on_path=first_on_path)
+        result = self.run_tune(*arguments, cwd=cwd, first_on_path=first_on_path)
         assert result.returncode == 0, result.stderr
         return result.stdout
+
+    def run_tune(
+        self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None, script: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `tune`, or another script of this name, in a fork of a process that has imported torch."""
+        server = self._tune_server or self._start_tune_server()
+        assert server.stdin and server.stdout
+        argv = [str(argument) for argument in (script or self.tune_script, *arguments)]
+        output = {stream: str(self._server_folder / stream) for stream in ("stdout", "stderr")}
+        first = str(first_on_path) if first_on_path else None
+        server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), "first_on_path": first, **output}) + "\n")
+        server.stdin.flush()
+        answered, _, _ = select.select([server.stdout], [], [], 300)
+        assert answered, f"tune {arguments} is still running"
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(argv, code, *(Path(output[name]).read_text() for name in output))
+
+    @property
+    def _server_folder(self) -> Path:
+        return self.python.parents[1] / "server"
+
+    def _start_tune_server(self) -> subprocess.Popen[str]:
+        """Starts what `tune` forks from. It ends when this process does: then nobody can ask anything of it."""
+        program = self._server_folder / "tune"  # the name by which the plug-in knows `tune`
+        program.parent.mkdir()
+        shutil.copy(Path(__file__).with_name("tune_server.py"), program)
+        self._tune_server = subprocess.Popen(
+            [self.python, program], env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self._tune_server
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what would lead Python to other libraries."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def build_wheel(clone: Path, folder: Path) -> Path:

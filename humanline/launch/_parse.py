@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from humanline._garbage import spare_imports
 from humanline.config import read_config
 from humanline.launch._common_end import common_end
 from humanline.launch._processes import hide_known_warnings
@@ -23,6 +24,7 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     @functools.wraps(recipe_main)
     def main() -> Any:
         hide_known_warnings()
+        spare_imports()
         with common_end(os.path.basename(sys.argv[0])):
             cfg = read_config(sys.argv[1:])
         sys.exit(recipe_main(cfg))

@@ -33,6 +33,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
+from humanline._garbage import spare_imports
 from humanline._home import HOME
 from humanline._torchrun import say_in_a_line
 
@@ -59,6 +60,7 @@ class _RegistryLoader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
+        spare_imports()  # torchtune's, which are done when its command reads the registry
         try:
             _extend(module, sys.argv)
         except Exception as error:  # a fork may have changed the registry, and its own recipes must still run
