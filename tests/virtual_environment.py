@@ -1,11 +1,13 @@
 """Fresh virtual environments that see the libraries of the running one, but not the humanline installed there.
 
 Installing torch anew takes minutes, so its files are linked, like those of every other library. humanline itself is
-installed by pip, from a copy of this repository that the tests may edit.
+installed by pip, from a copy of this repository that the tests may edit. An environment may also link torch alone, so
+that pip has to find everything else.
 """
 
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -26,10 +28,17 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
-class VirtualEnvironment:
-    """A virtual environment in `folder`, with the command `tune` as pip would install it."""
+# By the first word of their names in site-packages: torch with what a CUDA build of it installs, and pip.
+TORCH_AND_PIP = {"torch", "torchgen", "functorch", "triton", "nvidia", "cuda", "pip"}
 
-    def __init__(self, folder: Path) -> None:
+
+class VirtualEnvironment:
+    """A virtual environment in `folder`, with the command `tune` as pip would install it.
+
+    With `torch_alone` it sees none of the running one's libraries but torch and pip.
+    """
+
+    def __init__(self, folder: Path, *, torch_alone: bool = False) -> None:
         venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         self.tune_script = folder / "bin" / "tune"
@@ -40,24 +49,26 @@ class VirtualEnvironment:
         self.libraries.mkdir()
         for library in {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}:
             for entry in library.iterdir():
-                if "humanline" not in entry.name:
+                is_seen = re.split("[-_.]", entry.name)[0] in TORCH_AND_PIP or not torch_alone
+                if is_seen and "humanline" not in entry.name:
                     (self.libraries / entry.name).symlink_to(entry)
         (self.site_packages / "libraries.pth").write_text(f"{self.libraries}\n")
         self._tune_server: subprocess.Popen[str] | None = None
 
     def run(
-        self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None
+        self, *arguments: str | Path, cwd: Path, first_on_path: Path | None = None, seconds: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Runs this environment's Python in `cwd`, with only the folder `first_on_path` before its own libraries."""
         environment = _environment()
         if first_on_path is not None:
             environment["PYTHONPATH"] = str(first_on_path)
         command = [str(argument) for argument in (self.python, *arguments)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds)
 
     def pip(self, *arguments: str | Path) -> None:
-        """Runs pip, which must succeed."""
-        result = self.run("-m", "pip", "--disable-pip-version-check", *arguments, cwd=self.site_packages)
+        """Runs pip, which must succeed, and may have to download."""
+        command = ("-m", "pip", "--disable-pip-version-check", *arguments)
+        result = self.run(*command, cwd=self.site_packages, seconds=1200)
         assert result.returncode == 0, result.stderr
 
     def install(self, *source: str | Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
@@ -130,6 +130,11 @@ def _shard(model: LogProbDecoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     # The root is resharded after forward too: after a forward without backward, gathered weights would remain, and an
     # optimizer step or sync would then change only their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    if mesh.device_type == "cpu":
+        # torch 2.8's gloo returns the sum of gradients when asked for their mean. So FSDP sums, then divides.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ try:
     from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION as SUPPORTS_FLEX_ATTENTION
 except ImportError as error:
     raise ImportError(
-        f"torchtune {torchtune.__version__} in {Path(torchtune.__file__).parent} lacks a private name that "
-        f"humanline uses: {error}. torchtune 0.6.1 has it; for a fork, change {__file__}"
+        f"torchtune {torchtune.__version__ or 'from source'} in {Path(torchtune.__file__).parent} lacks a private "
+        f"name that humanline uses: {error}. torchtune 0.6.1 has it; for a fork, change {__file__}"
     ) from error
 
 __all__ = [
