@@ -608,7 +608,7 @@ def test_the_wait_for_a_judge_ends_in_time_or_when_it_is_stopped():
         ((401, {"error": "bad key"}), r"reward.api_key_env: .* rejects the key in \$OPENAI_API_KEY"),
         ((400, {"error": "no\ntemperature"}), r"reward: .* rejects the request \(HTTP 400"),
         ((200, {"hello": "there"}), "reward.base_url: .* is not a chat API: expected .*, got {'hello': 'there'}"),
-        ((500, {"error": "no memory"}), r"http://.* failed 1 times at one request \(HTTP 500 .*no memory"),
+        ((500, {"error": "no memory"}), r"http://.* failed one request 1 times \(HTTP 500 .*no memory"),
     ],
 )
 def test_a_server_that_refuses_ends_it_with_one_line(answer, message):

@@ -147,7 +147,7 @@ class JudgeReward:
             found = self._pattern.findall(self._server.persist(lambda: self._reply(question)))
         except Refused as error:
             if error.passes:
-                raise TrainingError(f"{self._url} failed {self._retries + 1} times at one request ({error})") from None
+                raise TrainingError(f"{self._url} failed one request {self._retries + 1} times ({error})") from None
             raise ConfigError(self._refusal(error)) from None
         try:
             rating = float(found[-1])
