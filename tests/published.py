@@ -60,6 +60,17 @@ def qwen2(positions: int, eps: float = 1e-6, tied: bool = False, **more: Any) ->
     }
 
 
+def qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool, **more: Any) -> Config:
+    return {
+        **HABITS,
+        **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6},
+        **{"attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960, "max_window_layers": layers},
+        **{"rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False},
+        **{"tie_word_embeddings": tied, **sizes(layers, hidden, intermediate, heads, 8, 151936)},
+        **more,
+    }
+
+
 def gemma(**more: Any) -> Config:
     return {
         **HABITS,
@@ -193,6 +204,31 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "torchtune.models.qwen2_5.qwen2_5_72b_instruct": {
         "Qwen2.5-72B-Instruct": qwen2(32768, **sizes(80, 8192, 29568, 64, 8, 152064)),
     },
+    "humanline.models.qwen3.qwen3_0_6b": {
+        "Qwen3-0.6B": qwen3(28, 1024, 3072, 16, True),
+        "Qwen3-0.6B-Base": qwen3(28, 1024, 3072, 16, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_1_7b": {
+        "Qwen3-1.7B": qwen3(28, 2048, 6144, 16, True),
+        "Qwen3-1.7B-Base": qwen3(28, 2048, 6144, 16, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_4b": {
+        "Qwen3-4B": qwen3(36, 2560, 9728, 32, True),
+        "Qwen3-4B-Base": qwen3(36, 2560, 9728, 32, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_4b_2507": {
+        "Qwen3-4B-Instruct-2507": qwen3(36, 2560, 9728, 32, True, rope_theta=5000000, max_position_embeddings=262144),
+        "Qwen3-4B-Thinking-2507": qwen3(36, 2560, 9728, 32, True, rope_theta=5000000, max_position_embeddings=262144),
+    },
+    "humanline.models.qwen3.qwen3_8b": {
+        "Qwen3-8B": qwen3(36, 4096, 12288, 32, False),
+        "Qwen3-8B-Base": qwen3(36, 4096, 12288, 32, False, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_14b": {
+        "Qwen3-14B": qwen3(40, 5120, 17408, 40, False),
+        "Qwen3-14B-Base": qwen3(40, 5120, 17408, 40, False, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_32b": {"Qwen3-32B": qwen3(64, 5120, 25600, 64, False)},
     "torchtune.models.gemma.gemma_2b": {
         "gemma-2b-it": gemma(**sizes(18, 2048, 16384, 8, 1, 256000)),
     },

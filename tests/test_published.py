@@ -30,7 +30,14 @@ from humanline.errors import ConfigError
 from humanline.models import check_function, differences, measure, read_published, second_opinion
 from humanline.models._check_function import remedy
 
-MODEL_TYPES = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+MODEL_TYPES = {
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "phi3": "PHI3_MINI",
+    "gemma": "GEMMA",
+    "gemma2": "GEMMA2",
+    "mistral": "MISTRAL",
+}
 
 
 def build(path: str, **arguments):
@@ -85,6 +92,8 @@ def wrong(config: dict) -> dict[str, dict]:
     if family not in ("gemma", "gemma2"):
         no_windows = dict.fromkeys(("max_window_layers", "sliding_window", "use_sliding_window"))
         files["the scale of norms is 1 + weight"] = {"model_type": "gemma", "head_dim": head_dim, **no_windows}
+    if family == "qwen3":
+        files["the norms of queries and keys is none in config.json and before RoPE in"] = {"model_type": "qwen2"}
     if family == "gemma2":
         files |= {
             "attn_logit_softcapping is null": {"attn_logit_softcapping": None},

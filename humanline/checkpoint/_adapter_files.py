@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchtune import utils
 from torchtune.models import convert_weights
-from torchtune.models.qwen2 import qwen2_hf_to_tune, qwen2_tune_to_hf
 from torchtune.modules.peft import DoRALinear
-from torchtune.training import ModelType
 
+from humanline.checkpoint._fused_layers import fuse, patterns, split
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, rank_and_alpha
+from humanline.torchtune_seam.hf_checkpointer import QWEN3_FROM_HF
 from humanline.torchtune_seam.internals import (
     GEMMA2_FROM_HF,
     LLAMA_FROM_HF,
+    PHI3_FROM_HF,
     QWEN2_FROM_HF,
     checkpoint_dir,
     gemma2_hf_to_tune,
@@ -31,6 +33,8 @@ from humanline.torchtune_seam.internals import (
     hf_config,
     model_type,
 )
+
+log = utils.get_logger("INFO")
 
 Weights = dict[str, Tensor]
 
@@ -40,21 +44,28 @@ Convert = Callable[..., Weights]
 class Family(NamedTuple):
     """How a family's weights are named and laid out in the Hugging Face format."""
 
-    to_hf: Convert
-    from_hf: Convert
     names: dict[str, str]  # of HF -> torchtune's
+    to_hf: Convert | None = None  # None where rows keep their order
+    from_hf: Convert | None = None
+    is_fused: bool = False  # of _fused_layers
 
 
-LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, LLAMA_FROM_HF)
-QWEN2 = Family(qwen2_tune_to_hf, qwen2_hf_to_tune, QWEN2_FROM_HF)
-GEMMA2 = Family(gemma2_tune_to_hf, gemma2_hf_to_tune, GEMMA2_FROM_HF)
+LLAMA = Family(LLAMA_FROM_HF, convert_weights.tune_to_hf, convert_weights.hf_to_tune)
+QWEN2 = Family(QWEN2_FROM_HF)
+QWEN3 = Family(QWEN3_FROM_HF)
+GEMMA2 = Family(GEMMA2_FROM_HF, gemma2_tune_to_hf, gemma2_hf_to_tune)
+PHI3 = Family(PHI3_FROM_HF, is_fused=True)
 FAMILIES = {
-    ModelType.LLAMA2: LLAMA,
-    ModelType.LLAMA3: LLAMA,
-    ModelType.LLAMA3_2: LLAMA,
-    ModelType.MISTRAL: LLAMA,
-    ModelType.QWEN2: QWEN2,
-    ModelType.GEMMA2: GEMMA2,
+    "LLAMA2": LLAMA,
+    "LLAMA3": LLAMA,
+    "LLAMA3_2": LLAMA,
+    "MISTRAL": LLAMA,
+    "QWEN2": QWEN2,
+    "QWEN3": QWEN3,
+    "GEMMA": LLAMA,
+    "GEMMA2": GEMMA2,
+    "PHI3_MINI": PHI3,
+    "PHI4": PHI3,
 }
 TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
 # Of PEFT's config: what makes another function of the same weights, and the ways to begin that leave the base alone.
@@ -79,7 +90,11 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
         return
     hf_names = {ours: theirs for theirs, ours in family.names.items()}
     peft = {}
-    for name, tensor in adapter.items():
+    whole = fuse(adapter, model) if family.is_fused else adapter
+    if whole is None:
+        log.warning(f"{folder}: not written in PEFT's format, which has no DoRA on a part of a fused layer")
+        return
+    for name, tensor in whole.items():
         base, kind = _split(name, PEFT_NAMES)
         layer = convert_weights.get_mapped_key(f"{base}.weight", hf_names).removesuffix(".weight")
         # The rows of lora_a are of the rank, and stay where they are.
@@ -108,9 +123,9 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
     if file is None:
         raise ConfigError(f"adapter: {path} has no {TORCHTUNE_FILE} and no {PEFT_FILE}; give a folder with an adapter")
     try:
-        _check_config(file, model)
+        _check_config(file, model, checkpointer)
         if file.suffix == ".safetensors":
-            adapter = _read_peft(file, checkpointer)
+            adapter = _read_peft(file, model, checkpointer)
         else:
             adapter = torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
@@ -121,7 +136,7 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
     return adapter
 
 
-def _check_config(file: Path, model: nn.Module) -> None:
+def _check_config(file: Path, model: nn.Module, checkpointer: Any) -> None:
     """Compares what ``adapter_config.json`` says, in both formats the same, with the model."""
     path = file.with_name(PEFT_CONFIG)
     if not path.is_file():
@@ -134,8 +149,10 @@ def _check_config(file: Path, model: nn.Module) -> None:
         for key, theirs, ours in (("lora_rank", config["r"], rank), ("lora_alpha", config["lora_alpha"], alpha)):
             if theirs != ours:
                 raise ConfigError(f"adapter: {path} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
+    family = _family(checkpointer)
+    fused = patterns(model) if family is not None and family.is_fused else {}
     for key in OTHER_FUNCTIONS:
-        if config.get(key):
+        if config.get(key) and config[key] != fused.get(key):
             raise ConfigError(
                 f"adapter: {path} has {key}, with which its weights are not those of a plain LoRA or DoRA"
             )
@@ -146,11 +163,11 @@ def _check_config(file: Path, model: nn.Module) -> None:
         )
 
 
-def _read_peft(file: Path, checkpointer: Any) -> Weights:
+def _read_peft(file: Path, model: nn.Module, checkpointer: Any) -> Weights:
     if (family := _family(checkpointer)) is None:
         raise ConfigError(
-            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral, Qwen2 "
-            "or Gemma 2 in checkpointer; give torchtune's"
+            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral, "
+            "Qwen, Gemma or Phi in checkpointer; give torchtune's"
         )
     kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
     adapter = {}
@@ -159,7 +176,7 @@ def _read_peft(file: Path, checkpointer: Any) -> Weights:
         base = convert_weights.get_mapped_key(f"{layer}.weight", family.names).removesuffix(".weight")
         moved = tensor if kind == "lora_A.weight" else _moved(family.from_hf, f"{layer}.weight", tensor, checkpointer)
         adapter[f"{base}.{kinds[kind]}"] = moved
-    return adapter
+    return split(adapter, model, str(file)) if family.is_fused else adapter
 
 
 def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
@@ -182,8 +199,10 @@ def _family(checkpointer: Any) -> Family | None:
     return None if hf_config(checkpointer) is None else FAMILIES.get(model_type(checkpointer))
 
 
-def _moved(convert: Convert, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
+def _moved(convert: Convert | None, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
     """The adapter's tensor with its rows moved as ``convert`` moves those of the base weight ``name``."""
+    if convert is None:
+        return tensor
     config = hf_config(checkpointer) or {}
     width = config["hidden_size"]
     columns = tensor.view(len(tensor), -1)
@@ -218,4 +237,5 @@ def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str
         "use_dora": any(isinstance(module, DoRALinear) for module in layers.values()),
         "bias": "none",
         "inference_mode": True,
+        **(patterns(model) if FAMILIES[model_type(checkpointer)].is_fused else {}),
     }

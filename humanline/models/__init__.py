@@ -2,7 +2,7 @@
 a right Gemma 2.
 """
 
-from humanline.models import gemma2
+from humanline.models import gemma2, qwen3
 from humanline.models._adapter import (
     adapter_modules,
     check_adapter,
@@ -59,6 +59,7 @@ __all__ = [
     "merged_name",
     "merged_weight",
     "mesh_of",
+    "qwen3",
     "rank_and_alpha",
     "read_published",
     "second_opinion",

@@ -27,18 +27,25 @@ _BUILDERS = {
     "llama": ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3"),
     "mistral": ("mistral",),
     "qwen2": ("qwen2", "qwen2_5"),
+    "qwen3": (),
     "gemma": ("gemma",),
     "gemma2": (),
     "phi3": ("phi3", "phi4"),
 }
 _OWN_BUILDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"humanline.models": ("smollm2_135m",)},
+    "qwen3": {
+        "humanline.models.qwen3": (
+            *("qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_4b_2507", "qwen3_8b", "qwen3_14b", "qwen3_32b"),
+        )
+    },
     "gemma2": {"humanline.models.gemma2": ("gemma2_2b", "gemma2_9b", "gemma2_27b")},
 }
 _COMPONENTS = {
     "llama": ("torchtune.models.llama3.llama3", "torchtune.models.llama3_2.llama3_2"),
     "mistral": ("torchtune.models.mistral.mistral",),
     "qwen2": ("torchtune.models.qwen2.qwen2",),
+    "qwen3": ("humanline.models.qwen3.qwen3",),
     "gemma": ("torchtune.models.gemma.gemma",),
     "gemma2": ("humanline.models.gemma2.gemma2",),
     "phi3": ("torchtune.models.phi3.phi3",),
@@ -82,6 +89,7 @@ def differences(built: Built, published: Published, model_type: str | None = Non
             ("num_key_value_heads", published.num_key_value_heads, layer.num_kv_heads),
             ("head_dim", published.head_dim, layer.head_dim),
             ("the rotation of RoPE", replace(rotation, halves=halves), layer.rotation),
+            ("the norms of queries and keys", "before RoPE" if published.head_norms else "none", layer.head_norms),
             ("hidden_act", published.activation, layer.activation),
         ]
         if isinstance(layer.scores, str):
@@ -220,7 +228,14 @@ def _with_prefix(path: str, prefix: str) -> str:
 
 def _model_types(family: str, given: str) -> str | None:
     """The checkpointer's model_type for a family, if the one given lays out rows in another way."""
-    right = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+    right = {
+        "qwen2": "QWEN2",
+        "qwen3": "QWEN3",
+        "phi3": "PHI3_MINI",
+        "gemma": "GEMMA",
+        "gemma2": "GEMMA2",
+        "mistral": "MISTRAL",
+    }
     wanted = right.get(family, "LLAMA3")
     return wanted if (wanted in _IN_HALVES) != (given in _IN_HALVES) else None
 

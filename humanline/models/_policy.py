@@ -35,13 +35,19 @@ class LogProbDecoder(nn.Module):
             if not isinstance(layer.attn, MultiHeadAttention):
                 raise ConfigError(
                     f"model: its attention is a {type(layer.attn).__name__}, and rows need torchtune's "
-                    "MultiHeadAttention (for Gemma 2, which torchtune computes wrongly, name a builder of "
-                    "humanline.models.gemma2)"
+                    "MultiHeadAttention (for Gemma 2 and Qwen3, whose attention in torchtune is of another kind, name "
+                    "a builder of humanline.models.gemma2 or qwen3)"
                 )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
                 f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is "
                 "supported, tied to the embeddings or not (with LoRA: apply_lora_to_output: False)"
+            )
+        rows = decoder.tok_embeddings.num_embeddings
+        if not isinstance(decoder.output, TiedLinear) and decoder.output.out_features != rows:
+            raise ConfigError(
+                f"model: its output layer has {decoder.output.out_features} rows and its vocabulary {rows:,}, as in "
+                "reward models and classifiers; name a builder of a language model"
             )
         self.tok_embeddings = decoder.tok_embeddings
         self.layers = decoder.layers

@@ -16,27 +16,9 @@ import torch
 from torch import Tensor
 
 from humanline.errors import ConfigError
+from humanline.models._family_defaults import FAMILY_DEFAULTS
 
-# Per family: defaults of transformers where a key is absent. Keys that only some families read stand in these alone.
-_ALL: dict[str, Any] = {
-    **{"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
-    **{"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0},
-    **{"tie_word_embeddings": False, "max_position_embeddings": 2048, "original_max_position_embeddings": None},
-}
-_GEMMA = _ALL | {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _ALL,
-    "mistral": _ALL | {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _ALL
-    | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
-    | {"layer_types": None},
-    "phi3": _ALL | {"rms_norm_eps": 1e-5, "sliding_window": None},
-    "gemma": _GEMMA | {"hidden_activation": None},
-    "gemma2": _GEMMA
-    | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
-    | {"layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-}
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = tuple(FAMILY_DEFAULTS)
 
 _NUMBERS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
 
@@ -122,6 +104,7 @@ class Published:
         logit_cap (float | None): the soft-cap of the logits.
         embedding_scale (float): what embeddings are multiplied with.
         one_plus_weight (bool): whether norms scale by one more than their weight.
+        head_norms (bool): whether queries and keys are normed, before positions turn them.
         activation (str): of the MLP.
         scaled (bool): whether rotary positions are other than plain ones.
         remarks (tuple[str, ...]): what was passed over, to be logged.
@@ -141,6 +124,7 @@ class Published:
     logit_cap: float | None
     embedding_scale: float
     one_plus_weight: bool
+    head_norms: bool
     activation: str
     tie_word_embeddings: bool
     rope: Mapping[str, Any]
@@ -171,7 +155,7 @@ def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | 
         raise ConfigError(f"checkpointer.checkpoint_dir: {path} is a {type(content).__name__}, not an object of keys")
     content |= content.pop("text_config", None) or {}
     family = content.get("model_type")
-    if family not in _FAMILIES:
+    if family not in FAMILY_DEFAULTS:
         raise ConfigError(
             f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, and no builder of torchtune or humanline "
             f"is known to compute that; known are {', '.join(FAMILIES)}"
@@ -184,7 +168,7 @@ class _Reader:
 
     def __init__(self, path: Path, family: str, content: dict[str, Any], max_seq_len: int) -> None:
         self.path, self.family, self.content, self.max_seq_len = path, family, content, max_seq_len
-        self.defaults = _FAMILIES[family]
+        self.defaults = FAMILY_DEFAULTS[family]
 
     def published(self) -> Published:
         remarks = self._check_keys()
@@ -214,6 +198,7 @@ class _Reader:
             logit_cap=self._cap("final_logit_softcapping"),
             embedding_scale=sizes["hidden_size"] ** 0.5 if gemma else 1.0,
             one_plus_weight=gemma,
+            head_norms=self.family == "qwen3",
             activation=self._activation(),
             tie_word_embeddings=bool(self._value("tie_word_embeddings")),
             rope=ropes[0],
@@ -275,12 +260,13 @@ class _Reader:
 
     def _layer_types(self, layers: int) -> list[str]:
         window = self._value("sliding_window")
-        if window is None or (self.family == "qwen2" and not self._value("use_sliding_window")):
+        qwen = self.family in ("qwen2", "qwen3")
+        if window is None or (qwen and not self._value("use_sliding_window")):
             sliding = [False] * layers
         elif self.family == "gemma2":
             sliding = [layer % 2 == 0 for layer in range(layers)]
         else:
-            first = self._value("max_window_layers") if self.family == "qwen2" else 0
+            first = self._value("max_window_layers") if qwen else 0
             sliding = [layer >= first for layer in range(layers)]
         types = self._value("layer_types") or [("full", "sliding")[each] + "_attention" for each in sliding]
         if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:

@@ -9,6 +9,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.models import convert_weights as _llama_weights
 from torchtune.models.gemma2 import _convert_weights as _gemma2_weights
 from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+from torchtune.models.phi3 import _convert_weights as _phi3_weights
 from torchtune.models.qwen2 import _convert_weights as _qwen2_weights
 from torchtune.modules import MultiHeadAttention
 from torchtune.modules.attention_utils import _MaskType as Mask
@@ -19,6 +20,7 @@ __all__ = [
     "GEMMA2_FROM_HF",
     "LLAMA_FROM_HF",
     "Mask",
+    "PHI3_FROM_HF",
     "QWEN2_FROM_HF",
     "SUPPORTS_FLEX_ATTENTION",
     "Attend",
@@ -43,6 +45,7 @@ SUPPORTS_FLEX_ATTENTION: bool = _SUPPORTS_FLEX_ATTENTION
 
 LLAMA_FROM_HF: dict[str, str] = _llama_weights._FROM_HF
 QWEN2_FROM_HF: dict[str, str] = _qwen2_weights._FROM_HF
+PHI3_FROM_HF: dict[str, str] = _phi3_weights._PHI3_MINI
 GEMMA2_FROM_HF: dict[str, str] = _gemma2_weights._GEMMA2_FROM_HF
 """A family's weights: Hugging Face's name of each to torchtune's. These are the tables its checkpointers read."""
 
@@ -86,8 +89,8 @@ def hf_files(checkpointer: Any) -> dict[str, str]:
 
 def model_type(checkpointer: Any) -> str:
     """A checkpointer's ``model_type``, such as ``LLAMA3``."""
-    kind: str = checkpointer._model_type
-    return kind
+    kind = checkpointer._model_type
+    return str(getattr(kind, "name", kind))
 
 
 def write_into(checkpointer: Any, folder: Path) -> None:
