@@ -105,11 +105,21 @@ def llama3_scaling(factor: float) -> dict[str, Any]:
 
 OURS = "humanline.checkpoint.FullModelHFCheckpointer"
 FAMILIES = {
+    "llama2": Family(
+        **{"title": "Llama 2, CodeLlama", "model_type": "LLAMA2", "builder": "torchtune.models.llama2.llama2"},
+        **{"hf_class": LlamaForCausalLM, "hf_config": LlamaConfig},
+        hf={"rope_theta": 1e4, "tie_word_embeddings": False},
+    ),
     "llama3": Family(
         **{"title": "Llama 3", "model_type": "LLAMA3", "builder": "torchtune.models.llama3.llama3"},
         **{"hf_class": LlamaForCausalLM, "hf_config": LlamaConfig},
         hf={"rope_theta": 5e5, "tie_word_embeddings": False},
         tune={"rope_base": 500_000},
+    ),
+    "llama3_1": Family(
+        **{"title": "Llama 3.1, 3.3", "model_type": "LLAMA3", "builder": "torchtune.models.llama3_1.llama3_1"},
+        **{"hf_class": LlamaForCausalLM, "hf_config": LlamaConfig},
+        hf={"rope_parameters": llama3_scaling(8.0), "tie_word_embeddings": False},
     ),
     "llama3_2": Family(
         **{"title": "Llama 3.2, SmolLM2", "model_type": "LLAMA3_2", "builder": "torchtune.models.llama3_2.llama3_2"},
@@ -120,6 +130,17 @@ FAMILIES = {
         **{"title": "Mistral", "model_type": "MISTRAL", "builder": "torchtune.models.mistral.mistral"},
         **{"hf_class": MistralForCausalLM, "hf_config": MistralConfig},
         hf={"sliding_window": WINDOW},
+    ),
+    "mistral_v0_3": Family(
+        **{"title": "Mistral", "model_type": "MISTRAL", "builder": "torchtune.models.mistral.mistral"},
+        **{"hf_class": MistralForCausalLM, "hf_config": MistralConfig},
+        hf={"rope_theta": 1e6, "sliding_window": None},
+        tune={"rope_base": 1_000_000},
+    ),
+    "qwen2": Family(
+        **{"title": "Qwen2, Qwen2.5", "model_type": "QWEN2", "builder": "torchtune.models.qwen2.qwen2"},
+        **{"hf_class": Qwen2ForCausalLM, "hf_config": Qwen2Config},
+        hf={"rope_theta": 1e6, "tie_word_embeddings": False},
     ),
     "qwen2_5": Family(
         **{"title": "Qwen2, Qwen2.5", "model_type": "QWEN2", "builder": "torchtune.models.qwen2.qwen2"},
@@ -152,6 +173,12 @@ FAMILIES = {
         **{"title": "Phi-3", "model_type": "PHI3_MINI", "builder": "torchtune.models.phi3.phi3"},
         **{"hf_class": Phi3ForCausalLM, "hf_config": Phi3Config},
         hf={"original_max_position_embeddings": 64, "sliding_window": WINDOW},
+    ),
+    "phi4": Family(
+        **{"title": "Phi-4", "model_type": "PHI4", "builder": "torchtune.models.phi3.phi3"},
+        **{"hf_class": Phi3ForCausalLM, "hf_config": Phi3Config},
+        hf={"original_max_position_embeddings": 64, "rope_theta": 250_000, "sliding_window": None},
+        tune={"rope_base": 250_000},
     ),
 }
 # Windows on some layers, as no published Qwen2 has them.

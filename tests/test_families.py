@@ -206,7 +206,7 @@ def test_the_guide_has_the_table_of_what_is_tested():
         ("torchtune.models.t5.t5_v1_1_xxl_encoder", "builds a T5Encoder, expected a TransformerDecoder"),
         (
             "torchtune.models.llama2.llama2_reward_7b",
-            "its output layer has 1 rows and its vocabulary 32,000, as reward",
+            "its output layer has 1 rows and its vocabulary 32,000, as in",
         ),
         ("torchtune.models.mistral.mistral_reward_7b", "its output layer has 1 rows and its vocabulary 32,000, as"),
         (
@@ -432,6 +432,19 @@ def test_the_checkpointer_reads_and_writes_the_families_of_torchtune_as_torchtun
     files = sorted(file.name for file in theirs.iterdir())
     assert sorted(file.name for file in ours.iterdir()) == files
     assert all((ours / file).read_bytes() == (theirs / file).read_bytes() for file in files)
+
+
+def test_a_llama_2_with_tables_of_positions_in_its_files_is_handed_out_without_them(trajectory, tmp_path):
+    run = trajectory("dpo_7_k1")
+    with_model(run, FAMILIES["llama2"], tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    plain = load_file(file)
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(4)}
+    save_file(plain | tables, file, metadata={"format": "pt"})
+    two_steps(run)
+    written = run.folder / "out" / "epoch_0"
+    index = json.loads((written / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == hf_weights(written).keys() == plain.keys()
 
 
 def test_a_qwen3_in_shards_goes_back_into_them_without_the_copy_of_its_embeddings(trajectory, tmp_path):

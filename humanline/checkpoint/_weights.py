@@ -71,6 +71,8 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
         check_function(model, published, cfg.model, cfg.checkpointer.get("model_type") if is_hf else None)
         remarks = [*published.remarks, second_opinion(published)]
     checkpointer, weights = read_weights(cfg)
+    for name in [name for name in hf_files(checkpointer) if name.endswith("rotary_emb.inv_freq")]:
+        del hf_files(checkpointer)[name]  # tables of Llama 2's files, which are computed here and not written
     if published is None:
         remarks.append(f"{folder} has no config.json, so what the model computes could not be compared with it")
     if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
