@@ -8,6 +8,10 @@ from typing import Any
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -103,6 +107,22 @@ def llama3_scaling(factor: float) -> dict[str, Any]:
     }
 
 
+def gemma3_with_images(attn_implementation: str, initializer_range: float, **text: Any) -> Gemma3Config:
+    """The config of a Gemma 3 that sees images, as those from 4B on are."""
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"image_size": 28, "patch_size": 14},
+    }
+    return Gemma3Config(
+        text_config=text | {"initializer_range": initializer_range},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+        initializer_range=initializer_range,
+        attn_implementation=attn_implementation,
+    )
+
+
 OURS = "humanline.checkpoint.FullModelHFCheckpointer"
 FAMILIES = {
     "llama2": Family(
@@ -122,9 +142,16 @@ FAMILIES = {
         hf={"rope_parameters": llama3_scaling(8.0), "tie_word_embeddings": False},
     ),
     "llama3_2": Family(
-        **{"title": "Llama 3.2, SmolLM2", "model_type": "LLAMA3_2", "builder": "torchtune.models.llama3_2.llama3_2"},
+        **{"title": "Llama 3.2", "model_type": "LLAMA3_2", "builder": "torchtune.models.llama3_2.llama3_2"},
         **{"hf_class": LlamaForCausalLM, "hf_config": LlamaConfig},
         hf={"rope_parameters": llama3_scaling(32.0), "tie_word_embeddings": True},
+    ),
+    "smollm2": Family(
+        **{"title": "SmolLM2", "model_type": "LLAMA3_2", "builder": "torchtune.models.llama3_2.llama3_2"},
+        **{"hf_class": LlamaForCausalLM, "hf_config": LlamaConfig},
+        hf={"rope_theta": 1e5, "tie_word_embeddings": True},
+        tune={"rope_base": 100_000, "scale_factor": 1},
+        refused={"QLoRA": "no: its layers do not divide into blocks of NF4"},
     ),
     "mistral": Family(
         **{"title": "Mistral", "model_type": "MISTRAL", "builder": "torchtune.models.mistral.mistral"},
@@ -168,6 +195,28 @@ FAMILIES = {
         **{"hf_class": Gemma2ForCausalLM, "hf_config": Gemma2Config, "head_dim": 12},
         hf={"query_pre_attn_scalar": 10, "sliding_window": WINDOW},
         tune={"query_pre_attn_scalar": 10, "sliding_window_size": WINDOW},
+    ),
+    "gemma3": Family(
+        **{"title": "Gemma 3", "model_type": "GEMMA3", "builder": "humanline.models.gemma3.gemma3"},
+        **{"hf_class": Gemma3ForCausalLM, "hf_config": Gemma3TextConfig, "head_dim": 12, "checkpointer": OURS},
+        hf={
+            **{"query_pre_attn_scalar": 10, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+            **{"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        },
+        tune={"query_pre_attn_scalar": 10, "sliding_window_size": WINDOW, "sliding_window_pattern": 3},
+    ),
+    "gemma3_with_images": Family(
+        **{"title": "Gemma 3", "model_type": "GEMMA3", "builder": "humanline.models.gemma3.gemma3"},
+        **{"hf_class": Gemma3ForConditionalGeneration, "hf_config": gemma3_with_images, "head_dim": 12},
+        hf={
+            **{"query_pre_attn_scalar": 10, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+            **{"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        },
+        tune={
+            **{"query_pre_attn_scalar": 10, "sliding_window_size": WINDOW, "sliding_window_pattern": 3},
+            **{"rope_factor": 8},
+        },
+        checkpointer=OURS,
     ),
     "phi3": Family(
         **{"title": "Phi-3", "model_type": "PHI3_MINI", "builder": "torchtune.models.phi3.phi3"},

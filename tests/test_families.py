@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TrajectoryRun
 from families import FAMILIES, OURS, QWEN2_WINDOW, WINDOW, Family, table
 from omegaconf import OmegaConf
@@ -18,8 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
+from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves them
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from humanline.checkpoint import build_decoder, read_adapter
 from humanline.data import Group, RowBudget, lay_out, pack
@@ -32,6 +35,7 @@ from humanline.models import (
     fixed_log_probs,
     freeze_base,
     gemma2,
+    gemma3,
     has_quantized_base,
     initial_adapter,
     load_decoder,
@@ -44,6 +48,7 @@ from humanline.models import (
     set_windows,
     trainable_parameters,
 )
+from humanline.models._smollm2 import SHAPE as SMOLLM2
 from humanline.models.gemma2 import _mend
 from humanline.rollout import SamplingParams, TorchtuneEngine
 
@@ -237,7 +242,8 @@ def test_a_recipe_trains_all_weights_and_transformers_computes_the_same_from_wha
     written = run.folder / "out" / "epoch_0"
     before, after = hf_weights(tmp_path / "hf"), hf_weights(written)
     assert after.keys() == before.keys()
-    assert not any(torch.equal(after[name], before[name]) for name in before)
+    for name in before:  # what sees images stays as it is
+        assert torch.equal(after[name], before[name]) == ("vision_tower" in name or "multi_modal" in name), name
     assert {name: tensor.shape for name, tensor in after.items()} == {
         name: tensor.shape for name, tensor in before.items()
     }
@@ -469,10 +475,24 @@ def test_a_qwen3_in_shards_goes_back_into_them_without_the_copy_of_its_embedding
     assert torch.equal(logits_of(loaded(written)), logits_of(theirs))
 
 
-def test_a_qwen3_in_nf4_has_the_losses_of_one_device_on_two_ranks(trajectory, tmp_path):
+def test_a_smollm2_in_nf4_is_refused():
+    model = {"_component_": "humanline.models.lora_smollm2_135m", "lora_attn_modules": ["q_proj"]}
+    cfg = OmegaConf.create({"model": model | {"quantize_base": True}, "checkpointer": {}})
+    with pytest.raises(ConfigError, match="lora_smollm2_135m does not take these arguments: model.quantize_base"):
+        build_decoder(cfg)
+    shape = {key: value for key, value in SMOLLM2.items() if key != "num_layers"}
+    with pytest.raises(AssertionError, match="must be divisible by scaler block size"):  # as torchao says it
+        lora_llama3_2(["q_proj"], **shape, num_layers=1, lora_rank=4, lora_alpha=8, quantize_base=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_with_images"])
+def test_two_ranks_have_the_losses_of_one_device(name, trajectory, tmp_path):
     run = trajectory("dpo_8_k4")
-    some = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False}
-    with_adapter(run, FAMILIES["qwen3"], tmp_path / "hf", wide=True, quantize_base=True, **some)
+    if name == "qwen3":  # in NF4, layers without an adapter too
+        some = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False}
+        with_adapter(run, FAMILIES[name], tmp_path / "hf", wide=True, quantize_base=True, **some)
+    else:
+        with_model(run, FAMILIES[name], tmp_path / "hf")
     run.config |= {"batch_size": run.config["batch_size"] // 2, "max_steps_per_epoch": 2}
     run.config["optimizer"]["lr"] = 0.02
     run.train_on(2)
@@ -552,11 +572,55 @@ def test_the_sizes_of_qwen3_are_those_on_the_hub(size, parameters):
     assert sum(parameter.numel() for parameter in whole.parameters()) == parameters
 
 
-def test_flex_attention_scores_as_the_dense_path_does():
+@pytest.mark.parametrize(
+    ("size", "parameters", "hidden"),
+    [
+        *(("270m", 268_098_176, None), ("1b", 999_885_952, None)),
+        *(("4b", 4_300_079_472, 2560), ("12b", 12_187_325_040, 3840), ("27b", 27_432_406_640, 5376)),
+    ],
+)
+def test_the_sizes_of_gemma_3_are_those_on_the_hub(size, parameters, hidden):
+    with torch.device("meta"):
+        text = getattr(gemma3, f"gemma3_{size}")()
+    vision_tower, projector = 416_866_032, 0 if hidden is None else 1152 * hidden + 1152
+    others = 0 if hidden is None else vision_tower + projector
+    assert sum(parameter.numel() for parameter in text.parameters()) + others == parameters
+    windows = LogProbDecoder(text).windows
+    assert windows[:7] == [windows[0]] * 5 + [None, windows[0]] and windows[0] == (1024 if hidden else 512)
+
+
+def test_the_embeddings_of_gemma_3_are_scaled_in_their_dtype():
+    ours = gemma3.gemma3(**FAMILIES["gemma3"].arguments() | {"embed_dim": 1152}).tok_embeddings.to(torch.bfloat16)
+    theirs = Gemma3TextScaledWordEmbedding(256, 1152, None, 1152**0.5).to(torch.bfloat16)
+    theirs.weight = ours.weight
+    assert torch.equal(ours(TOKENS), theirs(TOKENS))
+    assert not torch.equal(ours(TOKENS).float(), F.embedding(TOKENS, ours.weight.float()) * 1152**0.5)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_a_gemma_3_that_sees_images_keeps_its_names_under_either_of_two_spellings(prefix, trajectory, tmp_path):
+    family, folder = FAMILIES["gemma3_with_images"], tmp_path / "hf"
+    run = trajectory("dpo_7_k1")
+    theirs = with_model(run, family, folder)
+    named = {name.replace("language_model.model.", prefix): each for name, each in hf_weights(folder).items()}
+    copied = named[f"{prefix}embed_tokens.weight"].clone()
+    head = {"language_model.lm_head.weight" if prefix.endswith("model.model.") else "lm_head.weight": copied}
+    save_file(named | head, folder / "model.safetensors", metadata={"format": "pt"})
+    run.config["optimizer"]["lr"] = 0.0
+    two_steps(run)
+    written = run.folder / "out" / "epoch_0"
+    found = hf_weights(written)
+    assert found.keys() == named.keys()
+    assert all(torch.equal(found[name], named[name]) for name in named)
+    assert torch.equal(logits_of(loaded(written)), logits_of(theirs))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_flex_attention_scores_as_the_dense_path_does(name):
     budget = RowBudget(tokens_per_row=48)
     (rows,) = (lay_out(GROUPS, planned, budget) for planned in pack(GROUPS, budget))
     with torch.device("meta"):
-        attention = FAMILIES["gemma2"].build().layers[0].attn
+        attention = FAMILIES[name].build().layers[0].attn
     torch.manual_seed(0)
     length = rows.tokens.size(1)
     q, k, v = 4 * torch.randn(3, 1, 4, length, 12)

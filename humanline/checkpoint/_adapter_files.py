@@ -21,7 +21,7 @@ from torchtune.modules.peft import DoRALinear
 from humanline.checkpoint._fused_layers import fuse, patterns, split
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, rank_and_alpha
-from humanline.torchtune_seam.hf_checkpointer import QWEN3_FROM_HF
+from humanline.torchtune_seam.hf_checkpointer import GEMMA3_FROM_HF, QWEN3_FROM_HF
 from humanline.torchtune_seam.internals import (
     GEMMA2_FROM_HF,
     LLAMA_FROM_HF,
@@ -53,6 +53,7 @@ class Family(NamedTuple):
 LLAMA = Family(LLAMA_FROM_HF, convert_weights.tune_to_hf, convert_weights.hf_to_tune)
 QWEN2 = Family(QWEN2_FROM_HF)
 QWEN3 = Family(QWEN3_FROM_HF)
+GEMMA3 = Family(GEMMA3_FROM_HF)
 GEMMA2 = Family(GEMMA2_FROM_HF, gemma2_tune_to_hf, gemma2_hf_to_tune)
 PHI3 = Family(PHI3_FROM_HF, is_fused=True)
 FAMILIES = {
@@ -64,6 +65,7 @@ FAMILIES = {
     "QWEN3": QWEN3,
     "GEMMA": LLAMA,
     "GEMMA2": GEMMA2,
+    "GEMMA3": GEMMA3,
     "PHI3_MINI": PHI3,
     "PHI4": PHI3,
 }
@@ -99,6 +101,7 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
         layer = convert_weights.get_mapped_key(f"{base}.weight", hf_names).removesuffix(".weight")
         # The rows of lora_a are of the rank, and stay where they are.
         moved = tensor if kind == "lora_a.weight" else _moved(family.to_hf, f"{base}.weight", tensor, checkpointer)
+        layer = layer.replace("model.", _text_model(checkpointer), 1)
         peft[f"base_model.model.{layer}.{PEFT_NAMES[kind]}"] = moved.contiguous()
     save_file(peft, folder / PEFT_FILE, metadata={"format": "pt"})
     (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, peft, checkpointer), indent=2) + "\n")
@@ -173,6 +176,7 @@ def _read_peft(file: Path, model: nn.Module, checkpointer: Any) -> Weights:
     adapter = {}
     for name, tensor in load_file(file).items():
         layer, kind = _split(name.removeprefix("base_model.model."), kinds)
+        layer = layer.replace(_text_model(checkpointer), "model.", 1)
         base = convert_weights.get_mapped_key(f"{layer}.weight", family.names).removesuffix(".weight")
         moved = tensor if kind == "lora_A.weight" else _moved(family.from_hf, f"{layer}.weight", tensor, checkpointer)
         adapter[f"{base}.{kinds[kind]}"] = moved
@@ -197,6 +201,11 @@ def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
 
 def _family(checkpointer: Any) -> Family | None:
     return None if hf_config(checkpointer) is None else FAMILIES.get(model_type(checkpointer))
+
+
+def _text_model(checkpointer: Any) -> str:
+    """How transformers' names of the text model's layers begin: it may be a part of a model that sees images too."""
+    return "model.language_model." if "text_config" in (hf_config(checkpointer) or {}) else "model."
 
 
 def _moved(convert: Convert | None, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
@@ -227,13 +236,15 @@ def _split(name: str, kinds: Iterable[str]) -> tuple[str, str]:
 def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str, Any]:
     layers = adapter_modules(model)
     rank, alpha = rank_and_alpha(next(iter(layers.values())))
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft})
+    has_images = _text_model(checkpointer) != "model."  # by other layers of the same names
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(checkpointer, "repo_id", None) or str(checkpoint_dir(checkpointer)),
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft}),
+        "target_modules": rf".*language_model.*\.({'|'.join(targets)})" if has_images else targets,
         "use_dora": any(isinstance(module, DoRALinear) for module in layers.values()),
         "bias": "none",
         "inference_mode": True,

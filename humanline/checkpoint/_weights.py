@@ -27,7 +27,7 @@ from humanline.torchtune_seam.internals import checkpoint_files, hf_files, safe_
 log = utils.get_logger("INFO")
 
 _HEAD = "lm_head.weight"
-OWN_MODEL_TYPES = {"qwen3": "QWEN3"}
+OWN_MODEL_TYPES = {"qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 """The checkpointer's model_type for families that torchtune 0.6.1 does not have, by config.json's."""
 
 
@@ -71,13 +71,12 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
         check_function(model, published, cfg.model, cfg.checkpointer.get("model_type") if is_hf else None)
         remarks = [*published.remarks, second_opinion(published)]
     checkpointer, weights = read_weights(cfg)
-    for name in [name for name in hf_files(checkpointer) if name.endswith("rotary_emb.inv_freq")]:
-        del hf_files(checkpointer)[name]  # tables of Llama 2's files, which are computed here and not written
+    _leave_out(checkpointer, "rotary_emb.inv_freq")  # tables in Llama 2's files, which are computed here
     if published is None:
         remarks.append(f"{folder} has no config.json, so what the model computes could not be compared with it")
     if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
         remarks.append(f"{folder}: {_HEAD} is a copy of the embeddings, which the model ties; it is left out")
-        hf_files(checkpointer).pop(_HEAD, None)  # by which the final weights are written
+        _leave_out(checkpointer, _HEAD)
     check_architecture(model, weights, folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for remark in filter(None, remarks):
@@ -101,6 +100,13 @@ def _check_checkpointer(cfg: DictConfig, published: Published) -> None:
             f"set checkpointer._component_: humanline.checkpoint.FullModelHFCheckpointer and "
             f"checkpointer.model_type: {wanted}"
         )
+
+
+def _leave_out(checkpointer: Any, ending: str) -> None:
+    """Takes names out of the map by which the final weights are written."""
+    files = hf_files(checkpointer)
+    for name in [name for name in files if name.endswith(ending)]:
+        del files[name]
 
 
 def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | None:

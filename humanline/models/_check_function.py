@@ -20,7 +20,7 @@ Decoder: TypeAlias = TransformerDecoder | LogProbDecoder
 
 # How a checkpointer's conversion lays out the rows of queries and keys, by its model_type: Qwen2's and Phi-3's keep
 # them as transformers has them, with pairs of dimensions half a head apart; the others make neighbours of a pair.
-_IN_HALVES = ("QWEN2", "QWEN3", "PHI3_MINI", "PHI4")
+_IN_HALVES = ("QWEN2", "QWEN3", "GEMMA3", "PHI3_MINI", "PHI4")
 
 # Where builders stand that a family's checkpoints may fit, and the ones that take every size as an argument.
 _BUILDERS = {
@@ -30,6 +30,7 @@ _BUILDERS = {
     "qwen3": (),
     "gemma": ("gemma",),
     "gemma2": (),
+    "gemma3_text": (),
     "phi3": ("phi3", "phi4"),
 }
 _OWN_BUILDERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -40,6 +41,7 @@ _OWN_BUILDERS: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
     "gemma2": {"humanline.models.gemma2": ("gemma2_2b", "gemma2_9b", "gemma2_27b")},
+    "gemma3_text": {"humanline.models.gemma3": ("gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_12b", "gemma3_27b")},
 }
 _COMPONENTS = {
     "llama": ("torchtune.models.llama3.llama3", "torchtune.models.llama3_2.llama3_2"),
@@ -48,6 +50,7 @@ _COMPONENTS = {
     "qwen3": ("humanline.models.qwen3.qwen3",),
     "gemma": ("torchtune.models.gemma.gemma",),
     "gemma2": ("humanline.models.gemma2.gemma2",),
+    "gemma3_text": ("humanline.models.gemma3.gemma3",),
     "phi3": ("torchtune.models.phi3.phi3",),
 }
 
@@ -209,6 +212,9 @@ def _arguments(path: str, published: Published) -> dict[str, Any]:
         "norm_eps": published.rms_norm_eps,
         "rope_base": rope["rope_theta"],
         "scale_factor": rope.get("factor", 1) if rope["rope_type"] == "llama3" else 1,
+        "local_rope_base": published.local_rope["rope_theta"],
+        "rope_factor": rope.get("factor", 1) if rope["rope_type"] == "linear" else 1,
+        "sliding_window_pattern": published.windows.index(None) + 1 if None in published.windows else None,
         "tie_word_embeddings": published.tie_word_embeddings,
         "query_pre_attn_scalar": round(published.attention_scale**-2),
         "sliding_window_size": next(filter(None, published.windows), None),
@@ -234,6 +240,7 @@ def _model_types(family: str, given: str) -> str | None:
         "phi3": "PHI3_MINI",
         "gemma": "GEMMA",
         "gemma2": "GEMMA2",
+        "gemma3_text": "GEMMA3",
         "mistral": "MISTRAL",
     }
     wanted = right.get(family, "LLAMA3")

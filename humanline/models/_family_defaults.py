@@ -21,4 +21,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA
     | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
     | {"layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA
+    | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 262_208}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131_072}
+    | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    | {"layer_types": None, "sliding_window_pattern": 6, "_sliding_window_pattern": None}  # the last is not read
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
 }

@@ -37,6 +37,9 @@ _HARMLESS = re.compile(
     r"|is_(encoder_)?decoder|transformers\.js_config|_commit_hash|chunk_size_feed_forward|cache_implementation"
 )
 
+# Beside a vision_config: what the text model has nothing to do with.
+_OF_IMAGES = re.compile(r"vision_config|mm_tokens_per_image|(boi|eoi|image)_token_(index|id)")
+
 # Names under which files repeat a value that their family reads under another, as Gemma 2 9B's does.
 _SECOND_NAMES = {"sliding_window_size": "sliding_window"}
 
@@ -127,7 +130,8 @@ class Published:
     head_norms: bool
     activation: str
     tie_word_embeddings: bool
-    rope: Mapping[str, Any]
+    rope: Mapping[str, Any]  # of layers without a window
+    local_rope: Mapping[str, Any]  # of those with one
     max_position_embeddings: int
     scaled: bool
     remarks: tuple[str, ...]
@@ -178,11 +182,15 @@ class _Reader:
         head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._number("head_dim")
         if self._value("head_dim") is None and sizes["hidden_size"] % heads:
             raise self._error("hidden_size", f"{sizes['hidden_size']} does not divide into {heads} heads")
-        gemma = self.family in ("gemma", "gemma2")
+        gemma = self.family in ("gemma", "gemma2", "gemma3_text")
         layer_types = self._layer_types(sizes["num_hidden_layers"])
         ropes = [self._rope(layer_type) for layer_type in layer_types]
         by_rope = {str(rope): self._rotation(rope, head_dim) for rope in ropes}
-        scalar = self._number("query_pre_attn_scalar") if self.family == "gemma2" else head_dim
+        scalar = head_dim if self._value("query_pre_attn_scalar") is None else self._number("query_pre_attn_scalar")
+        rope, local_rope = (
+            next((rope for rope, kind in zip(ropes, layer_types, strict=True) if kind == each), ropes[0])
+            for each in ("full_attention", "sliding_attention")
+        )
         return Published(
             path=self.path,
             model_type=self.family,
@@ -198,10 +206,11 @@ class _Reader:
             logit_cap=self._cap("final_logit_softcapping"),
             embedding_scale=sizes["hidden_size"] ** 0.5 if gemma else 1.0,
             one_plus_weight=gemma,
-            head_norms=self.family == "qwen3",
+            head_norms=self.family in ("qwen3", "gemma3_text"),
             activation=self._activation(),
             tie_word_embeddings=bool(self._value("tie_word_embeddings")),
-            rope=ropes[0],
+            rope=rope,
+            local_rope=local_rope,
             max_position_embeddings=self._number("max_position_embeddings"),
             scaled=any(rope["rope_type"] != "default" for rope in ropes)
             or bool(self._value("rope_scaling") and self._value("rope_parameters")),
@@ -232,7 +241,8 @@ class _Reader:
             )
         known = {*self.defaults, *_NUMBERS, "model_type", "architectures", "auto_map", "quantization_config"}
         unknown = {key: value for key, value in self.content.items() if key not in known and not _is_neutral(value)}
-        unknown = {key: value for key, value in unknown.items() if not _HARMLESS.fullmatch(key)}
+        harmless = [_HARMLESS, *([_OF_IMAGES] if self.content.get("vision_config") else [])]
+        unknown = {key: each for key, each in unknown.items() if not any(one.fullmatch(key) for one in harmless)}
         for key, name in _SECOND_NAMES.items():
             if key in unknown and unknown[key] == self._value(name):
                 del unknown[key]
@@ -245,6 +255,8 @@ class _Reader:
                     f"{self.family}",
                 )
         remarks = []
+        if self.content.get("vision_config"):
+            remarks.append(f"{self.path}: of its parts the text model trains; the others stay as they are")
         if self.content.get("auto_map"):
             remarks.append(f"{self.path}: auto_map: its own code is not run; the model is transformers' {self.family}")
         if unknown:
@@ -263,8 +275,9 @@ class _Reader:
         qwen = self.family in ("qwen2", "qwen3")
         if window is None or (qwen and not self._value("use_sliding_window")):
             sliding = [False] * layers
-        elif self.family == "gemma2":
-            sliding = [layer % 2 == 0 for layer in range(layers)]
+        elif self.family in ("gemma2", "gemma3_text"):
+            pattern = self._number("sliding_window_pattern") if self.family == "gemma3_text" else 2
+            sliding = [(layer + 1) % pattern > 0 for layer in range(layers)]
         else:
             first = self._value("max_window_layers") if qwen else 0
             sliding = [layer >= first for layer in range(layers)]
@@ -281,19 +294,24 @@ class _Reader:
 
     def _rope(self, layer_type: str) -> dict[str, Any]:
         """The parameters of rotary positions, in the form that transformers 5 writes."""
-        given = self._value("rope_scaling") or self._value("rope_parameters") or {}  # in transformers' order
-        if not isinstance(given, dict):
-            raise self._error("rope_scaling", f"expected null or an object, got {given!r}")
-        if layer_type in given:
+        scaling, parameters = (self._value(key) or {} for key in ("rope_scaling", "rope_parameters"))
+        for key, each in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+            if not isinstance(each, dict):
+                raise self._error(key, f"expected null or an object, got {each!r}")
+        given, theta = scaling or parameters, "rope_theta"  # in transformers' order
+        if self.family == "gemma3_text":  # parameters are by the layer's type, and scaling is of global layers
+            is_local = layer_type == "sliding_attention"
+            given = parameters.get(layer_type, {}) | ({} if is_local else scaling)
+            theta = "rope_local_base_freq" if is_local else "rope_theta"
+        elif layer_type in given:
             given = given[layer_type]
         kind = given.get("rope_type", given.get("type", "default"))
-        rope = {
-            "rope_theta": self._number("rope_theta"),
+        return {
+            "rope_theta": self._number(theta),
             "partial_rotary_factor": self._number("partial_rotary_factor"),
             **{key: value for key, value in given.items() if key != "type"},
             "rope_type": "longrope" if kind == "su" or (kind == "yarn" and self.family == "phi3") else kind,
         }
-        return rope
 
     def _rotation(self, rope: dict[str, Any], head_dim: int) -> Rotation:
         try:

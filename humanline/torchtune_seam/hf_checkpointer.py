@@ -1,6 +1,7 @@
 """torchtune's checkpointer of Hugging Face's format, for families that its release has no names for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,32 @@ from humanline.torchtune_seam.internals import QWEN2_FROM_HF
 QWEN3_FROM_HF: dict[str, str] = {theirs: ours for theirs, ours in QWEN2_FROM_HF.items() if ours is not None} | {
     f"model.layers.{{}}.self_attn.{norm}.weight": f"layers.{{}}.attn.{norm}.scale" for norm in ("q_norm", "k_norm")
 }
-NEW_FAMILIES: dict[str, dict[str, str]] = {"QWEN3": QWEN3_FROM_HF}
+GEMMA3_FROM_HF: dict[str, str] = QWEN3_FROM_HF | {
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.sa_scale.scale",
+    "model.layers.{}.pre_feedforward_layernorm.weight": "layers.{}.mlp_norm.scale",
+    "model.layers.{}.post_feedforward_layernorm.weight": "layers.{}.mlp_scale.scale",
+}
+NEW_FAMILIES: dict[str, dict[str, str]] = {"QWEN3": QWEN3_FROM_HF, "GEMMA3": GEMMA3_FROM_HF}
 """By ``model_type``: Hugging Face's name of each weight to ours. Rows keep their order."""
+
+# In checkpoints with images too: how the text model's names begin, and the others'.
+_TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+_NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 INDEX = "model.safetensors.index.json"
 
 
 class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
-    """torchtune's checkpointer of the same name, which also knows ``model_type: QWEN3``.
+    """torchtune's checkpointer of the same name, which also knows ``model_type: QWEN3`` and ``GEMMA3``.
 
     Of the families that torchtune has names for, all is torchtune's. Of the others each weight goes back into the file,
-    and under the name, that it came from. What is in the files but not of the text model is kept as it is.
+    and under the name, that it came from. Of a Gemma 3 with a vision tower the text model is read; the rest is written
+    as it is, so that the folder holds the whole model again.
 
     Args:
         checkpoint_dir (str): the folder with weights and config.json.
         checkpoint_files (list[str] | dict[str, str]): the files with weights, as for torchtune's.
-        model_type (str): the family, ``QWEN3`` or one of torchtune's.
+        model_type (str): the family: ``QWEN3``, ``GEMMA3`` or one of torchtune's.
         output_dir (str): where epochs are written.
         **others (Any): as for torchtune's.
     """
@@ -60,7 +71,11 @@ class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
         for path in map(Path, self._checkpoint_paths):
             for name, tensor in safe_torch_load(path).items():
                 self._weight_map[name] = path.with_suffix(".safetensors").name
-                ours = get_mapped_key(name, self._from_hf)
+                if _NOT_TEXT.match(name):
+                    self._not_text[name] = tensor
+                    continue
+                start = next(filter(name.startswith, _TEXT), "")
+                ours = get_mapped_key(_TEXT.get(start, "") + name.removeprefix(start), self._from_hf)
                 weights[ours] = tensor
                 self._hf_names[ours] = name
         return {training.MODEL_KEY: weights}
