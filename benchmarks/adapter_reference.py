@@ -1,27 +1,28 @@
-"""What the reference of a LoRA run costs: its memory beside the adapter's, and the time of a sync.
+"""Measures the cost of a LoRA run's reference: its memory, compared with the adapter's, and the time of a sync.
 
     python benchmarks/adapter_reference.py
 
-SmolLM2-135M's shape with random weights, LoRA of rank 16 on every linear layer, on this machine's CPU or first GPU.
-Prints the bytes of the adapter, the bytes that are there in addition once `AdapterReference` is set up, has given
-log-probs and has synced, and the median time of a sync.
+The model has SmolLM2-135M's shape and random weights, with LoRA of rank 16 on every linear layer. It runs on this
+machine's CPU or first GPU. The program prints the bytes of the adapter, the bytes that `AdapterReference` adds after
+set-up, log-probs and one sync, and the median time of a sync.
 """
 
 import gc
 import statistics
 import time
+from typing import Any
 
 import torch
-
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.models import fixed_log_probs, initial_adapter, lora_smollm2_135m, trainable_parameters
 from humanline.models._build import build_model
 from humanline.reference import AdapterReference, RunContext
+from torchtune.modules import TransformerDecoder
 
 SYNCS = 50
 
 
-def build():
+def build() -> TransformerDecoder:
     return lora_smollm2_135m(
         lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
         apply_lora_to_mlp=True,
@@ -31,7 +32,7 @@ def build():
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that the allocator holds on a GPU; on a CPU, which does not count, those of all live tensors."""
+    """Returns the bytes that the allocator holds on a GPU, or the bytes of all live tensors on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
@@ -45,8 +46,9 @@ def main() -> None:
         shape = build()
     base = {name: torch.randn(p.shape) * 0.02 for name, p in shape.state_dict().items() if "lora" not in name}
     weights = base | initial_adapter(shape, base, seed=0)
-    precision = {"param_dtype": torch.float32, "compute_dtype": torch.bfloat16}
-    policy = build_model(build, weights, mesh=None, device=device, **precision)
+    policy = build_model(
+        build, weights, mesh=None, device=device, param_dtype=torch.float32, compute_dtype=torch.bfloat16
+    )
     adapter = sum(parameter.nbytes for parameter in trainable_parameters(policy).values())
 
     groups = [Group(range(100, 140), (range(200, 260), range(300, 350)))]
@@ -54,7 +56,8 @@ def main() -> None:
     rows = lay_out(groups, pack(groups, budget)[0], budget).to(device)
     fixed_log_probs(policy, rows)
     before = allocated(device)
-    context = RunContext(policy=policy, model=None, passes=None, total_steps=SYNCS, resumes=False)
+    no_models: Any = None  # AdapterReference asks for none
+    context = RunContext(policy=policy, model=no_models, passes=None, total_steps=SYNCS, resumes=False)
     reference = AdapterReference(sync_every=1).build(context)
     reference.log_probs(rows)
     reference.before_optimizer_step(1)

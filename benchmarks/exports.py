@@ -1,20 +1,21 @@
-"""What exported weights have of what was learnt: held-out margins by plain transformers and PEFT.
+"""Measures how much of the training exported weights keep: held-out margins in plain transformers and PEFT.
 
     tune run recipes/humanline_dpo_single_device --config configs/smollm2_135m_dpo_lora.yaml
     python benchmarks/exports.py outputs/smollm2_135m_humanline_dpo_lora/epoch_0
 
-A pair's margin is log p(right response) - log p(wrong response) in nats; what is printed is by how much its mean over
-the held-out pairs grew over the base model's. Each export is measured as its config.json says, with its weights rounded
-to bfloat16 (what `export_dtype: bf16` writes), and as base and adapter where it has one; all compute in float32.
+A pair's margin is log p(right response) - log p(wrong response) in nats. The program prints the growth of the mean
+margin over the held-out pairs, compared with the base model. It measures each export in the dtype of its config.json,
+with its weights rounded to bfloat16 (as `export_dtype: bf16` writes them), and as base plus adapter if it has one. All
+compute is in float32.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from humanline.data import ChatTokenizer, Group, scored_groups
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def main() -> None:
 
 @torch.no_grad()
 def mean_margin(model: torch.nn.Module, groups: list[Group]) -> float:
-    """The mean margin over the best and the worst response of each group, nats."""
+    """Returns the mean margin of the best over the worst response of each group, nats."""
     model.eval()
     margins = []
     for group in groups:
@@ -57,8 +58,8 @@ def mean_margin(model: torch.nn.Module, groups: list[Group]) -> float:
     return sum(margins) / len(margins)
 
 
-def log_prob(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
-    """Of a response after a prompt, both token ids; nats."""
+def log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """Returns the log-probability of a response after a prompt, both token ids; nats."""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
     return float(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
 

@@ -1,18 +1,17 @@
-"""The paper's table in small: online, sparse and offline GRPO, with and without the method, on sums that SmolLM2 gets
-right now and then.
+"""Repeats the paper's table at a small scale: online, sparse and offline GRPO, with and without humanline.
 
     python benchmarks/replicate.py                  # three seeds, one run after the other; hours on a CPU
-    python benchmarks/replicate.py --seeds 1        # one seed; others may run beside it
+    python benchmarks/replicate.py --seeds 1        # one seed; other seeds may run at the same time
 
-Every run takes the same number of optimizer steps from the same model, with the config of the online demo
-(configs/smollm2_135m_grpo_online.yaml) but for what stands below, and is then measured by pass@1 on the held-out sums.
-The offline runs share a dataset: one round of the initial policy over nearly all training prompts.
+The task is the demo's sums. Every run starts from the same model and takes the same number of optimizer steps. The
+config is that of the online demo (configs/smollm2_135m_grpo_online.yaml) with the changes below. The result is pass@1
+on the held-out sums. The offline runs share a dataset: one round of the initial policy over nearly all training
+prompts.
 
-Started again, it goes on where it was: finished runs are kept, and an unfinished one resumes from its last checkpoint.
-What a run costs is counted in seconds of CPU time, which other work on the machine does not change; with
-OMP_NUM_THREADS=1 they are the seconds that it takes on a core of its own. (What an attempt that was killed has spent is
-not counted; sampling is counted by the clock.)
-Results go into results.json, and into results.png where matplotlib is there.
+If the program is started again, it keeps finished runs and resumes an unfinished one from its last checkpoint. The cost
+of a run is counted in seconds of CPU time, which other work on the machine does not change. With OMP_NUM_THREADS=1 this
+is the time on one core. The cost of a killed attempt is not counted. Sampling is counted in wall-clock time.
+Results are written to results.json, and to results.png if matplotlib is installed.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def tune(recipe: str, config: Path, *overrides: str) -> None:
 
 
 def train(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
-    """Trains one run, or what is left of it; returns what that cost."""
+    """Trains one run, or resumes it, and returns the cost."""
     config = OmegaConf.load(ROOT / "configs" / "smollm2_135m_grpo_online.yaml")
     shared: dict[str, Any] = {
         "output_dir": str(folder),
@@ -62,7 +61,7 @@ def train(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
         "source.generations": GENERATIONS,
         "source.max_new_tokens": TOKENS,
         "source.temperature": 1.0,
-        "dataset_val": None,  # what is timed is training
+        "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
         "save_every_n_steps": 32,
         "resume_from_checkpoint": "latest" if any((folder / "checkpoints").glob("step_*[0-9]")) else False,
@@ -81,7 +80,7 @@ def _cpu_seconds() -> float:
 
 
 def measure(weights: Path, output: Path, seed: int) -> dict[str, Any]:
-    """pass@1 and what belongs to it, as humanline_eval writes it."""
+    """Returns the result of humanline_eval, with pass@1."""
     files = sorted(path.name for path in weights.glob("*.safetensors"))
     tune(
         "humanline_eval",
@@ -97,7 +96,7 @@ def measure(weights: Path, output: Path, seed: int) -> dict[str, Any]:
 
 
 def sampling(folder: Path) -> dict[str, float]:
-    """Tokens sampled for a run, and the seconds that sampling and scoring them took, from its log."""
+    """Reads from a run's log the number of sampled tokens and the seconds of sampling and scoring."""
     costs: dict[str, tuple[float, float]] = {}  # by step, since a resumed run logs some steps again
     for line in (folder / "logs" / "metrics.txt").read_text().splitlines():
         step, _, metrics = line.partition(" | ")
@@ -109,7 +108,7 @@ def sampling(folder: Path) -> dict[str, float]:
 
 
 def dataset(output: Path) -> Path:
-    """The offline runs' groups: what a run of one step has sampled for it."""
+    """Makes the offline runs' groups with a run of one step, and returns their file."""
     folder = output / "dataset"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".replicate.lock", "w") as lock:
@@ -117,7 +116,7 @@ def dataset(output: Path) -> Path:
         if not (folder / "result.json").is_file():
             for half_done in ("checkpoints", "rounds", "logs"):
                 shutil.rmtree(folder / half_done, ignore_errors=True)
-            one_step = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
+            one_step: dict[str, int | None] = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
             one_step |= {"source.groups_per_round": DATASET, "save_every_n_steps": None}
             train(folder, 0, one_step)
             _write(folder / "result.json", {"method": "dataset", **sampling(folder)})
@@ -126,14 +125,14 @@ def dataset(output: Path) -> Path:
 
 
 def _write(file: Path, value: Any) -> None:
-    """A file of this name is whole or not there, for other processes too."""
+    """Writes a file so that it is complete or absent, for other processes too."""
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, file)
 
 
 def run(folder: Path, method: str, seed: int, data: Path) -> None:
-    """One run from beginning to end, or what of it is not done yet."""
+    """Trains and measures one run, and skips the parts that are done."""
     result, costs = folder / "result.json", folder / "costs.json"
     if result.is_file():
         return
@@ -155,7 +154,7 @@ def _remove_weights(folder: Path) -> None:
 
 
 def results(output: Path) -> list[dict[str, Any]]:
-    """What there is, by method and seed."""
+    """Returns the finished results, by method and seed."""
     found = [json.loads(file.read_text()) for file in output.glob("*/result.json")]
     return sorted(found, key=lambda result: (["dataset", *METHODS].index(result["method"]), result.get("seed", 0)))
 

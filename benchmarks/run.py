@@ -1,20 +1,20 @@
-"""One optimizer step of full DPO on SmolLM2-135M: this package against torchtune's own way, in one run on this machine.
+"""Compares one optimizer step of full DPO on SmolLM2-135M between humanline and torchtune, in one run on this machine.
 
     make bench          # python benchmarks/run.py --steps 5
 
-All train the same 8 pairs a step with bf16 compute and activation checkpointing, each in a process of its own, so that
-the peak memory is its own. The pairs are random tokens with the lengths of real ones (AlpacaEval prompts with
-UltraFeedback-like responses, cut at 512 tokens: prompts of 66 tokens and responses of 278 on average), as speed does
-not depend on the words.
+All contestants train on the same 8 pairs per step with bf16 compute and activation checkpointing. Each runs in its own
+process, so the peak memory is its own. Speed does not depend on the words, so the pairs are random tokens with the
+lengths of real ones: AlpacaEval prompts with UltraFeedback-like responses, cut at 512 tokens. The averages are 66
+tokens per prompt and 278 per response.
 
-- window: the recipe's own parts. Float32 master weights, rows with shared prompts, log-probs without logits, and
+- window: the recipe's parts. Float32 master weights, rows with shared prompts, log-probs without logits, and
 `WindowedReference`, synced at every step, so that each step does the same work.
 - second_model: the same with `ModelReference`.
-- torchtune: what `full_dpo_distributed` of torchtune 0.6.1 does in a step, on the CPU, where that recipe itself does
-not start. bf16 weights, chosen and rejected padded to the longest of the batch, full logits, a frozen second model.
+- torchtune: the step of torchtune 0.6.1's `full_dpo_distributed`, on the CPU, where that recipe does not start. bf16
+weights, chosen and rejected padded to the longest of the batch, full logits, a frozen second model.
 
-The window is compared with each of the other two in turn: a step of one, a step of the other, and so on. It prints
-seconds a step (median), peak resident memory, and the ratios, that of the time as the median over the pairs of steps.
+The window alternates with each of the other two, step by step. The program prints seconds per step (median), peak
+resident memory, and the ratios. The ratio of the times is the median over the pairs of steps.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PAIRS, MAX_TOKENS, VOCABULARY = 8, 512, 49152
 
 
 def pairs(count: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Prompt, chosen and rejected token ids; lengths are log-normal."""
+    """Returns prompt, chosen and rejected token ids; the lengths are log-normal."""
     rng = random.Random(0)
 
     def tokens(mean: float, longest: int) -> list[int]:
@@ -45,7 +45,8 @@ def pairs(count: int) -> list[tuple[list[int], list[int], list[int]]]:
     triples = []
     for _ in range(count):
         prompt = tokens(66, 256)
-        triples.append((prompt, *(tokens(320, MAX_TOKENS - len(prompt)) for _ in range(2))))
+        longest = MAX_TOKENS - len(prompt)
+        triples.append((prompt, tokens(320, longest), tokens(320, longest)))
     return triples
 
 
@@ -62,14 +63,13 @@ def second_model(steps: int) -> Iterator[float]:
 
 
 def humanline(steps: int, strategy: Any) -> Iterator[float]:
-    from torch.distributed.device_mesh import init_device_mesh
-
     from humanline.data import Group, RowBudget, Rows, lay_out, pack
     from humanline.launch._processes import process_group
     from humanline.losses import HumanlineDPOLoss
-    from humanline.models import log_probs, smollm2_135m
+    from humanline.models import LogProbDecoder, log_probs, smollm2_135m
     from humanline.models._build import build_model
     from humanline.reference import RunContext
+    from torch.distributed.device_mesh import init_device_mesh
 
     device = torch.device("cpu")
     budget = RowBudget(tokens_per_row=1024, rows_per_pass=2)
@@ -79,7 +79,7 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
 
         def model(
             dtype: torch.dtype, state_dict: dict[str, torch.Tensor] | None = None, checkpointing: bool = False
-        ) -> torch.nn.Module:
+        ) -> LogProbDecoder:
             return build_model(
                 smollm2_135m,
                 state_dict,
@@ -97,9 +97,9 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
         policy = model(torch.float32, smollm2_135m().state_dict(), checkpointing=True)
         context = RunContext(
             policy=policy,
-            model=SimpleNamespace(reference_model=lambda: model(torch.bfloat16)),  # type: ignore[arg-type]
+            model=SimpleNamespace(reference_model=lambda: model(torch.bfloat16)),
             passes=passes,
-            total_steps=steps + 1,  # so that the last step takes a window too
+            total_steps=steps + 1,  # so that the last step fills a window too
             resumes=False,
         )
         reference = strategy.build(context)
@@ -121,11 +121,10 @@ def humanline(steps: int, strategy: Any) -> Iterator[float]:
 
 
 def torchtune(steps: int) -> Iterator[float]:
+    from humanline.models import smollm2_135m
     from torchtune import modules, rlhf, training
     from torchtune.data import padded_collate_dpo
     from torchtune.rlhf.loss import DPOLoss
-
-    from humanline.models import smollm2_135m
 
     with training.set_default_dtype(torch.bfloat16):
         policy, reference = smollm2_135m(), smollm2_135m().eval().requires_grad_(False)
@@ -164,14 +163,14 @@ def torchtune(steps: int) -> Iterator[float]:
 
 
 class Child:
-    """One of the contestants in a process of its own, which takes a step whenever it is told to."""
+    """One contestant in its own process. It runs a step on each command."""
 
     def __init__(self, name: str, steps: int) -> None:
         command = [sys.executable, __file__, "--child", name, "--steps", str(steps)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> dict[str, float]:
-        """Seconds of the next step, and the peak memory until then."""
+        """Runs the next step. Returns its seconds and the peak memory so far."""
         assert self.process.stdin and self.process.stdout
         print(file=self.process.stdin, flush=True)
         for line in self.process.stdout:
@@ -181,7 +180,7 @@ class Child:
 
 
 def compare(ours: str, theirs: str, steps: int) -> None:
-    """The two take turns, step by step, so that the machine's moods meet both alike."""
+    """Alternates between the two, step by step, so that other load on the machine affects both alike."""
     names = (theirs, ours)
     children = [Child(name, steps + 1) for name in names]
     taken: list[list[dict[str, float]]] = [[child.step() for child in children] for _ in range(steps + 1)]

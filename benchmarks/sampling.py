@@ -1,10 +1,10 @@
-"""Tokens a second of sampling in process, against torchtune's own `generate`, in one run on this machine.
+"""Compares the sampling speed of the in-process engine and torchtune's `generate`, in one run on this machine.
 
     python benchmarks/sampling.py
 
-SmolLM2-135M-Instruct (fetched on first use), bf16, 64 of the demo's prompts x 8 samples of at most 64 tokens at
-temperature 1. torchtune's `generate` gets the same prompts and samples in batches of 64, padded, with its KV cache.
-Counted are the tokens up to the end of each answer, and the seconds that the two took.
+The model is SmolLM2-135M-Instruct (fetched on first use) in bf16. It samples 8 responses of at most 64 tokens to each
+of 64 prompts of the demo, at temperature 1. torchtune's `generate` gets the same prompts and samples in padded batches
+of 64, with its KV cache. The program prints tokens per second, and counts the tokens up to the end of each answer.
 """
 
 import json
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from torchtune.generation import generate
-from torchtune.training import FullModelHFCheckpointer
-
 from humanline.data import ChatTokenizer
 from humanline.models import load_decoder, smollm2_135m
 from humanline.rollout import SamplingParams, TorchtuneEngine
+from torchtune.generation import generate
+from torchtune.modules import TransformerDecoder
+from torchtune.training import FullModelHFCheckpointer
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -37,7 +37,7 @@ def main() -> None:
     checkpointer = FullModelHFCheckpointer(str(MODEL), ["model.safetensors"], "LLAMA3_2", str(ROOT / "outputs"))
     weights = checkpointer.load_checkpoint()["model"]
 
-    def decoder():
+    def decoder() -> TransformerDecoder:
         with torch.device("meta"):
             model = smollm2_135m()
         return load_decoder(model, weights, device=torch.device("cpu"), dtype=torch.bfloat16)

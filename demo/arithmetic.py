@@ -1,4 +1,4 @@
-"""The demo's task: sums of two numbers up to 30, which SmolLM2-135M gets right now and then and could nearly always."""
+"""The demo's task: sums of two numbers up to 30. SmolLM2-135M solves them sometimes, and could nearly always."""
 
 import json
 import math
@@ -17,7 +17,7 @@ NUM_HELD_OUT = 240
 
 
 def problems() -> tuple[list[dict], list[dict]]:
-    """All sums in a fixed random order, as ``{"prompt", "answer"}``: the training prompts and the held-out ones."""
+    """Returns the training and the held-out sums, in a fixed random order, as ``{"prompt", "answer"}``."""
     sums = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
     random.Random(0).shuffle(sums)
     rows = [{"prompt": f"What is {a} + {b}?", "answer": a + b} for a, b in sums]
@@ -25,13 +25,13 @@ def problems() -> tuple[list[dict], list[dict]]:
 
 
 def is_right(response: str, answer: int) -> bool:
-    """Whether the last whole number of a response is the answer."""
+    """Returns whether the last whole number of a response is the answer."""
     numbers = re.findall(r"\d+", response)
     return bool(numbers) and int(numbers[-1]) == answer
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson 1927), as fractions."""
+    """Returns the 95% confidence interval of a proportion (Wilson 1927), as fractions."""
     z, p = 1.959964, successes / trials
     centre = p + z**2 / (2 * trials)
     spread = z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))

@@ -1,11 +1,11 @@
-"""Makes the demo's data: samples SmolLM2 itself on sums, checks the answers, and keeps the groups that teach something.
+"""Makes the demo's data: samples SmolLM2 on sums, checks the answers, and keeps groups with right and wrong answers.
 
     python demo/make_groups.py          # about 15 minutes on 2 cores; the result is in the repository
 
-1. Every training prompt and every held-out prompt is sampled 16 times at temperature 1.
-2. A response scores 1 if its last number is the answer and 0 if not. Responses cut at 48 tokens are left out (they have
-   no end of turn), and so are repetitions of a response.
-3. A prompt's responses are dealt into groups of up to 4, as many as leave each group with a right and a wrong one.
+1. Samples every training prompt and every held-out prompt 16 times at temperature 1.
+2. Scores a response 1 if its last number is the answer, else 0. Drops responses cut at 48 tokens (they have no end of
+   turn) and repeated responses.
+3. Deals a prompt's responses into groups of up to 4. Each group has at least one right and one wrong response.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ GROUP_SIZE = 4
 
 
 def sample(prompts: list[dict], name: str) -> list[dict]:
-    """SmolLM2's responses to the prompts, by the sampling recipe."""
+    """Samples SmolLM2's responses to the prompts with the sampling recipe."""
     WORK.mkdir(parents=True, exist_ok=True)
     source, output = WORK / f"{name}_prompts.jsonl", WORK / f"{name}_samples.jsonl"
     write_jsonl(source, prompts)
@@ -48,7 +48,7 @@ def sample(prompts: list[dict], name: str) -> list[dict]:
 
 
 def groups(row: dict) -> list[dict]:
-    """The groups of one prompt's samples."""
+    """Returns the groups of one prompt's samples."""
     finished = {
         response: float(is_right(response, row["answer"]))
         for response, reason in zip(row["all_generated_responses"], row["finish_reasons"], strict=True)
@@ -57,7 +57,7 @@ def groups(row: dict) -> list[dict]:
     right = [response for response, score in finished.items() if score]
     wrong = [response for response, score in finished.items() if not score]
     count = min(len(right), len(wrong))
-    # One right and one wrong response to each group first, then the rest in turn.
+    # Each group first gets one right and one wrong response, then the others in turn.
     dealt = [
         [right[i], wrong[i], *right[count + i :: count], *wrong[count + i :: count]][:GROUP_SIZE] for i in range(count)
     ]

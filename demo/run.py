@@ -1,15 +1,15 @@
-"""The demo: one run of humanline DPO, KTO or GRPO on a real model, or DPO with LoRA, measured before and after.
+"""The demo: trains SmolLM2 with humanline DPO, KTO, GRPO or DPO with LoRA, and measures it before and after.
 
     make demo                    # or, with the package installed: python demo/run.py
     make demo OBJECTIVE=kto      # or grpo, dpo_lora; python demo/run.py kto
 
 1. Fetches SmolLM2-135M-Instruct.
 2. Measures pass@1: one sampled response to each of 240 held-out sums.
-3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or kto or grpo;
-   of dpo_lora with `humanline_dpo_single_device`.
-4. Measures again, and prints both with 95% intervals, and some responses before and after.
+3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or the recipe and
+   config of kto or grpo. dpo_lora runs `humanline_dpo_single_device`.
+4. Measures again. Prints both results with 95% intervals, and some responses before and after.
 
-The training log, the samples and the aligned model (a Hugging Face folder) stay in outputs/smollm2_135m_humanline_dpo
+The training log, the samples and the aligned model (a Hugging Face folder) are in outputs/smollm2_135m_humanline_dpo
 (_kto, _grpo, _dpo_lora).
 """
 
@@ -34,7 +34,7 @@ def call(*command: object) -> None:
 
 
 def sample(folder: Path, weights: str, output: Path) -> list[dict]:
-    """One response of the model in ``folder`` to each held-out prompt."""
+    """Samples one response of the model in ``folder`` to each held-out prompt."""
     call(
         *(TUNE, "run", "recipes/humanline_sample", "--config", "configs/smollm2_135m_sample.yaml"),
         *(f"checkpointer.checkpoint_dir={folder}", f"checkpointer.checkpoint_files=[{weights}]"),
@@ -44,7 +44,7 @@ def sample(folder: Path, weights: str, output: Path) -> list[dict]:
 
 
 def preference_accuracy(output: Path) -> tuple[float, float, int]:
-    """Held-out pairs whose right response is the likelier one: share before training, share after, number of pairs."""
+    """Returns the share of held-out pairs with the right response likelier, before and after, and their number."""
     log = (output / "logs" / "metrics.txt").read_text()
     shares = [float(value) for value in re.findall(r"val/log_probs/accuracies:(\S+)", log)]
     return shares[0], shares[-1], len(read_jsonl(ROOT / "demo" / "held_out_groups.jsonl"))
@@ -63,7 +63,7 @@ def main() -> None:
     aligned = output / "epoch_0"
 
     start = time.perf_counter()
-    shutil.rmtree(output / "logs", ignore_errors=True)  # the rest is replaced as its successor is there
+    shutil.rmtree(output / "logs", ignore_errors=True)  # the new run replaces the other files itself
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
     before = sample(MODEL, "model.safetensors", output / "before.jsonl")
     trained = time.perf_counter()

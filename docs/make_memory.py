@@ -4,6 +4,7 @@ python docs/make_memory.py      # minutes
 """
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -16,10 +17,11 @@ BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 def main() -> None:
     lines = ["| config | ranks | " + " | ".join(LABELS) + " | peak |", "|---|---|" + "---|" * (len(LABELS) + 1)]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        cfg = OmegaConf.load(path)
+        cfg: Any = OmegaConf.load(path)
         if "loss" not in cfg:
             continue
-        count = 8 if cfg.device == "cuda" and "_single_device" not in path.read_text().splitlines()[0] else 1
+        on_gpus, recipes = cfg.get("device", "cuda") == "cuda", path.read_text().splitlines()[0]
+        count = 8 if on_gpus and "_single_device" not in recipes else 1
         estimate = rehearse(cfg, count)
         cells = (f"{estimate.peak.get(label, 0) / 1e9:.2f}" for label in LABELS)
         lines.append(f"| `{path.stem}` | {count} | " + " | ".join(cells) + f" | {estimate.total / 1e9:.2f} |")

@@ -14,15 +14,15 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     plan = commands.add_parser(
         "plan",
-        help="what a config needs of each GPU, without one",
-        description="Runs two steps of the recipe on fake tensors, as one of N ranks, and prints what it takes.",
+        help="estimates the memory and time that a config needs on each GPU; needs no GPU itself",
+        description="Runs two steps of the recipe on fake tensors, as one of N ranks, and prints what they need.",
     )
     plan.add_argument(
         "--config", required=True, help="a config file, or a name as tune ls lists it: humanline/llama3_8b_offline"
     )
     plan.add_argument("--nproc", type=int, default=1, help="processes of the run (default: 1)")
     plan.add_argument("--device-memory", type=float, default=80.0, help="memory of a GPU in GB (default: 80)")
-    plan.add_argument("--tflops", type=float, default=400.0, help="what a GPU reaches, TFLOP/s (default: 400)")
+    plan.add_argument("--tflops", type=float, default=400.0, help="rate that a GPU reaches, TFLOP/s (default: 400)")
     plan.add_argument(
         "overrides",
         nargs="*",
@@ -44,7 +44,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     hide_known_warnings()
     for name in ("nproc", "device_memory", "tflops"):
         if (value := getattr(arguments, name)) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not above 0")
+            raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
     path = Path(arguments.config)
     if arguments.config.startswith("humanline/") and not path.is_file():
         path = HOME / "configs" / f"{path.name}.yaml"

@@ -1,26 +1,26 @@
-"""Lines of other packages that tell a user nothing, each hidden by its own words.
+"""Hides log lines of other packages that tell a user nothing. Each entry matches one message.
 
-This has to come before the package that prints them, so ``humanline`` itself imports it first.
+The filters must exist before those packages log, so ``humanline`` imports this module first.
 """
 
 import functools
 import logging
 
 _NOISE = (
-    # torchao's compiled kernels are for another torch than ours; nothing here uses them.
+    # torchao's compiled kernels need another torch version. Nothing here uses them.
     ("torchao", "Skipping import of cpp extensions due to incompatible torch version"),
     ("torchao", "Failed to load "),
     ("torch.utils._pytree", "is an Enum subclass and is now natively supported"),
-    # torchrun's default of one thread a process, four lines for each start.
+    # torchrun sets one thread per process by default and prints four lines about it at each start.
     ("torch.distributed.run", "Setting OMP_NUM_THREADS environment variable for each process"),
-    # A process that exits with 1 has said why, and torchrun then stops the others.
+    # A process that exits with code 1 has printed its error. torchrun then stops the others.
     ("torch.distributed.elastic.multiprocessing.api", "failed (exitcode: 1)"),
     ("torch.distributed.elastic.multiprocessing.api", "closing signal SIGTERM"),
 )
 
 
 def hide_noise() -> None:
-    """Hides the lines above, and nothing else of what their loggers say."""
+    """Hides the lines above and no other lines of their loggers."""
     for name, words in _NOISE:
         logging.getLogger(name).addFilter(functools.partial(_is_news, words))
 

@@ -1,6 +1,6 @@
-"""torchrun, which says in a line how its processes ended, where it would print a traceback of itself.
+"""Runs torchrun, and prints one line for each failed process instead of torchrun's own traceback.
 
-``python -m humanline._torchrun`` takes torchrun's command line.
+``python -m humanline._torchrun`` accepts torchrun's command line.
 """
 
 import signal
@@ -9,9 +9,9 @@ from types import TracebackType
 
 
 def say_in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An excepthook. A process that failed has said why itself, so only one that could not is named here.
+    """An excepthook that prints one line for each process that ended without printing its own error.
 
-    Nor is one that torchrun itself ended because another had failed.
+    A process with exit code 1 has printed its error. Processes that torchrun ended after another failure are left out.
     """
     if kind.__name__ == "SignalException":
         print(f"torchrun: stopped by {error.sigval.name}", file=sys.stderr)  # type: ignore[attr-defined]

@@ -1,14 +1,14 @@
-"""The errors that end a run with one line instead of a traceback.
+"""Errors that end a run with one line instead of a traceback.
 
-The two that a user can cause are raised before training starts, and say where the fault is (config key, or file and
-line), what was found, and what to do about it.
+``ConfigError`` and ``DataError`` are raised before training starts. Their messages name the place of the fault (config
+key, or file and line), what was found, and what to do.
 """
 
 __all__ = ["ConfigError", "DataError", "Stopped", "TrainingError"]
 
 
 class ConfigError(ValueError):
-    """A config key is missing, contradictory, or has a value that cannot work. The message starts with the key."""
+    """A config key is missing, contradicts another, or has an invalid value. The message starts with the key."""
 
 
 class DataError(ValueError):
@@ -16,8 +16,8 @@ class DataError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training has to stop. The message says at which step, why, and what it left to go on from."""
+    """Training has to stop. The message names the step, the reason, and the checkpoint to resume from."""
 
 
 class Stopped(TrainingError):
-    """Sampling, scoring or waiting was ended from outside, because the run has been asked to stop."""
+    """The run was asked to stop while it was sampling, scoring or waiting."""

@@ -1,16 +1,16 @@
 """Humanline DPO on one or more GPUs (or on a CPU), sharded with FSDP2.
 
-Trains a torchtune decoder (Llama, Qwen2.5, humanline's Gemma 2), or an adapter on one, on preference pairs, against a
-reference that follows the policy every ``sync_every`` optimizer steps, with token log-ratios clipped before the loss
-(https://arxiv.org/abs/2509.24207). Pairs come from any builder of ``humanline.data``: chosen / rejected messages, or
-the best and the worst of scored responses; or the policy samples them (``source``). What it leaves out on purpose:
-tensor parallelism and optimizer-in-backward (the reference has to sync between backward and the optimizer's step).
+Trains a torchtune decoder (Llama, Qwen2.5, humanline's Gemma 2), or an adapter on one, on preference pairs. The
+reference is set to the policy every ``sync_every`` optimizer steps, and token log-ratios are clipped before the loss
+(https://arxiv.org/abs/2509.24207). Pairs come from any builder of ``humanline.data`` (chosen and rejected messages, or
+the best and the worst of scored responses), or the policy samples them (``source``). Not supported: tensor parallelism,
+and optimizer-in-backward, because the reference syncs between backward and the optimizer step.
 
     tune run humanline_dpo_distributed --config humanline/llama3_8b_offline                     # every visible GPU
     tune run --nproc_per_node 8 recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml
     tune run recipes/humanline_dpo_distributed --config configs/llama3_8b_offline.yaml reference.sync_every=4
 
-To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+To change the method, copy this file (``tune cp``) and edit it. ``train`` is the loop, where the reference syncs;
 ``loss_and_metrics`` calls the loss.
 """
 
@@ -41,7 +41,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 
 
 class HumanlineDPORecipeDistributed(FTRecipeInterface):
-    """Pairs of responses, DPO on clipped log-ratios, a synced reference, FSDP2 over all ranks."""
+    """DPO on pairs of responses, with clipped log-ratios and a synced reference, sharded over all ranks with FSDP2."""
 
     sharded = True
 
@@ -49,7 +49,7 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
         self.environment = environment
 
     def setup(self, cfg: DictConfig) -> None:
-        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        """Builds the objects that the loop uses. Steps that can fail cheaply come before the weights are loaded."""
         environment, settings = self.environment, self.environment.settings
         self.loss = component(cfg, "loss")
         self.objective = DPO(self.loss)
@@ -69,7 +69,7 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
             )
         )
         weights_out = model.weights_out(self.policy)
-        del model  # and with it the checkpoint's weights
+        del model  # frees the checkpoint's weights
         source = data.source(self.policy, weights_out)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
@@ -93,7 +93,7 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
         )
 
     def train(self) -> None:
-        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        """Runs the loop. The reference syncs after gradient clipping and before the optimizer step."""
         with self.run as run:
             for step, batch in run.steps():
                 for index, divisor in enumerate(self.objective.divisors(batch)):
@@ -102,8 +102,8 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws)
-                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
-                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        loss = loss * weight / divisor  # this pass's part of the global batch's loss
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
                         run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
@@ -117,13 +117,13 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
     def loss_and_metrics(
         self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+        """Returns the sum of a pass's losses (scalar) and its metrics: a sum and a count for each name.
 
         Args:
-            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            policy_logps (Tensor): log-probs of the pass's response tokens under the policy, nats, ``[N]``.
             reference_logps (Tensor): the same under the reference, ``[N]``.
-            rows (Rows): the pass; of each pair the chosen response stands before the rejected one.
-            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+            rows (Rows): the pass; in each pair the chosen response comes before the rejected one.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``; None without it.
         """
         policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)  # of [B, S]
@@ -151,7 +151,7 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
         }
 
     def cleanup(self) -> None:
-        """Closes what is held open, however the run ended."""
+        """Closes the run's resources, however it ended."""
         self.environment.close()
 
 

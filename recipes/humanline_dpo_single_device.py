@@ -1,15 +1,15 @@
 """Humanline DPO on one GPU (or on a CPU): LoRA, QLoRA, DoRA or full fine-tuning.
 
-Trains an adapter, or all of a torchtune decoder, on preference pairs, with the token log-ratios clipped before the loss
-and a reference that follows the policy every ``sync_every`` optimizer steps (https://arxiv.org/abs/2509.24207). With
-``AdapterReference`` the reference costs one more copy of the adapter. Tensors are plain, so optimizers that do not know
-DTensor work too (bitsandbytes' were not tried). What it leaves out on purpose: more than one process (the distributed
-recipe takes the same configs) and optimizer-in-backward (the reference has to sync between backward and the optimizer's
-step).
+Trains an adapter, or a whole torchtune decoder, on preference pairs. The reference is set to the policy every
+``sync_every`` optimizer steps, and token log-ratios are clipped before the loss (https://arxiv.org/abs/2509.24207).
+With ``AdapterReference`` the reference needs memory for one more copy of the adapter. Tensors are plain, so optimizers
+without DTensor support work too (bitsandbytes is untested). Not supported: more than one process (the distributed
+recipe accepts the same configs), and optimizer-in-backward, because the reference syncs between backward and the
+optimizer step.
 
     tune run recipes/humanline_dpo_single_device --config configs/CONFIG.yaml
 
-To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+To change the method, copy this file (``tune cp``) and edit it. ``train`` is the loop, where the reference syncs;
 ``loss_and_metrics`` calls the loss.
 """
 
@@ -40,7 +40,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 
 
 class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
-    """Pairs of responses, DPO on clipped log-ratios, a synced reference, one process with plain tensors."""
+    """DPO on pairs of responses, with clipped log-ratios and a synced reference, in one process with plain tensors."""
 
     sharded = False
 
@@ -48,7 +48,7 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
         self.environment = environment
 
     def setup(self, cfg: DictConfig) -> None:
-        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        """Builds the objects that the loop uses. Steps that can fail cheaply come before the weights are loaded."""
         environment, settings = self.environment, self.environment.settings
         self.loss = component(cfg, "loss")
         self.objective = DPO(self.loss)
@@ -68,7 +68,7 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
             )
         )
         weights_out = model.weights_out(self.policy)
-        del model  # and with it the checkpoint's weights
+        del model  # frees the checkpoint's weights
         source = data.source(self.policy, weights_out)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
@@ -92,7 +92,7 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
         )
 
     def train(self) -> None:
-        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        """Runs the loop. The reference syncs after gradient clipping and before the optimizer step."""
         with self.run as run:
             for step, batch in run.steps():
                 for index, divisor in enumerate(self.objective.divisors(batch)):
@@ -101,8 +101,8 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws)
-                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
-                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        loss = loss * weight / divisor  # this pass's part of the global batch's loss
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
                         run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
@@ -116,13 +116,13 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
     def loss_and_metrics(
         self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+        """Returns the sum of a pass's losses (scalar) and its metrics: a sum and a count for each name.
 
         Args:
-            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            policy_logps (Tensor): log-probs of the pass's response tokens under the policy, nats, ``[N]``.
             reference_logps (Tensor): the same under the reference, ``[N]``.
-            rows (Rows): the pass; of each pair the chosen response stands before the rejected one.
-            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+            rows (Rows): the pass; in each pair the chosen response comes before the rejected one.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``; None without it.
         """
         policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)  # of [B, S]
@@ -150,7 +150,7 @@ class HumanlineDPORecipeSingleDevice(FTRecipeInterface):
         }
 
     def cleanup(self) -> None:
-        """Closes what is held open, however the run ended."""
+        """Closes the run's resources, however it ended."""
         self.environment.close()
 
 

@@ -1,33 +1,35 @@
-"""Evaluates a model on a prompt file: samples responses, scores them, and says how far the figures can be trusted.
+"""Evaluates a model on a prompt file: samples responses, scores them, and reports figures with intervals.
 
-One process samples `samples_per_prompt` responses to each prompt, as `humanline_sample` does, and has a reward score
-them. It reports, each as a mean over the prompts with a 95% bootstrap interval over the prompts:
+One process samples `samples_per_prompt` responses to each prompt, as `humanline_sample` does, and a reward scores them.
+It reports these figures, each as a mean over prompts with a 95% bootstrap interval over prompts:
 
-- pass@k: the probability that one of k responses or more is solved, by the unbiased estimator. A response is solved if
-  its score is above `correct_above`, which `k` needs: 0.5 for a reward of 0 and 1, 5 for `OpenR1Reward`, which adds up
-  to 2 for form to the 8 of a right answer, and null for a reward without right and wrong, such as a reward model;
-- the reward, the length of a response in tokens (its end of turn included), the share cut at `max_new_tokens`.
+- pass@k: the probability that at least one of k responses is right, by the unbiased estimator. A response is right if
+  its score is above `correct_above`, which `k` needs. Use 0.5 for a reward of 0 and 1; 5 for `OpenR1Reward`, which adds
+  up to 2 for form to the 8 of a right answer; null for a reward without right and wrong, such as a reward model;
+- the reward, the length of a response in tokens (including its end of turn), the share cut at `max_new_tokens`.
 
-`output` gets settings and figures as JSON; beside it, in a .jsonl of the same name, are the samples with their scores,
-a dataset for `humanline.data.scored_groups`. The samples are written before they are scored. So a reward that fails
-costs no sampling: `samples=FILE.jsonl` scores what is there already, and needs no model. A run that was cut short goes
-on, when it is started again, with the prompts that it has not sampled yet, and those that it has not scored yet.
+`output` receives settings and figures as JSON. A .jsonl file of the same name has the samples with their scores, a
+dataset for `humanline.data.scored_groups`. The samples are written before they are scored, so a failed reward loses
+none: `samples=FILE.jsonl` scores existing samples, and needs no model. If an interrupted run is started again, it
+resumes with the prompts that are not sampled or not scored yet.
 
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml output=eval/again.json samples=FILE.jsonl
 
-What it leaves out on purpose: the `model_outputs.json` of AlpacaEval, which `humanline_sample` writes with
-`format=alpaca_eval`, and more than one device.
+Not supported: more than one device, and the `model_outputs.json` of AlpacaEval (use `humanline_sample` with
+`format=alpaca_eval`).
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from humanline.errors import ConfigError, DataError
+from humanline.errors import ConfigError
 from humanline.programs import (
     PartialFile,
     Sampler,
+    SamplerSettings,
+    check_facts,
     check_keys,
     check_one_process,
     common_end,
@@ -35,122 +37,129 @@ from humanline.programs import (
     parse,
     score_sources,
     scored_rows,
+    whole_number,
+    whole_numbers,
     write_json,
     write_jsonl,
 )
 from humanline.rewards import read_samples
-from humanline.rollout import Prompt
-from humanline.tools.statistics import bootstrap_interval, pass_at_k
+from humanline.tools.statistics import mean, pass_at_k, with_interval
 from omegaconf import DictConfig, OmegaConf
-from torchtune.utils import get_logger
 
 REQUIRED = ("reward", "output")
-OPTIONAL = ("correct_above", "k", "bootstrap", "seed", "samples", "output_dir")
+DEFAULTS: dict[str, Any] = {"correct_above": None, "k": [1], "bootstrap": 10_000, "seed": 0}
+DEFAULTS |= dict.fromkeys(("samples", "output_dir"))
 
-PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while what is scored is soon written
-
-log = get_logger("INFO")
+PROMPTS_PER_CALL = 64  # of the reward: enough for batches, few enough to write scores soon
 
 
 class HumanlineEvalRecipe:
-    """Samples in, figures out.
+    """Computes figures from samples.
 
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        output (str): the .json file that gets settings and figures, beside a .jsonl of the samples and their scores.
+        correct_above (float | None): a higher score is a solved response; None for a reward without right and wrong.
+        k (list[int]): each k of pass@k, at most ``samples_per_prompt``.
+        bootstrap (int): resamples of the prompts for the intervals.
+        seed (int): seed of sampling and of the bootstrap.
+        samples (str | None): a .jsonl file of samples to score. None samples from the model.
+
     Raises:
-        ConfigError: if a top-level key is missing, unknown, or cannot work.
+        ConfigError: if a top-level key is missing, unknown, or invalid.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         sampling = cfg.get("samples") is None
-        optional = (*OPTIONAL, *Sampler.OPTIONAL, *Sampler.REQUIRED)
-        check_keys(cfg, (*REQUIRED, *Sampler.REQUIRED) if sampling else REQUIRED, optional)
+        optional = (*DEFAULTS, *SamplerSettings.OPTIONAL, *SamplerSettings.REQUIRED)
+        check_keys(cfg, (*REQUIRED, *SamplerSettings.REQUIRED) if sampling else REQUIRED, optional)
         if "correct_above" not in cfg and cfg.get("k") is not None:
             raise ConfigError(
-                f"correct_above: is missing, and k: {cfg.k} counts the responses scored above it; add the score that "
-                "only right ones exceed, or null for a reward without right and wrong"
+                f"correct_above: missing, but k: {cfg.k} needs it; set the score that only right responses exceed, or "
+                "null for a reward without right and wrong"
             )
         self.correct_above = cfg.get("correct_above")
         if isinstance(self.correct_above, bool) or not isinstance(self.correct_above, int | float | None):
-            raise ConfigError(f"correct_above: {self.correct_above!r} is not a score; give a number, or null")
-        self.k = read_k(cfg) if self.correct_above is not None else []
-        self.bootstrap = whole_number(cfg, "bootstrap", default=10_000, least=1)
-        self.seed = whole_number(cfg, "seed", default=0, least=0)
+            raise ConfigError(f"correct_above: expected a number or null, got {self.correct_above!r}")
+        self.k = whole_numbers(cfg, "k", DEFAULTS["k"]) if self.correct_above is not None else []
+        self.bootstrap = whole_number(cfg, "bootstrap", DEFAULTS["bootstrap"], least=1)
+        self.seed = whole_number(cfg, "seed", DEFAULTS["seed"], least=0)
         self.output = Path(str(cfg.output)).expanduser()
         if self.output.suffix != ".json":
-            raise ConfigError(f"output: '{cfg.output}' does not end in .json; the samples go beside it, into a .jsonl")
-        self.sampler = Sampler(cfg) if sampling else None
-        if self.sampler is not None:
-            samples_per_prompt = self.sampler.params.samples_per_prompt
+            raise ConfigError(
+                f"output: expected a name ending in .json, got '{cfg.output}'; samples go into a .jsonl beside it"
+            )
+        self.sampling = SamplerSettings(cfg) if sampling else None
+        self.sampler: Sampler | None = None
+        if self.sampling is not None:
+            samples_per_prompt = self.sampling.params.samples_per_prompt
             self._check_k(samples_per_prompt, f"samples_per_prompt: {samples_per_prompt}")
         self.settings = self._settings(cfg)
 
     def _settings(self, cfg: DictConfig) -> dict[str, Any]:
-        """All that the figures depend on, defaults filled in."""
+        """Returns all settings that the figures depend on, with defaults."""
         own = {key: getattr(self, key) for key in ("correct_above", "k", "bootstrap", "seed")}
-        given = OmegaConf.to_container(cfg, resolve=True)
-        if self.sampler is not None:
-            return given | own | self.sampler.settings
-        # What the config says of a model did not make these samples.
-        return {key: given[key] for key in given if key not in (*Sampler.REQUIRED, *Sampler.OPTIONAL)} | own
+        given: Any = OmegaConf.to_container(cfg, resolve=True)
+        if self.sampling is not None:
+            return given | own | self.sampling.settings
+        # The config's model did not make these samples.
+        return {
+            key: given[key] for key in given if key not in (*SamplerSettings.REQUIRED, *SamplerSettings.OPTIONAL)
+        } | own
 
     def _check_k(self, count: int, source: str) -> None:
         for k in self.k:
             if k > count:
-                raise ConfigError(f"k: {k} is more than {source}; lower the one, or raise the other")
+                raise ConfigError(f"k: {k} exceeds {source}; lower k, or sample more responses")
 
     def setup(self, cfg: DictConfig) -> None:
-        """Reads the samples; or the prompts, and loads the model. What cannot be scored shows before that."""
+        """Reads the samples, or the prompts and then the model. Prompts that cannot be scored are reported first."""
         self.reward = component(cfg, "reward")
         self.made_of = score_sources(cfg.reward)
-        if self.sampler is None:
+        if self.sampling is None:
             self.prompts, responses = read_samples(cfg.samples)
             for prompt, texts in zip(self.prompts, responses, strict=True):
                 self._check_k(len(texts), f"the {len(texts)} responses of {prompt.where}")
                 check_facts(prompt, len(texts))
         else:
-            self.prompts = self.sampler.read(cfg)
+            self.prompts = self.sampling.read(cfg)
         self.reward(self.prompts, [[] for _ in self.prompts])
-        if self.sampler is not None:
-            self.sampler.setup(cfg)
+        if self.sampling is not None:
+            self.sampler = Sampler(cfg, self.sampling, self.prompts, self.output)
 
     def sample(self) -> list[dict[str, Any]]:
-        """The samples of each prompt: those of the file, or newly drawn ones, which are written down first."""
+        """Returns the samples of each prompt: those of the file, or new ones, which are also written."""
         if self.sampler is None:
             return [dict(prompt.fields) for prompt in self.prompts]
-        rows = self.sampler.sample(self.output)
+        rows = self.sampler.sample()
         write_jsonl(self.output.with_suffix(".jsonl"), rows)
         return rows
 
     def score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The samples with the reward's scores in ``all_rm_scores``."""
-        made_of = [self.made_of, rows]
-        self.scored = PartialFile(self.output.with_suffix(".jsonl"), made_of)
+        """Returns the samples with the reward's scores in ``all_rm_scores``."""
+        self.scored = PartialFile(self.output.with_suffix(".jsonl"), [self.made_of, rows])
         with self.scored as partial:
             return scored_rows(self.reward, self.prompts, rows, partial, PROMPTS_PER_CALL)
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """Each figure's mean over the prompts, and the ends of its interval."""
+        """Returns each figure's mean over the prompts, and the ends of its interval."""
         scores = [row["all_rm_scores"] for row in rows]
-        values = {}
+        values: dict[str, Any] = {}  # of each prompt
         if self.correct_above is not None:
             correct = [sum(score > self.correct_above for score in each) for each in scores]
             values |= {f"pass@{k}": pass_at_k(list(map(len, scores)), correct, k) for k in self.k}
         values["reward"] = list(map(mean, scores))
-        # Samples from elsewhere may lack these two.
+        # Samples of another program may lack these two fields.
         if all(row.get("response_lengths") for row in rows):
             values["tokens"] = [mean(row["response_lengths"]) for row in rows]
         if all(row.get("finish_reasons") for row in rows):
             values["cut"] = [mean([reason == "length" for reason in row["finish_reasons"]]) for row in rows]
-        return {name: self._with_interval(each) for name, each in values.items()}
-
-    def _with_interval(self, values: Any) -> dict[str, float]:
-        low, high = bootstrap_interval(values, resamples=self.bootstrap, seed=self.seed)
-        return {"mean": mean(values), "low": low, "high": high}
+        return {name: with_interval(each, self.bootstrap, self.seed) for name, each in values.items()}
 
     def save(self, rows: list[dict[str, Any]], figures: dict[str, dict[str, float]]) -> None:
-        """Prints the figures, and writes them and the samples."""
+        """Writes figures and samples, and prints the figures."""
         responses = sum(len(row["all_rm_scores"]) for row in rows)
         write_jsonl(self.output.with_suffix(".jsonl"), rows)
         counts = {"prompts": len(rows), "responses": responses}
@@ -166,42 +175,12 @@ class HumanlineEvalRecipe:
         print(f"\nWrote {self.output} and {self.output.with_suffix('.jsonl')}")
 
     def cleanup(self) -> None:
-        """Nothing to close: what torchtune's recipes end with."""
-
-
-def check_facts(prompt: Prompt, count: int) -> None:
-    """Refuses a line of samples that does not say of every response what it says of some."""
-    for key, kind in (("response_lengths", int), ("finish_reasons", str)):
-        values = prompt.fields.get(key)
-        if values is not None and (not isinstance(values, list) or [type(v) for v in values] != [kind] * count):
-            raise DataError(
-                f"{prompt.where}: field '{key}' is not one {kind.__name__} for each of the {count} responses; "
-                "correct it, or leave it out"
-            )
-
-
-def mean(values: Any) -> float:
-    return float(sum(values) / len(values))
-
-
-def whole_number(cfg: DictConfig, key: str, default: int, least: int) -> int:
-    value = cfg.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key}: {value!r} is not a whole number of at least {least}")
-    return value
-
-
-def read_k(cfg: DictConfig) -> list[int]:
-    value = cfg.get("k", [1])
-    counts = list(value) if OmegaConf.is_list(value) or isinstance(value, list) else []
-    if not counts or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in counts):
-        raise ConfigError(f"k: {value!r} is not a list of whole numbers of at least 1, such as [1, 4, 8]")
-    return counts
+        """Does nothing; torchtune's recipes end with this call."""
 
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    """Evaluates a model, or samples that are there. A mistake in config or data ends it with one line."""
+    """Evaluates a model, or existing samples. An error in config or data ends it with one line."""
     with common_end(Path(__file__).name):
         check_one_process()
         recipe = HumanlineEvalRecipe(cfg)

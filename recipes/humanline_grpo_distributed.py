@@ -1,17 +1,17 @@
 """Humanline GRPO on one or more GPUs (or on a CPU), sharded with FSDP2.
 
 Trains a torchtune decoder (Llama, Qwen2.5, humanline's Gemma 2), or an adapter on one, on groups of scored responses to
-a prompt, against a reference that follows the policy every ``sync_every`` optimizer steps, with token log-ratios
-clipped before the loss (https://arxiv.org/abs/2509.24207). The groups come from any builder of ``humanline.data``, or
-the policy samples them (``source``); those whose scores are all equal are skipped. A group is never split over ranks or
-steps. What it leaves out on purpose: tensor parallelism and optimizer-in-backward (the reference has to sync between
-backward and the optimizer's step).
+a prompt. The reference is set to the policy every ``sync_every`` optimizer steps, and token log-ratios are clipped
+before the loss (https://arxiv.org/abs/2509.24207). Groups come from any builder of ``humanline.data``, or the policy
+samples them (``source``). Groups with equal scores are skipped. A group is never split over ranks or steps. Not
+supported: tensor parallelism, and optimizer-in-backward, because the reference syncs between backward and the optimizer
+step.
 
     tune run humanline_grpo_distributed --config humanline/llama3_8b_offline_grpo               # every visible GPU
     tune run --nproc_per_node 8 recipes/humanline_grpo_distributed --config configs/llama3_8b_offline_grpo.yaml
     tune run recipes/humanline_grpo_distributed --config configs/llama3_8b_offline_grpo.yaml reference.sync_every=4
 
-To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+To change the method, copy this file (``tune cp``) and edit it. ``train`` is the loop, where the reference syncs;
 ``loss_and_metrics`` calls the loss.
 """
 
@@ -43,7 +43,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 
 
 class HumanlineGRPORecipeDistributed(FTRecipeInterface):
-    """Scored groups, GRPO on clipped log-ratios, a synced reference, FSDP2 over all ranks."""
+    """GRPO on scored groups, with clipped log-ratios and a synced reference, sharded over all ranks with FSDP2."""
 
     sharded = True
 
@@ -51,7 +51,7 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
         self.environment = environment
 
     def setup(self, cfg: DictConfig) -> None:
-        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        """Builds the objects that the loop uses. Steps that can fail cheaply come before the weights are loaded."""
         environment, settings = self.environment, self.environment.settings
         self.loss = component(cfg, "loss")
         self.objective = GRPO(self.loss)
@@ -71,7 +71,7 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
             )
         )
         weights_out = model.weights_out(self.policy)
-        del model  # and with it the checkpoint's weights
+        del model  # frees the checkpoint's weights
         source = data.source(self.policy, weights_out)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
@@ -95,7 +95,7 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
         )
 
     def train(self) -> None:
-        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        """Runs the loop. The reference syncs after gradient clipping and before the optimizer step."""
         with self.run as run:
             for step, batch in run.steps():
                 for index, divisor in enumerate(self.objective.divisors(batch)):
@@ -104,8 +104,8 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws)
-                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
-                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        loss = loss * weight / divisor  # this pass's part of the global batch's loss
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
                         run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
@@ -119,18 +119,18 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
     def loss_and_metrics(
         self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+        """Returns the sum of a pass's losses (scalar) and its metrics: a sum and a count for each name.
 
         Args:
-            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            policy_logps (Tensor): log-probs of the pass's response tokens under the policy, nats, ``[N]``.
             reference_logps (Tensor): the same under the reference, ``[N]``.
             rows (Rows): the pass.
-            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``; None without it.
         """
         policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
         advantages = rows.advantages  # [B]
         loss = self.loss.total(policy, reference, mask, advantages, draws)
-        scores = [group.scores for group in rows.groups]
+        scores = [group.scores or () for group in rows.groups]
         log_probs, responses = policy.detach().sum(1), len(advantages)
         return loss, {
             "rewards/mean": (sum(map(sum, scores)), responses),
@@ -141,7 +141,7 @@ class HumanlineGRPORecipeDistributed(FTRecipeInterface):
         }
 
     def cleanup(self) -> None:
-        """Closes what is held open, however the run ended."""
+        """Closes the run's resources, however it ended."""
         self.environment.close()
 
 

@@ -1,18 +1,18 @@
 """Humanline KTO on one or more GPUs (or on a CPU), sharded with FSDP2.
 
 Trains a torchtune decoder (Llama, Qwen2.5, humanline's Gemma 2), or an adapter on one, on responses labelled desirable
-or undesirable, against a reference that follows the policy every ``sync_every`` optimizer steps, with token log-ratios
-clipped before the loss (https://arxiv.org/abs/2509.24207). Labels come with the data, from pairs (the chosen response
-is desirable) or from scores (those above their group's mean are); any builder of ``humanline.data`` does, and
-``source``, by which the policy samples them. The baseline is estimated from mismatched prompts and responses of the
-microbatch of all ranks, in passes without gradient. What it leaves out on purpose: tensor parallelism and
-optimizer-in-backward (the reference has to sync between backward and the optimizer's step).
+or undesirable. The reference is set to the policy every ``sync_every`` optimizer steps, and token log-ratios are
+clipped before the loss (https://arxiv.org/abs/2509.24207). Responses come from any builder of ``humanline.data``, or
+the policy samples them (``source``). Labels come with the data, from pairs (the chosen response is desirable), or from
+scores (a score above its group's mean is desirable). The baseline is estimated from mismatched prompts and responses of
+the global microbatch, in passes without gradient. Not supported: tensor parallelism, and optimizer-in-backward, because
+the reference syncs between backward and the optimizer step.
 
     tune run humanline_kto_distributed --config humanline/llama3_8b_offline_kto                 # every visible GPU
     tune run --nproc_per_node 8 recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml
     tune run recipes/humanline_kto_distributed --config configs/llama3_8b_offline_kto.yaml reference.sync_every=4
 
-To change the method, copy this file (``tune cp``) and edit it: ``train`` is the loop, in which the reference syncs, and
+To change the method, copy this file (``tune cp``) and edit it. ``train`` is the loop, where the reference syncs;
 ``loss_and_metrics`` calls the loss.
 """
 
@@ -46,7 +46,7 @@ from torchtune.recipe_interfaces import FTRecipeInterface
 
 
 class HumanlineKTORecipeDistributed(FTRecipeInterface):
-    """Labelled responses, KTO on clipped log-ratios, a synced reference, FSDP2 over all ranks."""
+    """KTO on labelled responses, with clipped log-ratios and a synced reference, sharded over all ranks with FSDP2."""
 
     sharded = True
 
@@ -54,7 +54,7 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
         self.environment = environment
 
     def setup(self, cfg: DictConfig) -> None:
-        """Builds what the loop uses: first what can fail cheaply, the weights last."""
+        """Builds the objects that the loop uses. Steps that can fail cheaply come before the weights are loaded."""
         environment, settings = self.environment, self.environment.settings
         self.loss = component(cfg, "loss")
         self.objective = KTO(self.loss)
@@ -74,7 +74,7 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
             )
         )
         weights_out = model.weights_out(self.policy)
-        del model  # and with it the checkpoint's weights
+        del model  # frees the checkpoint's weights
         source = data.source(self.policy, weights_out)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
         self.lr_scheduler = lr_schedule(cfg, self.optimizer, data.total_steps)
@@ -98,7 +98,7 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
         )
 
     def train(self) -> None:
-        """The loop. The reference syncs after the gradient is clipped and before the weights move."""
+        """Runs the loop. The reference syncs after gradient clipping and before the optimizer step."""
         with self.run as run:
             for step, batch in run.steps():
                 for index, divisor in enumerate(self.objective.divisors(batch)):
@@ -109,8 +109,8 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
                         with self.activations:
                             policy_logps = log_probs(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws, kl)
-                        loss = loss * weight / divisor  # its part of the loss of the batch of all ranks
-                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks, and this is a sum
+                        loss = loss * weight / divisor  # this pass's part of the global batch's loss
+                        (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
                         run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
@@ -124,14 +124,14 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
     def loss_and_metrics(
         self, policy_logps: Tensor, reference_logps: Tensor, rows: Rows, draws: Tensor | None, kl: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """The sum of a pass's losses (scalar), and what to log of it: a sum and a count for each name.
+        """Returns the sum of a pass's losses (scalar) and its metrics: a sum and a count for each name.
 
         Args:
-            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            policy_logps (Tensor): log-probs of the pass's response tokens under the policy, nats, ``[N]``.
             reference_logps (Tensor): the same under the reference, ``[N]``.
             rows (Rows): the pass.
-            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``.
-            kl (Tensor): the microbatch's baseline, scalar, nats.
+            draws (Tensor | None): uniforms for humanline sampling, ``[2, B, S]``; None without it.
+            kl (Tensor): the baseline of the global microbatch, scalar, nats.
         """
         policy, reference, mask = rows.per_response(policy_logps), rows.per_response(reference_logps), rows.mask
         desirable = rows.labels  # [B]
@@ -146,16 +146,16 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
             "kl_baseline": (kl * responses, responses),
             "log_probs/desirable": (log_probs.where(desirable, 0).sum(), desirable.sum()),
             "log_probs/undesirable": (log_probs.where(~desirable, 0).sum(), (~desirable).sum()),
-            "log_probs/accuracies": likelier_best(log_probs, [group.labels for group in rows.groups]),
+            "log_probs/accuracies": likelier_best(log_probs, [group.labels or () for group in rows.groups]),
             **perception_metrics(self.loss, policy, reference, mask),
         }
 
     def kl_baseline(self, passes: Iterable[tuple[Rows, int, Tensor]]) -> Tensor:
-        """``z0`` of a microbatch, of all ranks alike: a scalar, nats, without gradient.
+        """Returns the baseline ``z0`` of a global microbatch, equal on all ranks: a scalar, nats, without gradient.
 
         Args:
             passes (Iterable[tuple[Rows, int, Tensor]]): this rank's passes of the KL sequences, each with its weight
-                and its reference log-probs, ``[N]``.
+                and its reference log-probs, nats, ``[N]``.
         """
         return self.loss.kl_baseline_of(
             [
@@ -168,7 +168,7 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
         )
 
     def cleanup(self) -> None:
-        """Closes what is held open, however the run ended."""
+        """Closes the run's resources, however it ended."""
         self.environment.close()
 
 

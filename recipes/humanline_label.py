@@ -1,15 +1,16 @@
-"""Scores the responses that were sampled to the prompts of a file.
+"""Scores sampled responses.
 
-What `humanline_sample` writes goes in, JSON Lines with a prompt and its responses in `all_generated_responses`; the
-same lines come out with `all_rm_scores`, a dataset for `humanline.data.scored_groups`. Any reward does, by rule, by a
-reward model or by a judge: see `humanline.rewards`. What it leaves out on purpose: more than one device (split the
-samples file, and start one process on each).
+The input is the output of `humanline_sample`: JSON Lines with a prompt and its responses in `all_generated_responses`.
+The output is the same lines with `all_rm_scores`, a dataset for `humanline.data.scored_groups`. Any reward works: a
+rule, a reward model or a judge; see `humanline.rewards`. Not supported: more than one device (split the samples file,
+and start one process per device).
 
     tune run humanline_label --config humanline/gsm8k_label samples=samples.jsonl
     tune run recipes/humanline_label --config configs/gsm8k_label.yaml samples=samples.jsonl output=scored.jsonl
 
-Lines are written as they are scored, to a file beside the output that gets its name when it is whole. A run that was
-cut short goes on with the lines it lacks when it is started again; with another reward or other samples it starts anew.
+Lines are written as they are scored, to a file beside the output. It gets the output's name once it is complete. If an
+interrupted run is started again, it resumes with the missing lines; with another reward or other samples it starts from
+the beginning.
 """
 
 import math
@@ -18,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from humanline.errors import ConfigError
 from humanline.programs import (
     PartialFile,
     check_keys,
@@ -28,44 +28,50 @@ from humanline.programs import (
     parse,
     score_sources,
     scored_rows,
+    whole_number,
 )
 from humanline.rewards import read_samples
 from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
 REQUIRED = ("samples", "output", "reward")
-OPTIONAL = ("batch_size", "output_dir", "device")  # the last two for other keys to refer to
+DEFAULTS: dict[str, Any] = {"batch_size": 16, "output_dir": None, "device": None}
 
 log = get_logger("INFO")
 
 
 class HumanlineLabelRecipe:
-    """Samples in, scored groups out.
+    """Scores samples.
 
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        samples (str): a .jsonl, .json or .parquet file of prompts with their responses in ``all_generated_responses``.
+        output (str): the file that is written: the same lines with ``all_rm_scores``.
+        batch_size (int): prompts that are scored, and written, at a time.
+        output_dir (str | None): a folder for ``output`` to refer to.
+        device (str | None): a device for ``reward.device`` to refer to.
+
     Raises:
-        ConfigError: if a top-level key is missing, unknown, or cannot work.
+        ConfigError: if a top-level key is missing, unknown, or invalid.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        check_keys(cfg, REQUIRED, OPTIONAL)
-        self.batch_size = cfg.get("batch_size", 16)
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size!r} is not a whole number of at least 1")
+        check_keys(cfg, REQUIRED, DEFAULTS)
+        self.batch_size = whole_number(cfg, "batch_size", default=DEFAULTS["batch_size"], least=1)
         self.output = Path(cfg.output).expanduser()
 
     def setup(self, cfg: DictConfig) -> None:
-        """Reads the samples and builds the reward: what is wrong with a line or with the reward shows at once."""
+        """Reads the samples and builds the reward, so that an invalid line or reward is reported at once."""
         self.prompts, _ = read_samples(cfg.samples)
         self.rows = [dict(prompt.fields) for prompt in self.prompts]
         self.reward = component(cfg, "reward")
-        self.reward(self.prompts, [[] for _ in self.prompts])  # with nothing to score, it checks the prompts
+        self.reward(self.prompts, [[] for _ in self.prompts])  # without responses it only checks the prompts
         self.partial = PartialFile(self.output, [score_sources(cfg.reward), self.rows])
 
     def label(self) -> list[dict[str, Any]]:
-        """The lines with their scores, of which those are scored that are not yet."""
+        """Scores the lines that have no scores yet, and returns all lines with scores."""
         with self.partial as partial:
             rows = scored_rows(self.reward, self.prompts, self.rows, partial, self.batch_size)
             os.replace(partial.path, self.output)
@@ -81,12 +87,12 @@ class HumanlineLabelRecipe:
         )
 
     def cleanup(self) -> None:
-        """Nothing to close: what torchtune's recipes end with."""
+        """Does nothing; torchtune's recipes end with this call."""
 
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    """Scores sampled responses. A mistake in config or data ends it with one line."""
+    """Scores sampled responses. An error in config or data ends it with one line."""
     with common_end(Path(__file__).name):
         check_one_process()
         recipe = HumanlineLabelRecipe(cfg)

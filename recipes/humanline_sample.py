@@ -1,10 +1,10 @@
 """Samples responses from a model to the prompts of a file.
 
-One process loads a Hugging Face folder into torchtune's modules, encodes the prompts with the folder's own chat
-template, and samples in batches with a KV cache; the responses to a prompt share its prefill. What comes out is either
-JSON Lines, one line a prompt with its responses in `all_generated_responses` (add `all_rm_scores`, and it is a dataset
-for `humanline.data.scored_groups`), or the `model_outputs.json` of AlpacaEval. What it leaves out on purpose: more than
-one device (split the prompt file, and start one process on each), and scoring, which is a program of its own.
+One process loads a Hugging Face folder into torchtune's modules, encodes the prompts with the folder's chat template,
+and samples in batches with a KV cache. The responses to a prompt share its prefill. The output is either JSON Lines, or
+the `model_outputs.json` of AlpacaEval. A JSON line has a prompt and its responses in `all_generated_responses`; with
+`all_rm_scores` added it is a dataset for `humanline.data.scored_groups`. Not supported: more than one device (split the
+prompt file, and start one process per device), and scoring (see `humanline_label`).
 
     tune run humanline_sample --config humanline/smollm2_135m_sample prompts=prompts.jsonl
     tune run recipes/humanline_sample --config configs/smollm2_135m_sample.yaml prompts=prompts.jsonl \
@@ -12,10 +12,10 @@ one device (split the prompt file, and start one process on each), and scoring, 
     tune run recipes/humanline_sample --config configs/smollm2_135m_sample.yaml prompts=alpaca_eval.json \
         format=alpaca_eval output=model_outputs.json
 
-Prompts are written down as they are answered, in a file beside the output. A run that was cut short goes on with those
-it lacks when it is started again; with other prompts, weights or settings it starts anew.
+Responses are written to a file beside the output as they are sampled. If an interrupted run is started again, it
+resumes with the missing prompts; with other prompts, weights or settings it starts from the beginning.
 
-The batching itself is in `humanline.rollout.TorchtuneEngine`.
+The batching is in `humanline.rollout.TorchtuneEngine`.
 """
 
 import sys
@@ -25,6 +25,7 @@ from typing import Any
 from humanline.errors import ConfigError
 from humanline.programs import (
     Sampler,
+    SamplerSettings,
     check_keys,
     check_one_process,
     common_end,
@@ -37,46 +38,52 @@ from humanline.rollout import Prompt
 from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
-REQUIRED = (*Sampler.REQUIRED, "output")
-OPTIONAL = (*Sampler.OPTIONAL, "format", "generator", "output_dir")
+REQUIRED = (*SamplerSettings.REQUIRED, "output")
+DEFAULTS: dict[str, Any] = {"format": "jsonl", "generator": None, "output_dir": None}
+OPTIONAL = (*SamplerSettings.OPTIONAL, *DEFAULTS)
 
 log = get_logger("INFO")
 
 
 class HumanlineSampleRecipe:
-    """Prompts in, responses out.
+    """Samples responses to prompts.
 
     Args:
         cfg (DictConfig): the whole config.
 
+    Keys:
+        output (str): the file that is written.
+        format (str): ``jsonl``, one line a prompt; or ``alpaca_eval``, the ``model_outputs.json`` of AlpacaEval.
+        generator (str | None): with ``alpaca_eval``, the model's name in the file; None is its folder's.
+
     Raises:
-        ConfigError: if a top-level key is missing, unknown, or cannot work.
+        ConfigError: if a top-level key is missing, unknown, or invalid.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         check_keys(cfg, REQUIRED, OPTIONAL)
-        self.sampler = Sampler(cfg)
-        self.alpaca_eval = one_of(cfg, "format", {"jsonl": False, "alpaca_eval": True}, default="jsonl")
-        samples_per_prompt = self.sampler.params.samples_per_prompt
+        self.sampling = SamplerSettings(cfg)
+        self.alpaca_eval = one_of(cfg, "format", {"jsonl": False, "alpaca_eval": True}, default=DEFAULTS["format"])
+        samples_per_prompt = self.sampling.params.samples_per_prompt
         if self.alpaca_eval and samples_per_prompt != 1:
             raise ConfigError(
-                f"samples_per_prompt: {samples_per_prompt} does not work with format: alpaca_eval, which "
-                "has one output an instruction; set 1, or format: jsonl"
+                f"samples_per_prompt: expected 1 with format: alpaca_eval, got {samples_per_prompt}; set 1, or "
+                "format: jsonl"
             )
         self.output = str(cfg.output)
         self.generator = cfg.get("generator") or Path(cfg.checkpointer.checkpoint_dir).name
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the prompts and loads the model."""
-        self.prompts = self.sampler.read(cfg)
-        self.sampler.setup(cfg)
+        self.prompts = self.sampling.read(cfg)
+        self.sampler = Sampler(cfg, self.sampling, self.prompts, self.output)
 
     def sample(self) -> list[dict[str, Any]]:
-        """Draws the responses of every prompt that has none yet, with a progress bar."""
-        return self.sampler.sample(self.output)
+        """Samples the responses to every prompt that has none yet, with a progress bar."""
+        return self.sampler.sample()
 
     def save(self, rows: list[dict[str, Any]]) -> None:
-        """Writes the responses; what bears the name of ``output`` is whole."""
+        """Writes the responses to ``output``, which gets its name only once it is complete."""
         if self.alpaca_eval:
             write_json(self.output, [self._output(prompt, row) for prompt, row in zip(self.prompts, rows, strict=True)])
         else:
@@ -94,12 +101,12 @@ class HumanlineSampleRecipe:
         }
 
     def cleanup(self) -> None:
-        """Nothing to close: what torchtune's recipes end with."""
+        """Does nothing; torchtune's recipes end with this call."""
 
 
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    """Samples responses to the prompts of a file. A mistake in config or data ends it with one line."""
+    """Samples responses to the prompts of a file. An error in config or data ends it with one line."""
     with common_end(Path(__file__).name):
         check_one_process()
         recipe = HumanlineSampleRecipe(cfg)

@@ -11,6 +11,7 @@ import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(prompt, str):
             prompt = self.server.tokenizer.encode(prompt, add_special_tokens=self.server.options.text).ids
         text, ended = answer(prompt, body["seed"], body["max_tokens"], self.server.weights)
-        choice = {"text": text, "finish_reason": "stop" if ended else "length"}
+        choice: dict[str, Any] = {"text": text, "finish_reason": "stop" if ended else "length"}
         if not self.server.options.text:
             ids = self.server.tokenizer.encode(text, add_special_tokens=False).ids
             ids += body["stop_token_ids"][:1] if ended else []

@@ -89,12 +89,12 @@ def test_a_single_device_recipe_on_two_ranks_is_refused(trajectory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = command([*torchrun, str(run.recipe), "--config", str(run.folder / "config.yaml")], cwd=ROOT, check=False)
     assert done.returncode != 0
-    assert "nproc_per_node: this recipe is for one device; run the _distributed one" in done.stderr
+    assert "nproc_per_node: this recipe needs exactly one process; use the _distributed recipe" in done.stderr
 
 
 def test_optimizer_in_backward_is_refused_with_the_reason(trajectory):
     line = one_device(trajectory("dpo_7_k1")).train("optimizer_in_bwd=True")
-    assert "optimizer_in_bwd: True does not work: the reference syncs after backward and before the optimizer" in line
+    assert "optimizer_in_bwd: expected False, got True; it would merge the optimizer's step into backward" in line
 
 
 # In bfloat16 compiled code rounds elsewhere, which grows from step to step at this trajectory's rate.
@@ -396,14 +396,14 @@ def test_adapters_that_do_not_fit_are_refused_by_name(trajectory):
     trained(run, "max_steps_per_epoch=1")
     folder = run.folder / "out" / "epoch_0" / "adapter"
     run.config["model"]["lora_rank"] = 8
-    assert "has lora_rank 4, the model 8; set model.lora_rank: 4" in run.train(f"adapter={folder}")
+    assert "has lora_rank 4, the model has 8; set model.lora_rank: 4" in run.train(f"adapter={folder}")
     (folder / "adapter_config.json").unlink()
     line = run.train(f"adapter={folder / 'adapter_model.pt'}")
-    assert "is of another shape than model: layers.0.attn.q_proj.lora_a.weight is (4, 64) in the file" in line
-    assert "nowhere has no adapter_model.pt" in run.train("adapter=nowhere")
+    assert "does not fit model: layers.0.attn.q_proj.lora_a.weight is (4, 64) in the file" in line
+    assert "expected adapter_model.pt or adapter_model.safetensors in nowhere, found" in run.train("adapter=nowhere")
     run.config["model"] = trajectory("dpo_8_k4").config["model"]
     run.config["reference"]["_component_"] = "humanline.reference.ModelReference"
-    assert "adapter: the model has none; name a lora_" in run.train(f"adapter={folder}")
+    assert "adapter: the model has no adapter; use a lora_" in run.train(f"adapter={folder}")
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_a_resumed_run_is_of_the_same_model(trajectory):
 
 def test_lora_on_the_output_layer_is_refused(trajectory):
     run = with_lora(one_device(trajectory("dpo_7_k1")), apply_lora_to_output=True)
-    assert "(with LoRA: apply_lora_to_output: False)" in run.train()
+    assert "LoRA needs apply_lora_to_output: False" in run.train()
 
 
 def test_a_checkpoint_of_an_adapter_holds_no_base(trajectory):

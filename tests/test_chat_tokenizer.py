@@ -84,7 +84,7 @@ def byte_level_tokenizer(family: Family) -> Tokenizer:
     if family.nfc:
         tokenizer.normalizer = normalizers.NFC()
     if family.digits:
-        split = pre_tokenizers.Split(Regex(SPLIT_AT_LETTERS % family.digits), "isolated")
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(Regex(SPLIT_AT_LETTERS % family.digits), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     else:
         split = pre_tokenizers.Digits(individual_digits=True)
@@ -394,7 +394,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
             "{% for m in messages %}<|im_start|>{{ m.role }}\n"
             "{{ m.content if loop.last or m.role == 'user' else 'omitted' }}<|im_end|>\n{% endfor %}"
             "{% if messages | length > 3 %}<|im_end|>{% endif %}" + HEADER,
-            "puts '<|im_end|>' behind <|im_end|>",
+            "puts '<|im_end|>' after <|im_end|>",
             id="only a longer chat ends otherwise",
         ),
         pytest.param(
@@ -405,7 +405,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
         ),
         pytest.param(
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}" + HEADER,
-            "leaves the assistant's content out, or alters it",
+            "omits or alters the assistant's content",
             id="the answer is altered",
         ),
         pytest.param(LOOP, "puts '<|im_start|>assistant' before an answer", id="no generation prompt"),
@@ -423,13 +423,13 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
         pytest.param(
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}",
-            "puts '<|endoftext|>' behind <|im_end|>",
+            "puts '<|endoftext|>' after <|im_end|>",
             id="text behind the end of turn",
         ),
         pytest.param(
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
             "{{ '<|im_end|>' if messages | length < 4 or not loop.last else '<|endoftext|>' }}\n{% endfor %}" + HEADER,
-            "ends the assistant's turn with <|im_end|> in one chat and otherwise in another",
+            "ends the assistant's turn with <|im_end|> in one chat and another token in another",
             id="two ends of turn",
         ),
         pytest.param(
@@ -440,7 +440,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
         pytest.param(
             "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
-            "give an answer other ids by itself than behind its prompt",
+            "encode an answer differently alone than after its prompt",
             id="the header ends in a space that belongs to the first word",
         ),
         pytest.param(
@@ -483,7 +483,7 @@ def test_a_tokenizer_that_starts_every_text_with_a_space_is_refused(tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="give an answer other ids by itself than behind its prompt"):
+    with pytest.raises(ConfigError, match="encode an answer differently alone than after its prompt"):
         ChatTokenizer(str(folder))
 
 
@@ -495,15 +495,17 @@ def test_what_is_missing_or_broken_in_a_folder_is_named_with_the_remedy(tmp_path
         return str(error.value)
 
     folder = write_folder(tmp_path, FAMILIES["llama3"], chat_template=None)
-    assert complaint() == f"tokenizer.chat_template: {folder} has no chat template of its own; name a Jinja file"
+    assert complaint() == f"tokenizer.chat_template: {folder} has no chat template; set this key to a Jinja file"
     assert f"tokenizer.chat_template: {tmp_path / 'x.jinja'} is not a file" in complaint(
         chat_template=str(tmp_path / "x.jinja")
     )
-    assert "tokenizer.max_seq_len: 0 is below 1" in complaint(max_seq_len=0)
+    assert "tokenizer.max_seq_len: expected a length of at least 1, or null for no limit, got 0" in complaint(
+        max_seq_len=0
+    )
     write_folder(tmp_path, FAMILIES["llama3"], eos_token="</s>")
-    assert "tokenizer.json lacks '</s>', tokenizer_config.json's eos_token" in complaint()
+    assert "tokenizer.json has no token '</s>', the eos_token of tokenizer_config.json" in complaint()
     (folder / "tokenizer_config.json").write_text("{")
-    assert f"tokenizer.path: {folder / 'tokenizer_config.json'} is not JSON" in complaint()
+    assert f"tokenizer.path: {folder / 'tokenizer_config.json'} is not valid JSON" in complaint()
     (folder / "tokenizer_config.json").unlink()
     assert f"tokenizer.path: {folder / 'tokenizer_config.json'} is missing" in complaint()
     (folder / "tokenizer.json").write_text("{}")
@@ -518,9 +520,9 @@ def test_what_is_missing_or_broken_in_a_folder_is_named_with_the_remedy(tmp_path
 @pytest.mark.parametrize(
     ("chat", "reason"),
     [
-        ([system("Be brief."), user("Hi")], "declines the chat: System role not supported"),
-        ([user("Hi"), user("Hi")], "declines the chat: Conversation roles must alternate"),
-        (["Hi"], "declines the chat"),
+        ([system("Be brief."), user("Hi")], "rejects the chat: System role not supported"),
+        ([user("Hi"), user("Hi")], "rejects the chat: Conversation roles must alternate"),
+        (["Hi"], "rejects the chat"),
         ([user("lone surrogate \ud800")], "not valid Unicode"),
     ],
 )
@@ -640,7 +642,7 @@ def test_a_template_that_rewrites_history_is_an_error_for_several_answers_and_no
 
 
 def test_a_message_with_an_image_is_refused(ours):
-    with pytest.raises(DataError, match="^messages: a message has an image"):
+    with pytest.raises(DataError, match="^messages: expected text only, but a message has an image"):
         ours["llama3"].tokenize_messages([Message(role="user", content=[{"type": "image", "content": None}])])
 
 

@@ -65,24 +65,24 @@ def test_a_component_may_be_removed(file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("~dataset_val", "override: Could not find key dataset_val to remove; the nearest is dataset"),
-        ("~optimizer.lrr", "override: Could not find key optimizer.lrr to remove; the nearest is optimizer.lr"),
-        ("~loss.beta", "Could not find key loss to remove; there are seed, output_dir, optimizer, dataset"),
-        ("foo", "override 'foo': is neither key=value nor ~key"),
-        ("=", "override '=': is neither key=value nor ~key"),
-        ("=3", "override '=3': is neither key=value nor ~key"),
-        ("~", "override '~': is neither key=value nor ~key"),
-        ("optimizer..lr=1", "override 'optimizer..lr=1': is neither key=value nor ~key"),
-        ("seed.a.b=1", "override 'seed.a.b=1': seed is 3, which has no keys of its own"),
-        ("dataset.source.x=1", "dataset.source is '${output_dir}/groups.jsonl', which has no keys of its own"),
-        ("optimizer.betas.0=1", "optimizer.betas is [0.9, 0.95], which has no keys of its own"),
-        ("~seed.a", "seed is 3, which has no keys of its own"),
-        ("seed=[1", "override 'seed=[1': its value is no YAML: "),
-        ("seed=${sed}", "seed: refers to what is not there: Interpolation key 'sed' not found"),
-        ("seed=${oc.env:HUMANLINE_NOT_SET}", "seed: refers to what is not there: "),
-        ("~output_dir", "dataset.source: refers to what is not there: Interpolation key 'output_dir' not found"),
-        ("--nproc_per_node", "--nproc_per_node: is no option of a recipe; torchrun's options stand before"),
-        ("-h5", "-h5: is no option of a recipe"),
+        ("~dataset_val", "override: found no key dataset_val to remove; did you mean dataset?"),
+        ("~optimizer.lrr", "override: found no key optimizer.lrr to remove; did you mean optimizer.lr?"),
+        ("~loss.beta", "found no key loss to remove; expected one of seed, output_dir, optimizer, dataset"),
+        ("foo", "override 'foo': expected key=value or ~key"),
+        ("=", "override '=': expected key=value or ~key"),
+        ("=3", "override '=3': expected key=value or ~key"),
+        ("~", "override '~': expected key=value or ~key"),
+        ("optimizer..lr=1", "override 'optimizer..lr=1': expected key=value or ~key"),
+        ("seed.a.b=1", "override 'seed.a.b=1': expected a section at seed, found 3; correct the key"),
+        ("dataset.source.x=1", "expected a section at dataset.source, found '${output_dir}/groups.jsonl'"),
+        ("optimizer.betas.0=1", "expected a section at optimizer.betas, found [0.9, 0.95]"),
+        ("~seed.a", "expected a section at seed, found 3"),
+        ("seed=[1", "override 'seed=[1': the value is invalid YAML: "),
+        ("seed=${sed}", "seed: cannot resolve its value: Interpolation key 'sed' not found"),
+        ("seed=${oc.env:HUMANLINE_NOT_SET}", "seed: cannot resolve its value: "),
+        ("~output_dir", "dataset.source: cannot resolve its value: Interpolation key 'output_dir' not found"),
+        ("--nproc_per_node", "--nproc_per_node: not an option of a recipe; put torchrun's options before"),
+        ("-h5", "-h5: not an option of a recipe"),
     ],
 )
 def test_a_wrong_override_is_named(file, override, message):
@@ -91,23 +91,23 @@ def test_a_wrong_override_is_named(file, override, message):
 
 def test_a_key_is_overridden_once(file):
     line = refusal("--config", file, "seed=1", "epochs=2", "seed=2")
-    assert "override 'seed=2': seed is overridden already, by 'seed=1'; leave one out" in line
+    assert "override 'seed=2': 'seed=1' already overrides seed; remove one of them" in line
 
 
 def test_there_is_one_config(file):
-    assert refusal("seed=1").startswith("--config: is missing: tune run RECIPE --config FILE")
-    assert refusal("--config").startswith("--config: is missing: ")
-    assert f"--config: is given 2 times ({file}, b.yaml); give one" in refusal("--config", file, "--config", "b.yaml")
+    assert refusal("seed=1").startswith("--config: missing; usage: tune run RECIPE --config FILE")
+    assert refusal("--config").startswith("--config: missing; usage: ")
+    assert f"--config: expected one file, got 2 ({file}, b.yaml); " in refusal("--config", file, "--config", "b.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 3\nmodel: [1\n", r"config\.yaml line 3: is no YAML: "),
-        ("seed: 3\n\tdtype: x\n", r"config\.yaml line 2: is no YAML: "),
-        ("seed: 3\nseed: 4\n", r"config\.yaml line 2: is no YAML: found duplicate key seed"),
-        ("- 1\n- 2\n", r"config\.yaml: holds no keys; a config is lines of key: value"),
-        ("", r"config\.yaml: holds no keys"),
+        ("seed: 3\nmodel: [1\n", r"config\.yaml line 3: invalid YAML: "),
+        ("seed: 3\n\tdtype: x\n", r"config\.yaml line 2: invalid YAML: "),
+        ("seed: 3\nseed: 4\n", r"config\.yaml line 2: invalid YAML: found duplicate key seed"),
+        ("- 1\n- 2\n", r"config\.yaml: found no keys, expected lines of key: value"),
+        ("", r"config\.yaml: found no keys"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_line(tmp_path, text, message):
@@ -117,15 +117,15 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    assert f"--config: there is no file {tmp_path}/config.yml (looked for from " in refusal(
+    assert f"--config: file {tmp_path}/config.yml not found (working directory " in refusal(
         "--config", f"{tmp_path}/config.yml"
     )
-    assert f"--config: there is no file {tmp_path}" in refusal("--config", str(tmp_path))
+    assert f"--config: file {tmp_path} not found" in refusal("--config", str(tmp_path))
 
 
 def test_a_recipe_ends_with_that_line_and_nothing_else(trajectory, capsys):
     run = trajectory("dpo_8_k4")
     line = run.train("~dataset_val")
-    assert line.startswith("humanline_dpo_distributed.py: override: Could not find key dataset_val")
-    assert run.train("epoch=3").endswith("epoch: is not a key of this recipe; did you mean epochs?")
+    assert line.startswith("humanline_dpo_distributed.py: override: found no key dataset_val")
+    assert run.train("epoch=3").endswith("epoch: not a key of this recipe; did you mean epochs?")
     assert capsys.readouterr().err == ""

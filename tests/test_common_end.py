@@ -48,7 +48,10 @@ def test_a_rank_that_is_killed_is_said_to_have_ended(two_ranks):
         wait_until(lambda: 3 in logged_steps(two_ranks), ranks)
         ranks.processes[1].kill()
         assert ranks.wait(60) == [1, -9]
-        assert f"{PROGRAM}rank 0: another rank ended without a word; the system may have killed it" in ranks.output()
+        assert (
+            f"{PROGRAM}rank 0: another rank ended without an error message; the system may have killed it"
+            in ranks.output()
+        )
         assert "Traceback" not in ranks.output()
 
 
@@ -68,7 +71,9 @@ def test_a_data_file_is_missing_or_another_on_one_rank(two_ranks):
     (two_ranks.folder / "output.txt").unlink()
     lines = two_ranks.data.read_text().splitlines(keepends=True)
     here[1].write_text("".join(reversed(lines)))
-    assert_both_say(two_ranks, ("groups: is 48 groups ", " on rank 0 and 48 groups ", " on rank 1; all ranks need"))
+    assert_both_say(
+        two_ranks, ("groups: expected the same on all ranks, got 48 groups ", " on rank 0 and 48 groups ", " on rank 1")
+    )
 
 
 def test_weights_are_missing_or_others_on_one_rank(two_ranks):
@@ -84,19 +89,28 @@ def test_weights_are_missing_or_others_on_one_rank(two_ranks):
     save_file(
         {name: 2 * weight for name, weight in weights.items()}, folders[1] / "model.safetensors", {"format": "pt"}
     )
-    assert_both_say(two_ranks, ("checkpointer.checkpoint_dir and adapter: is ", " on rank 0 and ", " on rank 1"))
+    assert_both_say(
+        two_ranks,
+        (
+            "checkpointer.checkpoint_dir and adapter: expected the same on all ranks, got ",
+            " on rank 0 and ",
+            " on rank 1",
+        ),
+    )
 
 
 def test_a_setting_is_another_on_one_rank(two_ranks):
     """Wrong on rank 0 alone, before it has met the other; without a value on rank 1 alone; or only different."""
     number = f"${{oc.decode:{RANK}}}"
-    assert_both_say(two_ranks, ("batch_size: 0 does not work",), f"batch_size={number}")
+    assert_both_say(two_ranks, ("batch_size: expected an integer of at least 1, got 0",), f"batch_size={number}")
     (two_ranks.folder / "output.txt").unlink()
     missing = f"seed=${{oc.decode:${{oc.env:NUMBER_{RANK}}}}}"
-    assert_both_say(two_ranks, ("seed: refers to what is not there", "NUMBER_1"), missing, NUMBER_0="0")
+    assert_both_say(two_ranks, ("seed: cannot resolve its value", "NUMBER_1"), missing, NUMBER_0="0")
     (two_ranks.folder / "output.txt").unlink()
     assert_both_say(
-        two_ranks, ("optimizer.weight_decay: is 0 on rank 0 and 1 on rank 1",), f"optimizer.weight_decay={number}"
+        two_ranks,
+        ("optimizer.weight_decay: expected the same on all ranks, got 0 on rank 0 and 1 on rank 1",),
+        f"optimizer.weight_decay={number}",
     )
 
 
@@ -110,7 +124,9 @@ def test_a_checkpoint_is_another_on_one_rank(two_ranks):
     (two_ranks.folder / "step_0").symlink_to(steps / "step_8")
     (two_ranks.folder / "step_1").symlink_to(steps / "step_12")
     where = f"resume_from_checkpoint={two_ranks.folder}/step_{RANK}"
-    assert_both_say(resumed, ("resume_from_checkpoint: is step 8", " on rank 0 and step 12"), where)
+    assert_both_say(
+        resumed, ("resume_from_checkpoint: expected the same on all ranks, got step 8", " on rank 0 and step 12"), where
+    )
 
 
 def test_a_log_on_a_full_disk_is_said_and_ends_no_run(trajectory, caplog):
@@ -118,7 +134,7 @@ def test_a_log_on_a_full_disk_is_said_and_ends_no_run(trajectory, caplog):
     run.config["metric_logger"]["_component_"] = "toys.FullLogger"
     assert run.train() is None
     assert (
-        "step 3: its metrics could not be logged: [Errno 28] No space left on device; training goes on" in caplog.text
+        "step 3: its metrics could not be logged: [Errno 28] No space left on device; training continues" in caplog.text
     )
     assert sorted(run.log()) == [step for step in range(1, 13) if step != 3]
 

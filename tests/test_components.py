@@ -36,53 +36,69 @@ def test_a_missing_logger_package_is_named_with_the_command_that_installs_it(run
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("optimizer=bitsandbytes.optim.AdamW8bit",), "there is no module bitsandbytes; correct the name, start where"),
+        (("optimizer=bitsandbytes.optim.AdamW8bit",), "no module bitsandbytes; correct the name, or run in the folder"),
         (
             ("optimizer=needs_sklearn.Adam",),
-            "Error loading 'needs_sklearn.Adam': the package scikit-learn is not installed; in",
+            "cannot load 'needs_sklearn.Adam': the package scikit-learn is not installed; in",
         ),
-        (("optimizer=broken.Adam",), "Error loading 'broken.Adam': NameError: name 'nowhere' is not defined ("),
+        (("optimizer=broken.Adam",), "cannot load 'broken.Adam': NameError: name 'nowhere' is not defined ("),
         (
             ("optimizer=torch.optim.AdmW",),
-            "optimizer._component_: Error loading 'torch.optim.AdmW': torch.optim has no AdmW; did you mean AdamW?",
+            "optimizer._component_: cannot load 'torch.optim.AdmW': torch.optim has no AdmW; did you mean AdamW?",
         ),
         (("model=torchtune.models.llama3.lama3",), "torchtune.models.llama3 has no lama3; did you mean llama3?"),
-        (("loss=humanline.losses",), "loss._component_: humanline.losses is a module; name a class or function"),
-        (("loss=5",), "loss._component_: 5 is no dotted path"),
-        (("loss=humanline..losses",), "loss._component_: 'humanline..losses' is no dotted path"),
+        (("loss=humanline.losses",), "loss._component_: expected a class or function, got the module humanline.losses"),
+        (("loss=5",), "loss._component_: expected a dotted path, such as torch.optim.AdamW, got 5"),
+        (
+            ("loss=humanline..losses",),
+            "loss._component_: expected a dotted path, such as torch.optim.AdamW, got 'humanline..losses'",
+        ),
         (
             ("optimizer.lrr=1",),
-            "optimizer: torch.optim.AdamW does not take these arguments: optimizer.lrr is none of them; did you",
+            "optimizer.lrr: torch.optim.AdamW has no such argument; did you mean lr? (expected one of lr, ",
         ),
         (
             ("reference.sync_evry=1",),
-            "reference.sync_evry is none of them; did you mean sync_every?; they are sync_every",
+            "reference.sync_evry: humanline.reference.ModelReference has no such argument; did you mean sync_every? "
+            "(expected one of sync_every",
         ),
         (
             ("dataset.max_tokns=1",),
-            "dataset.max_tokns is none of them; did you mean max_tokens?; they are source, ",
+            "dataset.max_tokns: humanline.data.encoded_groups has no such argument; did you mean max_tokens? (expected "
+            "one of source, ",
         ),
-        (("model.num_layer=1",), "model.num_layer is none of them; did you mean num_layers?"),
-        (("~model.num_layers",), "arguments: num_layers is missing; add model.num_layers"),
+        (
+            ("model.num_layer=1",),
+            "model.num_layer: torchtune.models.llama3.llama3 has no such argument; did you mean num_layers?",
+        ),
+        (
+            ("~model.num_layers",),
+            "model.num_layers: missing; torchtune.models.llama3.llama3 requires this argument; add it",
+        ),
         (("optimizer.lr=fast",), "optimizer: torch.optim.AdamW cannot be built: TypeError: "),
         (
             ("reference=torch.nn.Identity",),
-            "reference._component_: torch.nn.Identity gives Identity, expected humanline.reference.Strategy; derive",
+            "reference._component_: torch.nn.Identity builds Identity, expected a subclass of "
+            "humanline.reference.Strategy; derive",
         ),
         (("optimizer.lr=-1",), "optimizer: Invalid learning rate: -1"),
         (
             (f"lr_scheduler._component_={SCHEDULES}.CosineAnnealingLR",),
-            "T_max is missing; add lr_scheduler.T_max",
+            f"lr_scheduler.T_max: missing; {SCHEDULES}.CosineAnnealingLR requires this argument; add it",
         ),
-        ((f"lr_scheduler._component_={SCHEDULES}.LambdaLR",), "lr_lambda is missing; add lr_scheduler.lr_lambda"),
-        ((f"lr_scheduler._component_={SCHEDULES}.ReduceLROnPlateau",), "ReduceLROnPlateau is no function of the step"),
+        ((f"lr_scheduler._component_={SCHEDULES}.LambdaLR",), "lr_scheduler.lr_lambda: missing; "),
+        (
+            (f"lr_scheduler._component_={SCHEDULES}.ReduceLROnPlateau",),
+            f"expected a function of the step, got {SCHEDULES}.ReduceLROnPlateau",
+        ),
         (
             (f"lr_scheduler._component_={SCHEDULES}.OneCycleLR", "lr_scheduler.max_lr=1", "lr_scheduler.total_steps=5"),
             f"lr_scheduler: {SCHEDULES}.OneCycleLR cannot schedule this run's 12 steps: Tried to step 6 times",
         ),
         (
             ("lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",),
-            "num_warmup_steps is missing; add lr_scheduler.num_warmup_steps",
+            "lr_scheduler.num_warmup_steps: missing; torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup "
+            "requires this argument; add it",
         ),
         (
             ("profiler._component_=torchtune.training.setup_torch_profiler", "profiler.enabld=True"),

@@ -50,10 +50,10 @@ def test_rounds_that_stay_wrong_end_the_run_and_a_resumed_one_draws_by_what_was_
     assert (
         "step 5: the last 3 rounds were empty (stop_after_empty_rounds): all wrong: every response scored 0;" in message
     )
-    assert "give easier prompts, more source.generations or a higher source.temperature" in message
-    assert message.endswith("resume_from_checkpoint: latest goes on from step 5")
+    assert "use easier prompts, more source.generations or a higher source.temperature" in message
+    assert message.endswith("resume_from_checkpoint: latest resumes from step 5")
     assert checkpoints(run) == ["step_5"]
-    assert "round 2 is empty: no prompt has responses of which the objective learns (all 8 scored 0)" in caplog.text
+    assert "round 2 is empty: the objective cannot learn from any prompt's responses (all 8 scored 0)" in caplog.text
 
     short = run.again("short")
     assert short.train("max_steps_per_epoch=2") is None
@@ -65,7 +65,7 @@ def test_rounds_that_stay_wrong_end_the_run_and_a_resumed_one_draws_by_what_was_
     changes = ["source.temperature=0.8", "source.generations=3", "shuffle=False", "reward.calls=99"]
     caplog.clear()
     assert run.train("resume_from_checkpoint=latest", "stop_after_empty_rounds=3", *changes) is None
-    assert "source.temperature: was 1.0 in the checkpoint and is 0.8 for rounds that are not sampled yet" in caplog.text
+    assert "source.temperature: was 1.0 in the checkpoint, is 0.8 for rounds that are not sampled yet" in caplog.text
     assert logged_steps(run) == list(range(1, 13))
     assert all(file.read_text() == text for file, text in kept.items())
     assert all(len(json.loads(line)["responses"]) == 3 for file in rounds(run)[5:] for line in file.open())
@@ -154,13 +154,13 @@ def test_a_round_file_that_one_rank_alone_cannot_read_is_read_by_the_others(traj
         # The bar of rank 0 may stand before a line of rank 1.
         ends = re.findall(r"humanline_grpo_distributed\.py: [^\r\n]*", ranks.output())
     assert len(ends) == 2 and len(set(ends)) == 1
-    assert "round_1.jsonl: cannot be read as a round (line 1: field 'responses[0][0]' is 999, outside" in ends[0]
+    assert "round_1.jsonl: expected a round file (line 1: field 'responses[0][0]' is 999, outside" in ends[0]
 
 
 def test_greedy_draws_make_no_group(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
-    with pytest.raises(ConfigError, match=r"^source.temperature: 0 gives every prompt equal responses"):
+    with pytest.raises(ConfigError, match=r"^source.temperature: expected a number above 0, got 0; at 0 all responses"):
         OnlineSource(str(prompts), max_new_tokens=4, temperature=0)
 
 
@@ -172,10 +172,10 @@ def test_what_empty_rounds_have_in_common_decides_how_they_end():
     noted.note(1, [1.0, 1.0], empty=True)  # by a run that resumes within the round
     assert noted.in_a_row == noted.total == 1
     noted.note(2, [0.0, 1.0], empty=True)  # one prompt solved, the other hopeless
-    assert not noted.is_solved and "at scores from 0 to 1; give easier prompts" in noted.why()
+    assert not noted.is_solved and "at scores from 0 to 1; use easier prompts" in noted.why()
     noted.note(3, [0.0, 1.0], empty=False)
     noted.note(4, [], empty=True)
-    assert noted.in_a_row == 1 and not noted.is_solved and "no response at all" in noted.why()
+    assert noted.in_a_row == 1 and not noted.is_solved and "no responses: the engine" in noted.why()
     restored = EmptyRounds(highest_score=1.0)
     restored.load_state_dict(json.loads(json.dumps(noted.state_dict())))
     assert restored == noted

@@ -14,7 +14,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from test_sampling import BUILDER, LLAMA, hf_llama, write_tokenizer
+from test_sampling import hf_llama, of_the_model, write_tokenizer
 
 from humanline.data import ChatTokenizer, scored_groups
 from humanline.errors import ConfigError, DataError
@@ -65,8 +65,8 @@ def test_pass_at_k_takes_many_prompts_at_once(cases):
 @pytest.mark.parametrize(
     ("samples", "correct", "k", "message"),
     [
-        ([4, 3], [1, 1], 4, "^k: 4 is not from 1 to 3"),
-        ([4], [1], 0, "^k: 0 is not from 1 to 4"),
+        ([4, 3], [1, 1], 4, "^k: expected an integer from 1 to 3, the smallest number of samples, got 4"),
+        ([4], [1], 0, "^k: expected an integer from 1 to 4, the smallest number of samples, got 0"),
         ([4], [5], 1, "^correct: "),
         ([4], [-1], 1, "^correct: "),
     ],
@@ -128,8 +128,8 @@ def test_the_seed_decides_the_resamples():
         ([], {}, "^values: "),
         ([[1.0]], {}, "^values: "),
         ([1.0, math.nan], {}, "^values: "),
-        ([1.0], {"resamples": 0}, "^resamples: 0 is not"),
-        ([1.0], {"level": 1}, "^level: 1 is not"),
+        ([1.0], {"resamples": 0}, "^resamples: expected an integer of at least 1, got 0"),
+        ([1.0], {"level": 1}, "^level: expected a number between 0 and 1, got 1"),
     ],
 )
 def test_an_interval_of_nothing_is_refused(values, changes, message):
@@ -230,15 +230,7 @@ def of_a_model(folder, model_folder, lines=LINES, **changes):
         "batch_size": 8,
         "device": "cpu",
         "dtype": "fp32",
-        "model": {"_component_": BUILDER, **LLAMA},
-        "tokenizer": {"_component_": "humanline.data.ChatTokenizer", "path": str(model_folder)},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(model_folder),
-            "checkpoint_files": ["model.safetensors"],
-            "model_type": "LLAMA3_2",
-            "output_dir": str(folder / "out"),
-        },
+        **of_the_model(model_folder, folder / "out"),
     } | changes
 
 
@@ -404,24 +396,24 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temprature": 1}, "temprature: is not a key of this recipe"),
-        ({"reward": None}, "reward: is missing"),
-        ({"model": None}, "model: is missing"),
-        ({"prompts": None}, "prompts: is missing"),
-        ({"k": [1, 8]}, "k: 8 is more than samples_per_prompt: 4; lower the one, or raise the other"),
-        ({"k": [0]}, "k: [0] is not a list of whole numbers of at least 1"),
-        ({"k": 4}, "k: 4 is not a list"),
-        ({"k": []}, "k: [] is not a list"),
-        ({"bootstrap": 0}, "bootstrap: 0 is not a whole number of at least 1"),
-        ({"seed": -1}, "seed: -1 is not a whole number of at least 0"),
-        ({"correct_above": "high"}, "correct_above: 'high' is not a score"),
+        ({"temprature": 1}, "temprature: not a key of this recipe"),
+        ({"reward": None}, "reward: missing"),
+        ({"model": None}, "model: missing"),
+        ({"prompts": None}, "prompts: missing"),
+        ({"k": [1, 8]}, "k: 8 exceeds samples_per_prompt: 4; lower k, or sample more responses"),
+        ({"k": [0]}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got [0]"),
+        ({"k": 4}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got 4"),
+        ({"k": []}, "k: expected a list of whole numbers of at least 1, such as [1, 4, 8], got []"),
+        ({"bootstrap": 0}, "bootstrap: expected a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"correct_above": "high"}, "correct_above: expected a number or null, got 'high'"),
         (
             {"correct_above": ...},
-            "correct_above: is missing, and k: [1, 2, 4] counts the responses scored above it",
+            "correct_above: missing, but k: [1, 2, 4] needs it; set the score that only right responses exceed",
         ),
-        ({"output": "figures.txt"}, "output: 'figures.txt' does not end in .json"),
-        ({"dtype": "fp16"}, "dtype: 'fp16' is not supported; choose bf16 or fp32"),
-        ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 are more than"),
+        ({"output": "figures.txt"}, "output: expected a name ending in .json, got 'figures.txt'"),
+        ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
+        ({"max_new_tokens": 120}, "prompts.jsonl line 1: the prompt's 28 tokens and max_new_tokens: 120 exceed"),
         ({"reward": {"_component_": "humanline.rewards.None"}}, "reward._component_: "),
         (
             # No answer, and no model either: the reward looks at the prompts first.
@@ -429,7 +421,7 @@ def test_prompts_of_a_split_with_other_names_are_evaluated_with_the_system_promp
                 "reward": {"_component_": "humanline.rewards.GSM8KReward", "answer_field": "solution"},
                 "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "none"},
             },
-            "prompts.jsonl line 1: field 'solution' is absent",
+            "prompts.jsonl line 1: field 'solution' is missing",
         ),
     ],
 )
@@ -444,12 +436,12 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 @pytest.mark.parametrize(
     ("line", "changes", "message"),
     [
-        ({}, {"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
-        ({}, {"k": [5]}, "k: 5 is more than the 4 responses of "),
-        ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths' is not one int for each"),
-        ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons' is not one str for each"),
-        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is absent"),
-        ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' holds no number"),
+        ({}, {"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
+        ({}, {"k": [5]}, "k: 5 exceeds the 4 responses of "),
+        ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths': expected one int for each"),
+        ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons': expected one str for each"),
+        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
+        ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' has no number"),
     ],
 )
 def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line, changes, message):
@@ -460,7 +452,7 @@ def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="^reward: Broken did not give each response a finite score"):
+    with pytest.raises(ConfigError, match="^reward: Broken did not return one finite score per response"):
         evaluate(of_samples(tmp_path, reward={"_component_": "test_eval.Broken", "value": math.nan}))
     assert not (tmp_path / "eval" / "figures.json").exists()
 
@@ -469,4 +461,4 @@ def test_a_mistake_ends_the_recipe_with_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_samples(tmp_path, k=[1, 5])))
     done = run([sys.executable, str(RECIPE), "--config", str(tmp_path / "config.yaml")], cwd=tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 is more than the 4 responses of ")
+    assert done.stderr.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 exceeds the 4 responses of ")

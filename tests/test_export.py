@@ -104,7 +104,8 @@ def test_a_merged_adapter_keeps_its_update_where_plain_transformers_loads_it(tra
     assert share_said(caplog.text) == 1.0
     [line] = [record.getMessage() for record in caplog.records if "epoch_0" in record.getMessage()]
     assert re.search(
-        r"read in bfloat16 [\d.]+%; load it in float32 \(vLLM: --dtype float32\), or use the adapter", line
+        r"loaded in bfloat16 it keeps [\d.]+%, so load it in float32 \(vLLM: --dtype float32\), or use the adapter",
+        line,
     )
     folder = run.folder / "out" / "epoch_0"
 
@@ -154,8 +155,8 @@ def test_weights_that_lose_digits_in_being_read_are_warned_of(trajectory, caplog
 def test_an_export_dtype_that_does_nothing_or_is_unknown_is_refused(trajectory):
     run = with_adapter(trajectory("dpo_8_k4"))
     line = run.train("export_dtype=bf16", "save_adapter_weights_only=True")
-    assert "export_dtype: bf16 has nothing to do, since an adapter is written in float32; set" in line
-    assert "export_dtype: 'fp16' does not work: give fp32 or bf16, or null" in run.train("export_dtype=fp16")
+    assert "export_dtype: bf16 has no effect, since an adapter is written in float32; set" in line
+    assert "export_dtype: expected fp32, bf16 or null, got 'fp16'" in run.train("export_dtype=fp16")
 
 
 def test_the_share_is_that_along_the_update_and_noise_does_not_add_to_it():

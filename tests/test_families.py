@@ -268,8 +268,8 @@ def test_a_recipe_trains_an_adapter_and_peft_computes_the_same_from_what_it_writ
     with torch.device("meta"):
         model = build_decoder(cfg)
     io = checkpointer(family, tmp_path / "hf", tmp_path / "unused")
-    one, other = (str(written / "adapter" / f"adapter_model.{kind}") for kind in ("pt", "safetensors"))
-    one, other = (read_adapter(path, model, io) for path in (one, other))
+    files = (written / "adapter" / f"adapter_model.{kind}" for kind in ("pt", "safetensors"))
+    one, other = (read_adapter(str(file), model, io) for file in files)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

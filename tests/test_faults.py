@@ -145,7 +145,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(trajectory, numb
     (step,) = saved_steps(run)
     assert step == logged_steps(run)[-1] < 24
     assert (
-        f"stopped after step {step} by {number.name}; resume_from_checkpoint: latest goes on from step {step}" in output
+        f"stopped after step {step} by {number.name}; resume_from_checkpoint: latest resumes from step {step}" in output
     )
     run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == list(range(1, 25))
@@ -177,8 +177,14 @@ def flip_a_byte(path):
 
 
 DAMAGES = {
-    "a flipped byte": (lambda step: flip_a_byte(step / "__0_0.distcp"), "__0_0.distcp is not what was written"),
-    "a truncated file": (lambda step: os.truncate(step / ".metadata", 100), ".metadata is not what was written"),
+    "a flipped byte": (
+        lambda step: flip_a_byte(step / "__0_0.distcp"),
+        "the checksum of __0_0.distcp differs from SHA256SUMS",
+    ),
+    "a truncated file": (
+        lambda step: os.truncate(step / ".metadata", 100),
+        "the checksum of .metadata differs from SHA256SUMS",
+    ),
     "a missing file": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "no checksums": (lambda step: (step / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
 }
@@ -202,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(trajectory, d
 
     for step in (10, 20):
         do_damage(folder(run) / f"step_{step}")
-    assert "there is no whole checkpoint in" in run.train("resume_from_checkpoint=latest")
+    assert "found no complete checkpoint in" in run.train("resume_from_checkpoint=latest")
 
 
 # ---- No room
@@ -241,7 +247,7 @@ def test_a_full_disk_fails_the_save_and_not_the_run(trajectory, small_disk, in_b
     run.train_on(1)
     output = (run.folder / "output.txt").read_text()
     assert "the checkpoint of step 12 could not be written: " in output and "GB are free in" in output
-    assert "step_8 stays the last one, training goes on" in output
+    assert "step_8 is still the newest, training continues" in output
     assert saved_steps(run) == [4, 8] and {path.name for path in folder(run).iterdir()} == {"step_4", "step_8"}
     assert run.log() == whole.log()
 
@@ -260,7 +266,7 @@ def test_final_weights_that_find_no_room_are_written_by_the_resumed_run(trajecto
     with run.start() as ranks:
         assert ranks.wait() == [1]
         assert "step 24: the weights of epoch 1 could not be written: " in ranks.output()
-        assert "resume_from_checkpoint: latest goes on from step 20" in ranks.output()
+        assert "resume_from_checkpoint: latest resumes from step 20" in ranks.output()
     assert sorted(path.name for path in (run.folder / "out").glob("epoch_*")) == ["epoch_0"]
     small_disk(run, 10 * checkpoint)
     run.train_on(1, "resume_from_checkpoint=latest")
@@ -322,7 +328,7 @@ def test_steps_that_stay_not_finite_stop_the_run_with_a_state_to_go_on_from(traj
     run.config |= {"stop_after_nonfinite_steps": 3}
     line = run.train()
     assert "step 8: the last 3 losses or gradients were not finite (stop_after_nonfinite_steps)" in line
-    assert line.endswith("resume_from_checkpoint: latest goes on from step 8")
+    assert line.endswith("resume_from_checkpoint: latest resumes from step 8")
     # The same config stops again, at the next such step; only a larger limit goes further.
     assert "step 9: the last 4 losses" in run.train("resume_from_checkpoint=latest")
     assert "step 11: the last 6 losses" in run.train("resume_from_checkpoint=latest", "stop_after_nonfinite_steps=6")
@@ -348,7 +354,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trajectory):
         wait_until(lambda: 1 in logged_steps(run), ranks)
         lock = json.loads((run.folder / "out" / ".lock").read_text())
         assert lock["process"] == ranks.processes[0].pid
-        assert f"is in use by another run (process {lock['process']} on {lock['host']}); give each" in run.train()
+        assert f"is in use by another run (process {lock['process']} on {lock['host']}); use a different" in run.train()
         assert ranks.processes[0].is_alive()
 
 
@@ -402,7 +408,7 @@ def test_a_best_metric_that_cannot_be_had_is_refused(trajectory):
     run.config["dataset_val"] = {"_component_": "humanline.data.encoded_groups", "source": str(run.data)}
     assert "set run_val_every_n_steps, and save_every_n_steps to a multiple of it" in run.train()
     line = run.train("run_val_every_n_steps=3")
-    assert "best_checkpoint_metric: val/nope is not measured; choose one of val/" in line
+    assert "best_checkpoint_metric: expected one of val/" in line and line.endswith(", got val/nope")
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(trajectory, caplog):
@@ -443,7 +449,7 @@ def test_another_run_s_checkpoint_goes_into_a_folder_of_its_own(trajectory):
     step = folder(run) / "step_10"
     assert other.train(f"resume_from_checkpoint={step}") is None
     assert other.log() == {step: loss for step, loss in run.log().items() if step > 10}
-    assert f"{step} is of another folder, and output_dir has checkpoints" in other.train(
+    assert f"{step} is not in output_dir, and output_dir already has checkpoints" in other.train(
         f"resume_from_checkpoint={step}"
     )
 
@@ -484,7 +490,9 @@ def test_a_state_that_cannot_be_copied_is_written_directly(trajectory, caplog):
 
 def test_weights_that_would_go_elsewhere_are_refused_at_the_start(trajectory):
     line = trajectory(RUN).train("checkpointer.output_dir=elsewhere")
-    assert "checkpointer.output_dir: elsewhere is not output_dir" in line
+    assert (
+        "checkpointer.output_dir: expected output_dir (" in line and "), got elsewhere; set it to ${output_dir}" in line
+    )
 
 
 # ---- Collapse
@@ -522,4 +530,4 @@ def test_a_run_that_collapses_is_warned_of_or_stopped(trajectory, caplog):
     assert "rewards/margins: over the last 12 logged steps the signal fell from" in caplog.text
     other = run.folder / "other"
     line = run.train("stop_on_collapse=True", f"output_dir={other}", f"checkpointer.output_dir={other}")
-    assert "(stop_on_collapse); resume_from_checkpoint: latest goes on from step 12" in line
+    assert "(stop_on_collapse); resume_from_checkpoint: latest resumes from step 12" in line

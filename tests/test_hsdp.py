@@ -42,10 +42,12 @@ def test_checkpoints_move_between_groups_and_one_process(trajectory, reference):
 def test_ranks_that_do_not_divide_are_refused(trajectory):
     run = trajectory("dpo_8_k4")
     message = run.train("data_parallel_replicate_dim=2")
-    assert "data_parallel_replicate_dim: 1 ranks do not divide into 2 groups; give a divisor of 1" in message
+    assert "data_parallel_replicate_dim: 1 ranks do not divide into 2 groups; use a divisor of 1" in message
 
 
 def test_one_device_has_no_groups(trajectory):
     run = trajectory("dpo_8_k4")
     run.recipe = run.recipe.with_name("humanline_dpo_single_device.py")
-    assert "data_parallel_replicate_dim: this recipe has one device" in run.train("data_parallel_replicate_dim=2")
+    assert "data_parallel_replicate_dim: expected 1, since this recipe uses one device" in run.train(
+        "data_parallel_replicate_dim=2"
+    )

@@ -96,7 +96,7 @@ class Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
-        if "is gone" in self.lines[-1]:
+        if "is down" in self.lines[-1]:
             self.gone.set()
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_that_is_not_its_text_tokenised_is_refused_where_only_text_is_s
     folder = write_tokenizer(tmp_path / "model", merges=(("a", "b"),))
     tokenizer = ChatTokenizer(str(folder))
     split = [tokenizer.encode(letter, add_bos=False, add_eos=False)[0] for letter in "ab"]
-    with Server(folder, "--text") as server, pytest.raises(DataError, match="^prompts: 'ab'.* takes token ids"):
+    with Server(folder, "--text") as server, pytest.raises(DataError, match="^prompts: 'ab'.* accepts token ids"):
         engine_for(server, tokenizer).generate([split], PARAMS, [0])
 
 
@@ -199,7 +199,7 @@ def test_the_key_is_sent(folder, tokenizer, prompts, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "secret")
     with Server(folder, "--key=secret") as server:
         assert engine_for(server, tokenizer, api_key_env="SERVER_KEY").generate(prompts, PARAMS, SEEDS)
-        with pytest.raises(ConfigError, match="^engine.api_key_env: .*refuses the key.*wrong key"):
+        with pytest.raises(ConfigError, match="^engine.api_key_env: .*rejects the API key.*wrong key"):
             engine_for(server, tokenizer)
 
 
@@ -244,7 +244,7 @@ def test_a_request_without_an_answer_in_time_is_repeated(folder, tokenizer, prom
 def test_what_keeps_failing_ends_the_run_with_one_line(folder, tokenizer, prompts):
     with Server(folder, "--fail", *["500"] * 20) as server:
         engine = engine_for(server, tokenizer, retries=1)
-        with pytest.raises(TrainingError, match=r"failed 2 times at one request \(HTTP 500 .*try again") as error:
+        with pytest.raises(TrainingError, match=r"one request failed 2 times \(HTTP 500 .*try again") as error:
             engine.generate(prompts, PARAMS, SEEDS)
     assert "\n" not in str(error.value)
 
@@ -262,13 +262,13 @@ def test_a_server_killed_within_a_round_costs_nothing_that_is_finished(folder, t
             assert round.result(SECONDS) == undisturbed
             seeds = [line["seed"] for line in again.answered()]
     assert finished > 0 and len(set(seeds)) == len(seeds) == len(prompts) * PARAMS.samples_per_prompt
-    assert [server.url in line for line in heard.lines] == [True, True]  # that it is gone, and that it is back
+    assert [server.url in line for line in heard.lines] == [True, True]  # that it is down, and that it is back
 
 
 def test_the_wait_for_a_server_ends(folder, tokenizer, prompts):
     with Server(folder, "--die-at=2") as server:
         engine = engine_for(server, tokenizer, wait=0)
-        with pytest.raises(TrainingError, match=f"^{re.escape(server.url)} has been gone for 0 s"):
+        with pytest.raises(TrainingError, match=f"^{re.escape(server.url)} has been down for 0 s"):
             engine.generate(prompts, PARAMS, SEEDS)
 
 
@@ -285,7 +285,7 @@ def test_a_server_that_is_not_there_is_named(tokenizer):
 
 def test_a_server_without_the_model_is_refused_with_what_it_has(folder, tokenizer):
     with Server(folder, "--model=another") as server:
-        with pytest.raises(ConfigError, match="^engine.model: .*'policy'.*404.*; it has another$"):
+        with pytest.raises(ConfigError, match="^engine.model: .*'policy'.*404.*; the server has another$"):
             engine_for(server, tokenizer)
 
 
@@ -356,7 +356,7 @@ def test_a_server_that_started_anew_between_requests_has_its_weights_before_any_
 def test_a_server_that_cannot_reload_is_refused(folder, tokenizer):
     with Server(folder) as server:
         engine = engine_for(server, tokenizer, weights_dir=str(folder.parent), reload_url=f"{server.url}/nowhere")
-        with pytest.raises(ConfigError, match="^engine.reload_url: .*nowhere refuses .*404"):
+        with pytest.raises(ConfigError, match="^engine.reload_url: .*nowhere did not load .*404"):
             engine.update(folder)
 
 

@@ -165,14 +165,14 @@ def test_scores_that_the_samples_came_with_are_replaced(label):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": None}, "samples: is missing"),
-        ({"samples": "none.jsonl"}, "samples: there is no file 'none.jsonl'"),
-        ({"samples": str(RECIPE)}, "humanline_label.py' is of no known kind"),
-        ({"batch_size": 0}, "batch_size: 0 is not a whole number"),
-        ({"bach_size": 1}, "bach_size: is not a key of this recipe"),
+        ({"samples": None}, "samples: missing"),
+        ({"samples": "none.jsonl"}, "samples: file 'none.jsonl' not found"),
+        ({"samples": str(RECIPE)}, "humanline_label.py' has an unsupported type"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"bach_size": 1}, "bach_size: not a key of this recipe"),
         ({"reward": {"_component_": "humanline.rewards.GSM9KReward"}}, "reward._component_: "),
-        ({"reward": GSM8K | {"field": "a"}}, "reward: humanline.rewards.GSM8KReward does not take these arguments"),
-        ({"reward": GSM8K | {"answer_field": "solution"}}, "samples.jsonl line 1: field 'solution' is absent"),
+        ({"reward": GSM8K | {"field": "a"}}, "reward.field: humanline.rewards.GSM8KReward has no such argument"),
+        ({"reward": GSM8K | {"answer_field": "solution"}}, "samples.jsonl line 1: field 'solution' is missing"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
@@ -186,9 +186,12 @@ def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"prompt": "?"}, "line 8: field 'all_generated_responses' is absent"),
+        ({"prompt": "?"}, "line 8: field 'all_generated_responses' is missing"),
         ({"prompt": "?", "all_generated_responses": []}, "line 8: field 'all_generated_responses' is empty"),
-        ({"prompt": "?", "all_generated_responses": ["a", 1]}, "line 8: field 'all_generated_responses[1]' is 1"),
+        (
+            {"prompt": "?", "all_generated_responses": ["a", 1]},
+            "line 8: field 'all_generated_responses[1]' must be a string, got 1",
+        ),
     ],
 )
 def test_a_bad_line_ends_the_recipe_with_one_line(label, line, message):
@@ -206,7 +209,7 @@ def test_a_reward_that_does_not_score_each_response_is_named(label, body):
     reward = "class Odd:\n    def __call__(self, prompts, responses):\n        return " + body
     (label.folder / "odd_reward.py").write_text(reward)
     code, output = label.start(reward={"_component_": "odd_reward.Odd"})
-    assert code == 1 and "humanline_label.py: reward: Odd did not give each response a finite score" in output
+    assert code == 1 and "humanline_label.py: reward: Odd did not return one finite score per response" in output
     assert not label.output.exists()
 
 

@@ -105,5 +105,5 @@ def test_an_output_layer_with_bias_is_refused():
         vocab_size=8, num_layers=1, num_heads=1, num_kv_heads=1, embed_dim=8, max_seq_len=8, intermediate_dim=8
     )
     decoder.output = nn.Linear(8, 8, bias=True)
-    with pytest.raises(ConfigError, match="model: its output layer is a Linear"):
+    with pytest.raises(ConfigError, match="model: expected a linear output layer without bias, got Linear"):
         LogProbDecoder(decoder)

@@ -102,9 +102,7 @@ def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp
     run.config["dataset"]["split"] = "train[:47]"
     with caplog.at_level(logging.INFO):
         assert run.train("max_steps_per_epoch=2") is None
-    assert (
-        "dataset: 39 of 47 groups are left out of every epoch (the last ones): its 2 steps take 4 each" in caplog.text
-    )
+    assert "dataset: 39 of 47 groups are left out of every epoch (the last ones): its 2 steps use 4 each" in caplog.text
 
     groups = [Group([i], ([1], [2])) for i in range(8)]
     shape = {"accumulation": 1, "world_size": 1, "seed": 0, "shuffle": True}
@@ -117,5 +115,5 @@ def test_groups_that_no_step_takes_are_said_at_the_start(trajectory, caplog, tmp
     assert [line.split(":")[1].strip() for line in said] == [
         "1 of 9 prompts are left out",
         "3 of 8 prompts are left out of every epoch (a different choice in each)",
-        "a round samples 5 prompts and its steps take 4 groups",
+        "a round samples 5 prompts and its steps need 4 groups",
     ]

@@ -276,7 +276,7 @@ def test_sampling_keeps_every_loss_s_value_and_stops_rejected_tokens_gradients(o
     torch.testing.assert_close(sampled, plain)
 
     log_ratio = (policy - reference).detach().requires_grad_()
-    kept = humanline_sample(log_ratio, *BOUNDS.values(), *gammas.values(), draws)
+    kept = humanline_sample(log_ratio, **BOUNDS, **gammas, draws=draws)
     (accepted,) = torch.autograd.grad(kept.sum(), log_ratio)
     # GRPO's KL to the reference is of the log-ratio as it is, so that it reaches rejected tokens.
     kl = 0.0
@@ -333,9 +333,9 @@ def test_perception_none_ignores_the_bounds():
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"log_eps_P": 1.5, "log_eps_R": 2.5}, "loss.log_eps_P: 1.5 is not a number of at most 0 nats"),
-        ({"log_eps_R": -0.5}, "loss.log_eps_R: -0.5 is not a number of at least 0 nats"),
-        ({"log_eps_R": "1.5"}, "loss.log_eps_R: '1.5' is not a number"),
+        ({"log_eps_P": 1.5, "log_eps_R": 2.5}, "loss.log_eps_P: got 1.5, expected a number of at most 0 nats"),
+        ({"log_eps_R": -0.5}, "loss.log_eps_R: got -0.5, expected a number of at least 0 nats"),
+        ({"log_eps_R": "1.5"}, "loss.log_eps_R: got '1.5', expected a number"),
         ({"beta": 0.0}, "loss.beta"),
         ({"label_smoothing": 0.5}, "loss.label_smoothing"),
     ],
@@ -349,20 +349,23 @@ def test_settings_that_cannot_work_are_refused_by_name(settings, names):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"perception": "squint"}, "loss.perception: 'squint' is unknown; choose clip, sample or none"),
-        ({"gamma_P": 2.0}, "loss.gamma_P: 2.0 means nothing with perception: clip"),
-        ({"perception": "none", "gamma_R": 2.0}, "loss.gamma_R: 2.0 means nothing with perception: none"),
-        ({"perception": "sample", "gamma_P": 2.0}, "loss.gamma_R: None is not a number above 0"),
-        ({"perception": "sample", "gamma_P": 0, "gamma_R": 1.0}, "loss.gamma_P: 0 is not a number above 0"),
+        ({"perception": "squint"}, "loss.perception: expected clip, sample or none, got 'squint'"),
+        ({"gamma_P": 2.0}, "loss.gamma_P: 2.0 has no effect with perception: clip"),
+        ({"perception": "none", "gamma_R": 2.0}, "loss.gamma_R: 2.0 has no effect with perception: none"),
+        ({"perception": "sample", "gamma_P": 2.0}, "loss.gamma_R: got None, expected a number above 0"),
+        ({"perception": "sample", "gamma_P": 0, "gamma_R": 1.0}, "loss.gamma_P: got 0, expected a number above 0"),
         (
             {"perception": "sample", "log_eps_P": None, "gamma_P": 2.0, "gamma_R": 2.0},
-            "loss.gamma_P: 2.0 means nothing with log_eps_P: null",
+            "loss.gamma_P: 2.0 has no effect with log_eps_P: null",
         ),
         (
             {"perception": "sample", "log_eps_P": None, "log_eps_R": None},
             "loss.perception: sample rejects nothing without bounds",
         ),
-        ({"log_eps_P": 0.8, "log_eps_R": 1.2}, "loss.log_eps_P: 0.8 is not a number of at most 0 nats (they are log"),
+        (
+            {"log_eps_P": 0.8, "log_eps_R": 1.2},
+            "loss.log_eps_P: got 0.8, expected a number of at most 0 nats (bounds are log",
+        ),
         ({"log_eps_P": 0, "log_eps_R": 0}, "loss.log_eps_P: 0 with log_eps_R: 0 clips everything"),
     ],
 )
@@ -374,14 +377,14 @@ def test_contradictory_perception_is_refused_by_every_loss(loss, settings, messa
 @pytest.mark.parametrize(
     ("loss", "settings", "message"),
     [
-        (HumanlineDPOLoss, {"beta": None}, "loss.beta: None is not a number above 0"),
-        (HumanlineKTOLoss, {"beta": 0}, "loss.beta: 0 is not a number above 0"),
-        (HumanlineKTOLoss, {"desirable_weight": "1"}, "loss.desirable_weight: '1' is not a number above 0"),
-        (HumanlineKTOLoss, {"undesirable_weight": -1}, "loss.undesirable_weight: -1 is not a number above 0"),
-        (HumanlineGRPOLoss, {"beta": -0.1}, "loss.beta: -0.1 is not a number of at least 0"),
-        (HumanlineGRPOLoss, {"epsilon_low": 1.0}, "loss.epsilon_low: 1.0 is not a number in (0, 1)"),
-        (HumanlineGRPOLoss, {"epsilon_high": math.inf}, "loss.epsilon_high: inf is not a number above 0"),
-        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: 'mean' is unknown; choose token, sequence"),
+        (HumanlineDPOLoss, {"beta": None}, "loss.beta: got None, expected a number above 0"),
+        (HumanlineKTOLoss, {"beta": 0}, "loss.beta: got 0, expected a number above 0"),
+        (HumanlineKTOLoss, {"desirable_weight": "1"}, "loss.desirable_weight: got '1', expected a number above 0"),
+        (HumanlineKTOLoss, {"undesirable_weight": -1}, "loss.undesirable_weight: got -1, expected a number above 0"),
+        (HumanlineGRPOLoss, {"beta": -0.1}, "loss.beta: got -0.1, expected a number of at least 0"),
+        (HumanlineGRPOLoss, {"epsilon_low": 1.0}, "loss.epsilon_low: got 1.0, expected a number in (0, 1)"),
+        (HumanlineGRPOLoss, {"epsilon_high": math.inf}, "loss.epsilon_high: got inf, expected a number above 0"),
+        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: expected token, sequence or dapo, got 'mean'"),
     ],
 )
 def test_kto_and_grpo_refuse_what_cannot_work_by_name(loss, settings, message):

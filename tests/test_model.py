@@ -96,5 +96,7 @@ def test_bf16_compute_keeps_float32_shards_and_gradients(mesh, weights):
 def test_an_architecture_that_rows_do_not_fit_is_refused():
     with torch.device("meta"):
         decoder = gemma2(**SHAPE, head_dim=8)
-    with pytest.raises(ConfigError, match="model: its attention is a Gemma2Attention"):
+    with pytest.raises(
+        ConfigError, match="model: expected torchtune's MultiHeadAttention, which rows need, got Gemma2Attention"
+    ):
         LogProbDecoder(decoder)

@@ -51,9 +51,9 @@ def lora_without_adapters(**kwargs):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"lora_rank": 0}, "model.lora_rank: 0 does not work: an adapter has 1 or more dimensions"),
-        ({"lora_alpha": 0}, "model.lora_alpha: 0 does not work: it scales the adapter's update; give a number above 0"),
-        ({"lora_dropout": 1.0}, "model.lora_dropout: 1.0 does not work: it is the share of inputs left out"),
+        ({"lora_rank": 0}, "model.lora_rank: expected a rank of at least 1, got 0"),
+        ({"lora_alpha": 0}, "model.lora_alpha: expected a number above 0, which scales the adapter's update, got 0"),
+        ({"lora_dropout": 1.0}, "model.lora_dropout: expected the share of dropped inputs, in [0, 1), got 1.0"),
     ],
 )
 def test_an_adapter_that_cannot_train_is_refused(setting, words):
@@ -68,26 +68,28 @@ def test_a_name_that_the_model_does_not_have_is_refused_with_the_one_that_it_has
     known = ["q_proj", "k_proj", "v_proj", "output_proj"]
     assert built(component, lora_attn_modules=known, **own) is not None
     with pytest.raises(
-        ConfigError, match=r"^model.lora_attn_modules: o_proj is no layer .*; o_proj is output_proj here$"
+        ConfigError, match=r"^model.lora_attn_modules: this model's attention has no layer o_proj; use output_proj$"
     ):
         built(component, lora_attn_modules=["q_proj", "o_proj"], **own)
-    with pytest.raises(ConfigError, match="o_proj is output_proj here$"):  # of which all parameters were trained
+    with pytest.raises(
+        ConfigError, match="has no layer o_proj; use output_proj$"
+    ):  # of which all parameters were trained
         built(component, lora_attn_modules=["o_proj"], **own)
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["query_key_value"], "query_key_value is q_proj, k_proj and v_proj here"),
-        (["Wqkv"], "Wqkv is q_proj, k_proj and v_proj here"),
-        (["wq"], "wq is q_proj here"),
-        (["query"], "query is q_proj here"),
-        (["q_porj"], "q_porj is q_proj here"),
-        (["self_attn.o_proj"], "self_attn.o_proj is output_proj here"),
-        (["q_proj", "down_proj"], "down_proj is of the MLP: set model.apply_lora_to_mlp: True"),
-        (["lm_head"], "lm_head is the output layer"),
-        (["all-linear"], "name the layers, q_proj, k_proj, v_proj, output_proj, and set model.apply_lora_to_mlp: True"),
-        (["q_proj", "v_proj", "q_proj"], "q_proj stands there 2 times; name it once"),
+        (["query_key_value"], "has no layer query_key_value; use q_proj, k_proj and v_proj"),
+        (["Wqkv"], "has no layer Wqkv; use q_proj, k_proj and v_proj"),
+        (["wq"], "has no layer wq; use q_proj"),
+        (["query"], "has no layer query; use q_proj"),
+        (["q_porj"], "has no layer q_porj; use q_proj"),
+        (["self_attn.o_proj"], "has no layer self_attn.o_proj; use output_proj"),
+        (["q_proj", "down_proj"], "has no layer down_proj; it belongs to the MLP: set model.apply_lora_to_mlp: True"),
+        (["lm_head"], "has no layer lm_head; it is the output layer"),
+        (["all-linear"], "list the layers, q_proj, k_proj, v_proj, output_proj, and set model.apply_lora_to_mlp: True"),
+        (["q_proj", "v_proj", "q_proj"], "q_proj is listed 2 times; list it once"),
         ("q_proj", "expected a list of names"),
         ([1], "expected a list of names"),
     ],
@@ -120,7 +122,7 @@ OWN = "test_model_arguments"
         (
             "humanline.models.gemma2.gemma2",
             SHAPE | {"final_capping_value": 25.0},
-            "model.final_capping_value: is no argument",
+            "model.final_capping_value: is not an argument",
         ),
     ],
 )
@@ -133,7 +135,7 @@ def test_an_argument_that_has_no_effect_is_refused(component, arguments, words):
 
 def test_a_lora_builder_without_an_adapter_is_refused_instead_of_training_everything():
     model = {"_component_": f"{OWN}.lora_without_adapters"}
-    with pytest.raises(ConfigError, match="made a model without a single adapter"), torch.device("meta"):
+    with pytest.raises(ConfigError, match="built a model without adapters"), torch.device("meta"):
         build_decoder(OmegaConf.create({"model": model, "checkpointer": {}}))
 
 
@@ -146,4 +148,9 @@ def test_training_refuses_it_before_it_reads_data(trajectory):
     }
     run.config["dataset"]["source"] = "nowhere.jsonl"
     line = run.train()
-    assert line.startswith("humanline_dpo_distributed.py: model.lora_attn_modules: o_proj") and "\n" not in line
+    assert (
+        line.startswith(
+            "humanline_dpo_distributed.py: model.lora_attn_modules: this model's attention has no layer o_proj"
+        )
+        and "\n" not in line
+    )

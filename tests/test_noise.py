@@ -14,8 +14,8 @@ from humanline._torchrun import say_in_a_line
 NEWS = [
     r"dataset: 48 groups from \S+: .*",
     r"Loading the model took [\d.]+ s",
-    r"106,816 parameters train",
-    r"4 groups a step on 2 processes, 12 steps",
+    r"106,816 trainable parameters",
+    r"4 groups per step on 2 processes, 12 steps",
     r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",
     r"\S+/epoch_0: \S+ GB, float32; 100\.0% of the update's norm survived rounding.*",
 ]
@@ -41,7 +41,7 @@ def test_a_run_under_torchrun_prints_nothing_but_news(trajectory):
 
     refused = started([*recipe, "--config", str(run._write_config()), "epoch=3"])
     assert refused.returncode == 1
-    ours = "humanline_dpo_distributed.py: epoch: is not a key of this recipe; did you mean epochs?"
+    ours = "humanline_dpo_distributed.py: epoch: not a key of this recipe; did you mean epochs?"
     assert set(refused.stderr.splitlines()) == {ours}  # once or twice: the first to say it ends the other
 
 
@@ -67,10 +67,10 @@ def test_torchrun_names_who_could_not_say_why_it_ended(capsys, ends, named):
 def test_a_program_that_is_not_under_tune_prints_nothing_but_its_line():
     sample = started([sys.executable, "recipes/humanline_sample.py", "--config", "absent.yaml"])
     assert sample.returncode == 1 and sample.stdout == ""
-    assert re.fullmatch(r"humanline_sample\.py: --config: there is no file absent\.yaml .*\n", sample.stderr)
+    assert re.fullmatch(r"humanline_sample\.py: --config: file absent\.yaml not found .*\n", sample.stderr)
     plan = started(
         [sys.executable, "-m", "humanline._cli", "plan", "--config", "configs/smollm2_135m_dpo.yaml", "~seeds"]
     )
     assert plan.returncode == 1 and plan.stdout == ""
-    line = "humanline plan: override: Could not find key seeds to remove; the nearest is seed\n"
+    line = "humanline plan: override: found no key seeds to remove; did you mean seed?\n"
     assert plan.stderr == line

@@ -378,7 +378,7 @@ def test_groups_whose_scores_are_all_equal_are_skipped_and_counted(trajectory, c
     write_examples(run, examples)
     assert run.train() is None
     assert len(run.log()) == 6
-    assert "12 groups whose scores are all equal dropped" in caplog.text
+    assert "12 groups dropped (all scores equal)" in caplog.text
 
 
 # ---- Class imbalance
@@ -389,12 +389,12 @@ def test_groups_whose_scores_are_all_equal_are_skipped_and_counted(trajectory, c
     [
         (4, 4, 1.0, None),
         (4, 4, 4 / 3, None),
-        (4, 4, 1.5, "weigh 1.5 to 1, which is outside [1, 4/3]; set it between 1.0 and 1.3333"),
+        (4, 4, 1.5, "weigh 1.5 to 1, expected a ratio in [1, 4/3]; set it between 1.0 and 1.3333"),
         (4, 8, 1.0, "4 desirable and 8 undesirable examples weigh 0.5 to 1"),
         (4, 8, 2.2, None),
         (8, 4, 1.0, "set it between 0.5 and 0.6666"),
-        (4, 0, 1.0, "4 desirable and 0 undesirable examples; KTO has nothing to set one kind against"),
-        (0, 4, 1.0, "0 desirable and 4 undesirable examples; KTO has nothing to set one kind against"),
+        (4, 0, 1.0, "4 desirable and 0 undesirable examples; KTO needs both kinds"),
+        (0, 4, 1.0, "0 desirable and 4 undesirable examples; KTO needs both kinds"),
     ],
 )
 def test_kto_warns_of_class_imbalance(desirable, undesirable, weight, warning):
@@ -417,7 +417,7 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
     run = trajectory("kto_7_k1")
     run.config["batch_size"] = 2
     done = run.tune("max_steps_per_epoch=1", "loss.desirable_weight=9.0", nproc=2)
-    assert len(re.findall(r"outside \[1, 4/3\]", done.stderr + done.stdout)) == 1
+    assert len(re.findall(r"expected a ratio in \[1, 4/3\]", done.stderr + done.stdout)) == 1
 
 
 # ---- Mistakes
@@ -426,11 +426,15 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("kto_7_k1", {"_component_": "humanline.losses.HumanlineDPOLoss"}, "loss: humanline.losses.HumanlineDPOLoss"),
-        ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 means nothing with perception: clip"),
-        ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: 'mean' is unknown"),
-        ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: None is not a number above 0"),
-        ("grpo_7_k1", {"label_smoothing": 0.1}, "loss: humanline.losses.HumanlineGRPOLoss does not take these"),
+        (
+            "kto_7_k1",
+            {"_component_": "humanline.losses.HumanlineDPOLoss"},
+            "loss.desirable_weight: humanline.losses.HumanlineDPOLoss has no such argument",
+        ),
+        ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 has no effect with perception: clip"),
+        ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: expected token, sequence or dapo, got 'mean'"),
+        ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: got None, expected a number above 0"),
+        ("grpo_7_k1", {"label_smoothing": 0.1}, "loss.label_smoothing: humanline.losses.HumanlineGRPOLoss has no such"),
     ],
 )
 def test_a_mistake_in_the_loss_ends_the_run_with_one_line(trajectory, name, changes, message):
@@ -443,20 +447,22 @@ def test_a_mistake_in_the_loss_ends_the_run_with_one_line(trajectory, name, chan
 
 def test_a_kto_microbatch_of_one_prompt_is_refused(trajectory):
     run = trajectory("kto_7_k1")
-    assert "batch_size: 1 group in a microbatch is too few; KTO pairs" in run.train("batch_size=1")
+    assert "batch_size: expected 2 or more groups in a microbatch, got 1; KTO pairs" in run.train("batch_size=1")
     run.config["dataset_val"] = run.config["dataset"] | {"split": "train[:1]"}
-    assert "dataset_val: 1 group in a microbatch is too few; KTO pairs" in run.train()
+    assert "dataset_val: expected 2 or more groups in a microbatch, got 1; KTO pairs" in run.train()
 
 
 def test_grpo_on_single_responses_says_what_it_needs(trajectory):
     run = trajectory("kto_7_k1")
     run.recipe = run.recipe.with_name("humanline_grpo_distributed.py")
     run.config["loss"] = {"_component_": "humanline.losses.HumanlineGRPOLoss"}
-    assert "GRPO compares several responses to a prompt in one group, whose scores differ" in run.train()
+    assert "GRPO needs groups of several responses to a prompt with different scores" in run.train()
 
 
 def test_the_loss_of_another_objective_is_refused_by_name():
-    with pytest.raises(ConfigError, match="HumanlineDPOLoss is not the loss of this recipe; give .*HumanlineKTOLoss"):
+    with pytest.raises(
+        ConfigError, match="^loss._component_: expected humanline.losses.HumanlineKTOLoss .*, got HumanlineDPOLoss"
+    ):
         KTO(HumanlineDPOLoss())
 
 
@@ -466,7 +472,9 @@ def test_kl_sequences_too_long_for_a_row_are_met_before_training(trajectory):
     long_response = {"prompt": [3] * 4, "responses": [[4] * 40], "labels": [False]}
     run.data.write_text("".join(json.dumps(line) + "\n" for line in [long_prompt, long_response] * 2))
     line = run.train("tokens_per_row=48")
-    whole = f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response take 79 tokens"
-    assert f"{whole}, a row holds 48" in line
+    whole = (
+        f"{run.data} line 1 with the longest response (a KL sequence of KTO): prompt and response have 79 input tokens"
+    )
+    assert f"{whole}, but a row holds 48" in line
     assert run.train("tokens_per_row=79") is None
     assert math.isfinite(run.log()[1])

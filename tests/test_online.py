@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_a_round_that_cannot_be_read_is_named(trajectory):
     rounds(run)[1].write_text('{"prompt": [1]}\n')
     shutil.rmtree(run.folder / "out" / "checkpoints" / "step_12")
     message = run.train("resume_from_checkpoint=latest")
-    assert "round_1.jsonl: cannot be read as a round (KeyError('policy_step')); delete it" in message
+    assert "round_1.jsonl: expected a round file (KeyError('policy_step')); delete it" in message
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -207,7 +208,7 @@ def test_a_round_that_cannot_be_written_is_trained_on_all_the_same(trajectory, n
     run.train_on(nproc)
     assert run.log() == whole.log()
     output = (run.folder / "output.txt").read_text()
-    assert "round 3 could not be written (" in output and "a run that resumes in it samples it again" in output
+    assert "round 3 could not be written (" in output and "a run that resumes within it samples it again" in output
 
 
 def test_a_run_that_starts_anew_does_not_take_another_s_rounds(trajectory):
@@ -275,7 +276,7 @@ def test_when_nothing_is_left_to_learn_the_rest_of_the_steps_leaves_the_weights_
     run.config["reward"] = {"_component_": "toys.Solved", "calls": 2}
     assert run.train() is None
     assert set(run.log()) == set(range(1, 7)) and run.log("rounds/empty") == {1: 0, 4: 0, 7: 1, 10: 1}
-    assert "round 2 is empty: no prompt has responses of which the objective learns" in caplog.text
+    assert "round 2 is empty: the objective cannot learn from any prompt's responses" in caplog.text
     short = run.again("short")
     assert short.train("max_steps_per_epoch=6") is None
     ends = [load_file(next((each.folder / "out" / "epoch_0").glob("*.safetensors"))) for each in (run, short)]
@@ -308,8 +309,8 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_what_they_have(trajectory
         assert ranks.wait() == [1, 1], ranks.output()
         ends = re.findall(r"humanline_grpo_distributed\.py: reward.*?from step \d+", ranks.output())
     assert len(ends) == 2 and len(set(ends)) == 1
-    assert "reward: Failing failed at " in ends[0] and "(KeyError('solution')); correct the reward" in ends[0]
-    assert "resume_from_checkpoint: latest goes on from step 3" in ends[0]
+    assert "reward: Failing failed for " in ends[0] and "(KeyError('solution')); correct the reward" in ends[0]
+    assert "resume_from_checkpoint: latest resumes from step 3" in ends[0]
     assert [path.name for path in (run.folder / "out" / "checkpoints").iterdir()] == ["step_3"]
 
 
@@ -348,26 +349,32 @@ def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_polic
 def test_a_reward_that_leaves_responses_out_is_refused(trajectory):
     run = online(trajectory("grpo_8_k4"))
     run.config["reward"]["_component_"] = "toys.TooFew"
-    assert "reward: TooFew did not give each response a finite score at" in run.train()
+    assert "reward: TooFew did not return one finite score per response for" in run.train()
 
 
 # ---- Mistakes
 
-MISTAKES = {
-    "overlap in one process": ({"source.overlap": True}, "source.overlap: InProcessEngine samples with the very"),
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "overlap in one process": (
+        {"source.overlap": True},
+        "source.overlap: expected an engine outside this process, got InProcessEngine",
+    ),
     "a window": ({"reference._component_": "humanline.reference.WindowedReference"}, "samples their groups later"),
     "both": (
         {"dataset": {"_component_": "humanline.data.encoded_groups"}},
-        "source: groups come from it or from dataset",
+        "source: expected either source or dataset, got both",
     ),
-    "no engine": ({"engine": None}, "engine: is missing"),
-    "no reward": ({"reward": None}, "reward: is missing"),
-    "one response": ({"source.generations": 1}, "source.generations: 1 makes no group"),
-    "no prompts a round": ({"source.groups_per_round": 0}, "source.groups_per_round: 0 is not a whole number"),
-    "no score": ({"source.desirable_above": "half"}, "source.desirable_above: 'half' is no score"),
-    "no switch": ({"source.overlap": "later"}, "source.overlap: 'later' is neither true nor false"),
-    "no rounds": ({"source.every": 0}, "source.every: 0 is not a whole number"),
-    "too few prompts": ({"source.groups_per_round": 25}, "a round takes 25 prompts, and 24 of 24 are within"),
+    "no engine": ({"engine": None}, "engine: missing"),
+    "no reward": ({"reward": None}, "reward: missing"),
+    "one response": ({"source.generations": 1}, "source.generations: expected 2 or more responses to compare, got 1"),
+    "no prompts a round": (
+        {"source.groups_per_round": 0},
+        "source.groups_per_round: expected a whole number of at least 1, got 0",
+    ),
+    "no score": ({"source.desirable_above": "half"}, "source.desirable_above: expected a number or null, got 'half'"),
+    "no switch": ({"source.overlap": "later"}, "source.overlap: expected true or false, got 'later'"),
+    "no rounds": ({"source.every": 0}, "source.every: expected a whole number of at least 1, got 0"),
+    "too few prompts": ({"source.groups_per_round": 25}, "a round needs 25 prompts, and 24 of 24 are within"),
     "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
 }
 
@@ -388,7 +395,9 @@ def test_a_mistake_ends_the_run_before_anything_is_sampled(trajectory, mistake):
 
 def test_labels_make_no_pairs(trajectory):
     run = online(trajectory("dpo_8_k4"), desirable_above=0.5)
-    assert "source: the longest prompt and responses: 4 responses with labels make no pair; give scores" in run.train()
+    assert (
+        "source: the longest prompt and responses: 4 responses with labels make no pair; provide scores" in run.train()
+    )
 
 
 # ---- A server
@@ -453,7 +462,7 @@ def test_a_server_gets_merged_weights_that_have_the_update(vocabulary, trajector
     )
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
     [said] = [record for record in caplog.records if f"{folder}: " in record.getMessage()]
-    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding, read in bfloat16" in (
+    assert said.levelname == "WARNING" and "100.0% of the update's norm survived rounding; loaded in bfloat16" in (
         said.getMessage()
     )
 
@@ -485,7 +494,7 @@ def test_a_signal_ends_the_wait_for_a_round(vocabulary, trajectory, number):
             wait_until(lambda: any((run.folder / "weights").glob("round_1_*")), ranks)
             os.kill(ranks.processes[0].pid, number)
             assert ranks.wait() == [0], ranks.output()
-            assert f"stopped after step 3 by {number.name}; resume_from_checkpoint: latest goes on" in ranks.output()
+            assert f"stopped after step 3 by {number.name}; resume_from_checkpoint: latest resumes" in ranks.output()
         hold.unlink()
         run.train_on(1, "resume_from_checkpoint=latest")
     assert logged_steps(run) == list(range(1, 13))
@@ -515,7 +524,7 @@ def test_a_signal_ends_the_wait_for_a_judge(trajectory):
             wait_until(lambda: len(requests) > 24, ranks)
             os.kill(ranks.processes[0].pid, signal.SIGTERM)
             assert ranks.wait() == [0], ranks.output()
-            assert "stopped after step 3 by SIGTERM; resume_from_checkpoint: latest goes on" in ranks.output()
+            assert "stopped after step 3 by SIGTERM; resume_from_checkpoint: latest resumes" in ranks.output()
 
 
 def test_a_run_stopped_while_it_samples_ahead_goes_on_with_the_same_round(vocabulary, trajectory):

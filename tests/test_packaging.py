@@ -57,6 +57,10 @@ def test_wheel_carries_every_recipe_and_config(wheel: Path) -> None:
     assert recipes and recipes | configs == {name for name in files if name.startswith("humanline/_tune/")}
 
 
+def test_wheel_says_that_its_types_may_be_checked(wheel: Path) -> None:
+    assert "humanline/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
 def test_wheel_takes_no_top_level_name_but_its_own(wheel: Path, metadata: Message) -> None:
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert tops == {"humanline", "humanline_tune.pth", f"humanline-{metadata['Version']}.dist-info"}

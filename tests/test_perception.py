@@ -150,7 +150,9 @@ def test_bfloat16_log_ratios_are_compared_with_draws_of_full_precision():
 def test_a_bound_needs_a_positive_finite_gamma(side, gamma):
     gammas = {"gamma_P": 1.0, "gamma_R": 1.0, f"gamma_{side}": gamma}
     for function in (humanline_sample, acceptance_probability):
-        with pytest.raises(ConfigError, match=rf"^loss\.gamma_{side}: {gamma!r} "):
+        with pytest.raises(
+            ConfigError, match=rf"^loss\.gamma_{side}: expected a positive finite number, got {gamma!r};"
+        ):
             function(torch.zeros(3), P, R, **gammas)
 
 
@@ -427,21 +429,30 @@ def test_the_largest_kl_is_the_one_whose_bound_is_the_gap():
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda: capacity(torch.tensor([0.5]), 0.0), "gamma: 0.0 is not a positive number"),
-        (lambda: capacity(torch.tensor([0.5]), -0.5), "gamma: -0.5"),
-        (lambda: capacity(torch.tensor([0.5, 1.5]), 0.61), "a: 1.5 is outside"),
-        (lambda: capacity(torch.tensor([-0.5]), 0.61), "a: -0.5 is outside"),
-        (lambda: capacity(torch.tensor([math.nan]), 0.61), "a: nan is outside"),
-        (lambda: weighting(torch.arange(2.0), torch.tensor([1.5, -0.5])), "probabilities: -0.5 is not a probability"),
-        (lambda: weighting(torch.arange(2.0), torch.tensor([0.5, 0.25])), "probabilities: their sum is 0.75"),
-        (lambda: weighting(torch.arange(2.0), torch.tensor([0.5, math.nan])), "probabilities: nan"),
+        (lambda: capacity(torch.tensor([0.5]), 0.0), "gamma: expected a positive number, got 0.0"),
+        (lambda: capacity(torch.tensor([0.5]), -0.5), "gamma: expected a positive number, got -0.5"),
+        (lambda: capacity(torch.tensor([0.5, 1.5]), 0.61), r"a: expected probabilities in \[0, 1\], got 1.5"),
+        (lambda: capacity(torch.tensor([-0.5]), 0.61), r"a: expected probabilities in \[0, 1\], got -0.5"),
+        (lambda: capacity(torch.tensor([math.nan]), 0.61), r"a: expected probabilities in \[0, 1\], got nan"),
+        (
+            lambda: weighting(torch.arange(2.0), torch.tensor([1.5, -0.5])),
+            "probabilities: expected numbers of at least 0, got -0.5",
+        ),
+        (
+            lambda: weighting(torch.arange(2.0), torch.tensor([0.5, 0.25])),
+            "probabilities: expected a sum of 1, got 0.75",
+        ),
+        (
+            lambda: weighting(torch.arange(2.0), torch.tensor([0.5, math.nan])),
+            "probabilities: expected numbers of at least 0, got nan",
+        ),
         (lambda: weighting(torch.arange(2.0), torch.tensor([0.5, 0.5]), gamma_losses=0.0), "gamma"),
-        (lambda: value(torch.zeros(1), alpha=0.0), "alpha: 0.0"),
-        (lambda: value(torch.zeros(1), loss_aversion=-1.0), "loss_aversion: -1.0"),
-        (lambda: utility_gap_bound(-0.1, 1.0), "kl: -0.1 is below 0"),
-        (lambda: utility_gap_bound(0.1, -1.0), "max_value: -1.0 is below 0"),
-        (lambda: largest_kl(-0.1, 1.0), "gap: -0.1 is below 0"),
-        (lambda: largest_kl(math.nan, 1.0), "gap: nan"),
+        (lambda: value(torch.zeros(1), alpha=0.0), "alpha: expected a positive number, got 0.0"),
+        (lambda: value(torch.zeros(1), loss_aversion=-1.0), "loss_aversion: expected a positive number, got -1.0"),
+        (lambda: utility_gap_bound(-0.1, 1.0), "kl: expected a number of at least 0, got -0.1"),
+        (lambda: utility_gap_bound(0.1, -1.0), "max_value: expected a number of at least 0, got -1.0"),
+        (lambda: largest_kl(-0.1, 1.0), "gap: expected a number of at least 0, got -0.1"),
+        (lambda: largest_kl(math.nan, 1.0), "gap: expected a number of at least 0, got nan"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_name(call, names):

@@ -45,6 +45,6 @@ def test_a_resumed_reference_knows_its_last_sync():
 @pytest.mark.parametrize("strategy", [AdapterReference, ModelReference, WindowedReference])
 @pytest.mark.parametrize("sync_every", [0, -1, 1.5, True, "4"])
 def test_a_period_that_is_no_number_of_steps_is_refused_by_name(strategy, sync_every):
-    message = f"reference.sync_every: {sync_every!r} is not a positive number of optimizer steps"
+    message = f"reference.sync_every: expected a positive integer or null (never sync), got {sync_every!r};"
     with pytest.raises(ConfigError, match=re.escape(message)):
         strategy(sync_every)

@@ -84,27 +84,27 @@ def engine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "field"),
     [
-        (one(text=None, token_ids=None), r"choices\[0\].text is None, expected a string"),
-        (one(text=["a"], token_ids=None), r"choices\[0\].text is \['a'\]"),
-        (one(text="\ud800", token_ids=None), r"choices\[0\].text is "),
-        (one(token_ids="ab"), r"choices\[0\].token_ids is 'ab', expected a list of token ids"),
-        (one(token_ids=[1, None]), r"choices\[0\].token_ids is \[1, None\]"),
-        (one(token_ids=[-1]), r"choices\[0\].token_ids is \[-1\]"),
-        (one(token_ids=[ROWS]), rf"choices\[0\].token_ids with {ROWS}, outside the model's vocabulary of {ROWS}"),
-        ({"choices": []}, "choices is 0 choices, expected a list of one object"),
-        ({"choices": [right(), right()]}, "choices is 2 choices"),
-        ({"choices": None}, "choices is "),
-        ({"choices": ["a"]}, "choices is 1 choices"),
-        ({}, "choices is "),
-        ([], "choices is "),
-        ({"choices": [{"text": "a"}]}, r"choices\[0\].finish_reason is missing"),
-        (b"<html>", "it is no JSON"),
-        (one(finish_reason=None), "failed 1 times at one request .finish_reason None"),
+        (one(text=None, token_ids=None), r"choices\[0\].text: expected a string \(or token_ids\), got None"),
+        (one(text=["a"], token_ids=None), r"choices\[0\].text: expected .*, got \['a'\]"),
+        (one(text="\ud800", token_ids=None), r"choices\[0\].text: expected .*, got "),
+        (one(token_ids="ab"), r"choices\[0\].token_ids: expected a list of token ids, got 'ab'"),
+        (one(token_ids=[1, None]), r"choices\[0\].token_ids: expected .*, got \[1, None\]"),
+        (one(token_ids=[-1]), r"choices\[0\].token_ids: expected .*, got \[-1\]"),
+        (one(token_ids=[ROWS]), rf"id {ROWS} in choices\[0\].token_ids, outside the model's vocabulary of {ROWS}"),
+        ({"choices": []}, "choices: expected a list of one object, got 0 choices"),
+        ({"choices": [right(), right()]}, "choices: expected .*, got 2 choices"),
+        ({"choices": None}, "choices: expected .*, got "),
+        ({"choices": ["a"]}, "choices: expected .*, got 1 choices"),
+        ({}, "choices: expected .*, got "),
+        ([], "choices: expected .*, got "),
+        ({"choices": [{"text": "a"}]}, r"choices\[0\].finish_reason: expected .*, got nothing"),
+        (b"<html>", "expected JSON, got "),
+        (one(finish_reason=None), "one request failed 1 times .finish_reason None"),
     ],
 )
 def test_an_answer_that_is_no_completion_ends_sampling_with_the_field_in_one_line(engine, answer, field):
     with completions(lambda _: answer) as url:
-        with pytest.raises((ConfigError, TrainingError), match=f"{re.escape(url)} .*{field}") as error:
+        with pytest.raises((ConfigError, TrainingError), match=f"{re.escape(url)}:? .*{field}") as error:
             engine(url).generate([[1, 2]], PARAMS, [3])
     assert "\n" not in str(error.value)
 
@@ -120,7 +120,7 @@ def test_a_completion_with_an_id_that_no_token_has_is_left_out_and_counted(engin
     with completions(lambda nth: one(token_ids=[7, 270] if nth == 1 else [7, 8])) as url:
         [row] = engine(url).generate([[1, 2]], PARAMS, [3])
         assert [completion.tokens for completion in row] == [[7, 8]]
-        assert f"{url}: 1 of 2 completions are left out: they have an id that no token has" in caplog.text
+        assert f"{url}: 1 of 2 completions are left out: they have an id without a token" in caplog.text
 
 
 def test_what_a_server_adds_behind_a_stop_token_is_cut_off(engine):
@@ -137,8 +137,8 @@ def test_what_a_server_adds_behind_a_stop_token_is_cut_off(engine):
 @pytest.mark.parametrize(
     ("later", "words"),
     [
-        ({"prompt_token_ids": [9, 9]}, "answers another prompt than it was asked for"),
-        ({"token_ids": None}, "leaves out choices[0].token_ids, which it gave to the first request"),
+        ({"prompt_token_ids": [9, 9]}, "completed another prompt than the one sent"),
+        ({"token_ids": None}, "sent no choices[0].token_ids, but did for the first request"),
     ],
 )
 def test_a_server_that_answers_otherwise_than_its_probe_said_is_refused(engine, later, words):
@@ -152,7 +152,10 @@ def test_a_server_that_answers_otherwise_than_its_probe_said_is_refused(engine, 
 def test_a_judge_that_answers_no_text_ends_scoring_with_the_field_in_one_line(content, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with judge(lambda *_: (200, {"choices": [{"message": {"content": content}}]}), retries=0) as (reward, _):
-        with pytest.raises(ConfigError, match=r"^reward.base_url: http://.* answers choices\[0\].message.content with"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^reward.base_url: http://.*: expected a string or null in choices\[0\].message.content, got ",
+        ):
             reward([Prompt("", [{"role": "user", "content": "?"}], {})], [["a"]])
 
 
@@ -186,7 +189,7 @@ def test_rows_that_no_token_has_are_not_sampled_and_count_in_the_log_probs(param
 
 def test_a_tokenizer_whose_stop_tokens_are_none_of_its_own_is_refused():
     model = LogProbDecoder(llama3(64, 1, 2, 1, 16, 64))
-    with pytest.raises(ConfigError, match=r"^tokenizer: none of its stop tokens \[50\] has a token"):
+    with pytest.raises(ConfigError, match=r"^tokenizer: none of its stop tokens \[50\] is a known token"):
         TorchtuneEngine(model, stop_tokens=[50], batch_size=8, token_ids=range(40))
 
 

@@ -148,16 +148,20 @@ def test_a_group_longer_than_a_row_repeats_its_prompt_within_one_pass():
 
 def test_a_group_that_no_pass_can_hold_is_refused_by_name():
     group = Group(prompt=[1] * 6, responses=([2] * 5, [3] * 5), id="pairs.jsonl line 7")
-    with pytest.raises(DataError, match="pairs.jsonl line 7: its responses take 2 rows of 10 tokens, a pass holds 1"):
+    with pytest.raises(
+        DataError, match="pairs.jsonl line 7: its responses need 2 rows of 10 tokens, but a pass holds 1"
+    ):
         pack([group], RowBudget(tokens_per_row=10))
-    with pytest.raises(DataError, match="pairs.jsonl line 7: prompt and response take 10 tokens, a row holds 8"):
+    with pytest.raises(
+        DataError, match="pairs.jsonl line 7: prompt and response have 10 input tokens, but a row holds 8"
+    ):
         pack([group], RowBudget(tokens_per_row=8))
 
 
 @pytest.mark.parametrize("key", ["tokens_per_row", "rows_per_pass"])
 @pytest.mark.parametrize("value", [0, -1, True, 2.5])
 def test_a_budget_that_is_no_count_is_refused_by_name(key, value):
-    with pytest.raises(ConfigError, match=f"{key}: .* is not a positive whole number"):
+    with pytest.raises(ConfigError, match=f"^{key}: expected a positive integer, got {value}$"):
         RowBudget(**{key: value})
 
 
@@ -181,6 +185,16 @@ def test_the_order_of_groups_changes_no_loss(decoder):
         return torch.stack([by_id[group.id] for group in groups])
 
     torch.testing.assert_close(sums(groups), sums(groups[::-1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["labels", "advantages"])
+def test_what_a_group_lacks_is_refused_with_the_group_s_name(name):
+    budget, values = RowBudget(tokens_per_row=16), {"labels": (True,), "advantages": (0.5,)}
+    groups = [Group([1], ([2],), **values), Group([1], ([2],), id="pairs.jsonl line 7")]
+    (planned,) = pack(groups, budget)
+    assert getattr(lay_out(groups[:1], pack(groups[:1], budget)[0], budget), name).tolist() == list(values[name])
+    with pytest.raises(DataError, match=f"^pairs.jsonl line 7: expected {name}, found none; use the objective"):
+        getattr(lay_out(groups, planned, budget), name)
 
 
 def test_padding_alone_is_visible_to_itself_so_that_attention_stays_finite():

@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
+
+from humanline.training._stop_request import StopRequest
 
 SCRIPT = '''
 import json, os, signal, socket, sys, time
@@ -75,3 +78,11 @@ def test_a_signal_at_any_line_of_a_wait_ends_it():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"wrong": [], "hang": []}
+
+
+def test_the_thread_that_asks_the_store_ends_with_the_block():
+    """One that is in the store's code while the interpreter ends would abort the process."""
+    before = threading.enumerate()
+    with StopRequest(lambda: None):
+        assert len(threading.enumerate()) == len(before) + 1
+    assert threading.enumerate() == before

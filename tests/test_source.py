@@ -60,5 +60,5 @@ def test_groups_that_do_not_fill_a_step_are_left_out():
 
 
 def test_a_dataset_smaller_than_a_step_is_refused():
-    with pytest.raises(ConfigError, match="batch_size: a step takes 4 x 2 accumulated x 3 ranks = 24 groups"):
+    with pytest.raises(ConfigError, match="batch_size: a step needs 4 x 2 accumulated x 3 ranks = 24 groups"):
         source(23, batch_size=4, accumulation=2, world_size=3)

@@ -1,6 +1,7 @@
 """AdamW on bfloat16 weights: small updates survive on average."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def step_of_a_shard(rank: int, folder: Path) -> None:
         local = torch.full((512,), value, dtype=torch.bfloat16)
         return DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
 
-    weight = torch.nn.Parameter(sharded(1.0))
+    weight: Any = torch.nn.Parameter(sharded(1.0))  # a DTensor
     weight.grad = sharded(1.0)
     StochasticAdamW([weight], lr=1e-3).step()
     torch.save(weight.to_local().detach(), folder / f"{rank}.pt")

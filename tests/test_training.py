@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_new_run_in_a_folder_with_another_run_s_checkpoints_is_refused(traject
     run = trajectory(RUN)
     run.config["save_every_n_steps"] = 5
     assert_trained(run)
-    assert "out has checkpoints of an earlier run; continue it by resume_from_checkpoint: latest" in run.train()
+    assert "out has checkpoints of an earlier run; continue it with resume_from_checkpoint: latest" in run.train()
 
 
 def test_a_checkpoint_of_another_batch_or_loss_is_refused(trajectory):
@@ -223,7 +224,7 @@ def test_a_component_is_left_out_by_null_on_the_command_line(trajectory):
     run.config["dataset_val"] = {"_component_": "humanline.data.encoded_groups", "source": str(run.data)}
     assert_trained(run, "dataset_val=null", "lr_scheduler=null", "max_steps_per_epoch=1")
     assert not run.log("val/loss")
-    assert "loss: is missing" in run.train("loss=null")
+    assert "loss: missing" in run.train("loss=null")
 
 
 def test_the_log_has_what_every_objective_logs(trajectory):
@@ -272,49 +273,61 @@ def test_a_component_may_stand_in_the_working_directory(trajectory, tmp_path, mo
     assert_trained(run, "max_steps_per_epoch=1")
 
 
-MISTAKES = {
-    "a word for a switch": ({"shuffle": "maybe"}, "shuffle: 'maybe' does not work: it is a str; give a bool"),
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "a word for a switch": ({"shuffle": "maybe"}, "shuffle: expected a boolean, got 'maybe'"),
     "a negative rate": ({"optimizer.lr": -1.0}, "optimizer: Invalid learning rate: -1.0"),
-    "fp16": ({"dtype": "fp16"}, "dtype: 'fp16' does not work: float16 has too narrow a range"),
-    "negative sync_every": ({"reference.sync_every": -1}, "reference.sync_every: -1 is not a positive number"),
-    "a ratio for a bound": ({"loss.log_eps_P": 0.8}, "loss.log_eps_P: 0.8 is not a number of at most 0 nats"),
-    "unknown key": ({"bach_size": 2}, "bach_size: is not a key of this recipe; did you mean batch_size?"),
-    "unknown component argument": ({"loss.betta": 1.0}, "loss: humanline.losses.HumanlineDPOLoss does not take"),
-    "unknown component": ({"loss._component_": "humanline.losses.Nope"}, "loss._component_: Error loading"),
-    "missing component": ({"reference": None}, "reference: is missing"),
+    "fp16": ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'; the range of float16"),
+    "negative sync_every": (
+        {"reference.sync_every": -1},
+        "reference.sync_every: expected a positive integer or null (never sync), got -1",
+    ),
+    "a ratio for a bound": ({"loss.log_eps_P": 0.8}, "loss.log_eps_P: got 0.8, expected a number of at most 0 nats"),
+    "unknown key": ({"bach_size": 2}, "bach_size: not a key of this recipe; did you mean batch_size?"),
+    "unknown component argument": (
+        {"loss.betta": 1.0},
+        "loss.betta: humanline.losses.HumanlineDPOLoss has no such argument",
+    ),
+    "unknown component": ({"loss._component_": "humanline.losses.Nope"}, "loss._component_: cannot load"),
+    "missing component": ({"reference": None}, "reference: missing"),
     "missing data": ({"dataset.source": "nowhere.jsonl"}, "nowhere.jsonl"),
-    "too large a step": ({"batch_size": 1000}, "batch_size: a step takes 1000 x 1 accumulated x 1 ranks = 1000 groups"),
+    "too large a step": ({"batch_size": 1000}, "batch_size: a step needs 1000 x 1 accumulated x 1 ranks = 1000 groups"),
     "a model too short for the data": ({"model.max_seq_len": 16}, "positions, the model has 16 (max_seq_len)"),
     "too short a row": ({"tokens_per_row": 8}, "a row holds 8; raise tokens_per_row"),
-    "another architecture": ({"model.embed_dim": 32}, "is another architecture than model"),
+    "another architecture": ({"model.embed_dim": 32}, "has another architecture than model"),
     "missing weights": ({"checkpointer.checkpoint_files": ["nope.safetensors"]}, "checkpointer:"),
     "missing checkpoint folder": ({"checkpointer.checkpoint_dir": "nowhere"}, "checkpointer: nowhere"),
     "nothing to resume from": (
         {"resume_from_checkpoint": "latest"},
-        "resume_from_checkpoint: there is no whole checkpoint",
+        "resume_from_checkpoint: found no complete checkpoint",
     ),
     "offloading on a CPU": (
         {"enable_activation_offloading": True},
-        "enable_activation_offloading: True does not work: needs a GPU",
+        "enable_activation_offloading: expected False without a GPU, got True",
     ),
-    "finer compute than weights": ({"master_dtype": "bf16"}, "master_dtype: 'bf16' does not work"),
-    "a seed that torch does not take": ({"seed": 2**32}, "seed: 4294967296 does not work"),
-    "a number for an adapter": ({"adapter": 5}, "adapter: 5 does not work: it is a int; give a str or null"),
-    "no epochs": ({"epochs": 0}, "epochs: 0 does not work: give a whole number of at least 1"),
+    "finer compute than weights": (
+        {"master_dtype": "bf16"},
+        "master_dtype: expected fp32 with dtype: fp32, got 'bf16'",
+    ),
+    "a seed that torch does not take": (
+        {"seed": 2**32},
+        "seed: expected an integer of at least 0 and below 2^32, got 4294967296",
+    ),
+    "a number for an adapter": ({"adapter": 5}, "adapter: expected a string or null, got 5"),
+    "no epochs": ({"epochs": 0}, "epochs: expected an integer of at least 1, got 0"),
     "a warm-up in steps": (
         {"lr_scheduler": {"_component_": "humanline.training.get_constant_schedule_with_warmup", "warmup_ratio": 10}},
-        "lr_scheduler.warmup_ratio: 10 is no share of the steps",
+        "lr_scheduler.warmup_ratio: expected a share of the steps from 0 to 1, such as 0.1, got 10",
     ),
     "a watch that is not kept": (
         {"collapse_window": None, "stop_on_collapse": True},
-        "stop_on_collapse: True does not work: nothing watches",
+        "stop_on_collapse: expected False with collapse_window: null, got True",
     ),
     "a best of nothing": (
         {"best_checkpoint_metric": "val/loss", "run_val_every_n_steps": 1, "save_every_n_steps": 1},
-        "best_checkpoint_metric: is measured on dataset_val",
+        "best_checkpoint_metric: needs dataset_val, which is missing",
     ),
-    "a reward of nothing": ({"reward": {"_component_": "toys.MeanToken"}}, "reward: has nothing to do beside dataset"),
-    "no such device": ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
+    "a reward of nothing": ({"reward": {"_component_": "toys.MeanToken"}}, "reward: not used with dataset"),
+    "no such device": ({"device": "abacus"}, "device: expected cuda or cpu, got 'abacus'"),
 }
 
 

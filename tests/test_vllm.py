@@ -202,7 +202,7 @@ def test_each_round_is_sampled_from_its_own_weights_also_by_a_server_that_was_ki
             assert not second_round.exists()
             with VLLMServe(model, port, log):  # with the weights of the first round, until it is told of others
                 assert ranks.wait(SECONDS) == [0], ranks.output()
-    assert "is gone" in ranks.output()
+    assert "is down" in ranks.output()
     rounds = [first_round, second_round, third_round]
     assert [json.loads(file.read_text().splitlines()[0])["policy_step"] for file in rounds] == [0, 2, 4]
 

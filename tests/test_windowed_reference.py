@@ -115,7 +115,7 @@ def test_a_longer_run_than_its_window_is_refused(trajectory):
     run.config["reference"]["sync_every"] = 5
     losses(run)
     line = run.train("resume_from_checkpoint=latest", "epochs=2")
-    assert "its window of reference log-probs ends with step 12, the last of that run" in line
+    assert "its window of reference log-probs ends with step 12, the last step of that run" in line
     step = run.folder / "out" / "checkpoints" / "step_6"
     assert len(losses(run, f"resume_from_checkpoint={step}", "epochs=2")) == 18
 
@@ -173,7 +173,7 @@ def test_a_kept_file_that_cannot_be_read_is_taken_anew(trajectory, cache, caplog
     (file,) = cache.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     assert losses(run) == first
-    assert f"{file}: " in caplog.text and "its log-probs are taken anew" in caplog.text
+    assert f"{file}: " in caplog.text and "its log-probs are recomputed" in caplog.text
 
 
 def test_a_frozen_reference_of_other_weights_is_not_resumed_with(trajectory):
@@ -186,7 +186,7 @@ def test_a_frozen_reference_of_other_weights_is_not_resumed_with(trajectory):
     weights = load_file(file)
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    assert "its frozen reference was of other weights" in run.train("resume_from_checkpoint=latest")
+    assert "its frozen reference had other weights" in run.train("resume_from_checkpoint=latest")
 
 
 # ---- What it asks of the source
@@ -194,5 +194,5 @@ def test_a_frozen_reference_of_other_weights_is_not_resumed_with(trajectory):
 
 def test_a_source_that_samples_after_the_sync_is_refused():
     context = RunContext(policy=nn.Module(), model=None, passes=None, total_steps=1, resumes=False)
-    with pytest.raises(ConfigError, match="this source samples their groups later; take humanline.reference.ModelRef"):
+    with pytest.raises(ConfigError, match="this source samples their groups later; use humanline.reference.ModelRef"):
         WindowedReference().build(context)

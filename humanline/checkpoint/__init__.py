@@ -1,4 +1,4 @@
-"""Weights in and out: a model's checkpoint, the training state, exports and adapter files; each whole or not there."""
+"""Reads and writes weights: model checkpoints, training state, exports, adapter files. Each is complete or absent."""
 
 from humanline.checkpoint._adapter_files import read_adapter
 from humanline.checkpoint._checkpoint import TrainingCheckpoint, has_checkpoints

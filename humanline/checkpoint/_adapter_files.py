@@ -1,8 +1,8 @@
-"""Adapters as files, in torchtune's format and in PEFT's.
+"""Reads and writes adapters in torchtune's format and in PEFT's.
 
-torchtune's own export permutes the query and key rows of every model as it does Llama's, and leaves DoRA's magnitudes
-as they are; PEFT then computes another function for Qwen2.5, or with DoRA. Here an adapter's rows go wherever the rows
-of the base weight go: they are passed through the conversion of the checkpoint itself, as columns of that weight.
+torchtune's own export permutes the query and key rows of every model like Llama's, and does not permute DoRA's
+magnitudes. PEFT then computes another function for Qwen2.5 and for DoRA. Here an adapter's rows move with the rows of
+the base weight: they pass through the checkpoint's own conversion, as columns of that weight.
 """
 
 import json
@@ -42,12 +42,12 @@ Convert = Callable[..., Weights]
 
 
 class Family(NamedTuple):
-    """How a family's weights are named and laid out in the Hugging Face format."""
+    """The names and the layout of a family's weights in the Hugging Face format."""
 
-    names: dict[str, str]  # of HF -> torchtune's
-    to_hf: Convert | None = None  # None where rows keep their order
+    names: dict[str, str]  # HF name -> torchtune name
+    to_hf: Convert | None = None  # None if rows keep their order
     from_hf: Convert | None = None
-    is_fused: bool = False  # of _fused_layers
+    is_fused: bool = False  # see _fused_layers
 
 
 LLAMA = Family(LLAMA_FROM_HF, convert_weights.tune_to_hf, convert_weights.hf_to_tune)
@@ -70,19 +70,18 @@ FAMILIES = {
     "PHI4": PHI3,
 }
 TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
-# Of PEFT's config: what makes another function of the same weights, and the ways to begin that leave the base alone.
+# Keys of PEFT's config that change the function of the same weights, and initializations that keep the base weights.
 OTHER_FUNCTIONS = ("use_rslora", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 PEFT_NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer: Any) -> None:
-    """Writes an adapter into ``folder`` in torchtune's format, and in PEFT's if the base is a Hugging Face checkpoint
-    of a known family.
+    """Writes an adapter in torchtune's format, and in PEFT's if the base is an HF checkpoint of a known family.
 
     Args:
-        folder (Path): where to.
-        adapter (Weights): the adapter, whole and on the host, in torchtune's names.
+        folder (Path): the destination.
+        adapter (Weights): the full adapter on the host, in torchtune's names.
         model (nn.Module): the model with the adapter, for its shape.
         checkpointer (Any): torchtune's checkpointer of the base model.
     """
@@ -99,7 +98,7 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
     for name, tensor in whole.items():
         base, kind = _split(name, PEFT_NAMES)
         layer = convert_weights.get_mapped_key(f"{base}.weight", hf_names).removesuffix(".weight")
-        # The rows of lora_a are of the rank, and stay where they are.
+        # The rows of lora_a belong to the rank and do not move.
         moved = tensor if kind == "lora_a.weight" else _moved(family.to_hf, f"{base}.weight", tensor, checkpointer)
         layer = layer.replace("model.", _text_model(checkpointer), 1)
         peft[f"base_model.model.{layer}.{PEFT_NAMES[kind]}"] = moved.contiguous()
@@ -108,23 +107,25 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
 
 
 def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
-    """Reads an adapter from a folder or file, in torchtune's format or in PEFT's, in torchtune's names.
+    """Reads an adapter in torchtune's or PEFT's format. Returns it in torchtune's names.
 
     Args:
         path (str): an ``adapter_model.pt``, PEFT's ``adapter_model.safetensors``, or a folder that holds one of them.
-        model (nn.Module): the model that it is for.
+        model (nn.Module): the model that gets the adapter.
         checkpointer (Any): torchtune's checkpointer of the base model.
 
     Raises:
-        ConfigError: if it cannot be read, is of another rank or set of layers than the model's, or of another alpha,
-            which only the ``adapter_config.json`` beside it can tell.
+        ConfigError: if the adapter cannot be read, or its rank, layers or alpha differ from the model's. Only
+            ``adapter_config.json`` names the alpha.
     """
     where = Path(path)
-    # torchtune's file first: where torchtune itself wrote both formats, its PEFT file is another function for Qwen2.
+    # torchtune's file first: if torchtune wrote both formats, its PEFT file computes another function for Qwen2.
     candidates = [where / TORCHTUNE_FILE, where / PEFT_FILE] if where.is_dir() else [where]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise ConfigError(f"adapter: {path} has no {TORCHTUNE_FILE} and no {PEFT_FILE}; give a folder with an adapter")
+        raise ConfigError(
+            f"adapter: expected {TORCHTUNE_FILE} or {PEFT_FILE} in {path}, found neither; correct the path"
+        )
     try:
         _check_config(file, model, checkpointer)
         if file.suffix == ".safetensors":
@@ -133,35 +134,37 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
             adapter = torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a file may hold that is no adapter
+    except Exception as error:  # a file that is not an adapter can raise anything
         raise ConfigError(f"adapter: {file} cannot be read as an adapter: {' '.join(str(error).split())}") from error
     _check_shapes(adapter, model, path)
     return adapter
 
 
 def _check_config(file: Path, model: nn.Module, checkpointer: Any) -> None:
-    """Compares what ``adapter_config.json`` says, in both formats the same, with the model."""
+    """Compares ``adapter_config.json``, which is the same in both formats, with the model."""
     path = file.with_name(PEFT_CONFIG)
     if not path.is_file():
         if file.suffix == ".safetensors":
-            raise ConfigError(f"adapter: {file} has no {PEFT_CONFIG} beside it; PEFT's format takes both")
+            raise ConfigError(f"adapter: {path} is missing; PEFT's format needs this file beside {file.name}")
         return
     config = json.loads(path.read_text())
     for module in adapter_modules(model).values():
         rank, alpha = rank_and_alpha(module)
         for key, theirs, ours in (("lora_rank", config["r"], rank), ("lora_alpha", config["lora_alpha"], alpha)):
             if theirs != ours:
-                raise ConfigError(f"adapter: {path} has {key} {theirs}, the model {ours}; set model.{key}: {theirs}")
+                raise ConfigError(
+                    f"adapter: {path} has {key} {theirs}, the model has {ours}; set model.{key}: {theirs}"
+                )
     family = _family(checkpointer)
     fused = patterns(model) if family is not None and family.is_fused else {}
     for key in OTHER_FUNCTIONS:
         if config.get(key) and config[key] != fused.get(key):
             raise ConfigError(
-                f"adapter: {path} has {key}, with which its weights are not those of a plain LoRA or DoRA"
+                f"adapter: {path} has {key}, expected a plain LoRA or DoRA; use an adapter trained without {key}"
             )
     if config.get("init_lora_weights", True) not in KEEP_THE_BASE:
         raise ConfigError(
-            f"adapter: {path} has init_lora_weights {config['init_lora_weights']}, which changes the base as well; "
+            f"adapter: {path} has init_lora_weights {config['init_lora_weights']}, which also changes the base; "
             "convert it to a plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
         )
 
@@ -169,8 +172,8 @@ def _check_config(file: Path, model: nn.Module, checkpointer: Any) -> None:
 def _read_peft(file: Path, model: nn.Module, checkpointer: Any) -> Weights:
     if (family := _family(checkpointer)) is None:
         raise ConfigError(
-            f"adapter: {file} is in PEFT's format, which takes a Hugging Face checkpoint of a Llama, Mistral, "
-            "Qwen, Gemma or Phi in checkpointer; give torchtune's"
+            f"adapter: {file} is in PEFT's format, which needs a Hugging Face checkpoint of Llama, Mistral, Qwen, "
+            "Gemma or Phi in checkpointer; use an adapter in torchtune's format"
         )
     kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
     adapter = {}
@@ -194,8 +197,8 @@ def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise ConfigError(
-                f"adapter: {path} is of another shape than model: {name} is {found.get(name, 'absent')} in the file "
-                f"and {wanted.get(name, 'absent')} in the model; let both have the same rank and layers"
+                f"adapter: {path} does not fit model: {name} is {found.get(name, 'absent')} in the file and "
+                f"{wanted.get(name, 'absent')} in the model; use the same rank and layers in both"
             )
 
 
@@ -204,12 +207,12 @@ def _family(checkpointer: Any) -> Family | None:
 
 
 def _text_model(checkpointer: Any) -> str:
-    """How transformers' names of the text model's layers begin: it may be a part of a model that sees images too."""
+    """Returns the start of transformers' names of the text model's layers, which may be a part of a larger model."""
     return "model.language_model." if "text_config" in (hf_config(checkpointer) or {}) else "model."
 
 
 def _moved(convert: Convert | None, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
-    """The adapter's tensor with its rows moved as ``convert`` moves those of the base weight ``name``."""
+    """Returns the adapter's tensor with its rows moved as ``convert`` moves the rows of the base weight ``name``."""
     if convert is None:
         return tensor
     config = hf_config(checkpointer) or {}
@@ -226,11 +229,11 @@ def _moved(convert: Convert | None, name: str, tensor: Tensor, checkpointer: Any
 
 
 def _split(name: str, kinds: Iterable[str]) -> tuple[str, str]:
-    """``layers.0.attn.q_proj.lora_a.weight`` to ``layers.0.attn.q_proj`` and ``lora_a.weight``."""
+    """Splits ``layers.0.attn.q_proj.lora_a.weight`` into ``layers.0.attn.q_proj`` and ``lora_a.weight``."""
     for kind in kinds:
         if name.endswith(f".{kind}"):
             return name.removesuffix(f".{kind}"), kind
-    raise ConfigError(f"adapter: {name} is no weight of LoRA or DoRA; give an adapter of one of these")
+    raise ConfigError(f"adapter: expected weights of LoRA or DoRA, found {name}; use an adapter of one of these kinds")
 
 
 def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: every rank writes its shards, and a folder only gets its name once it is whole."""
+"""Training checkpoints: every rank writes its shards, and a folder gets its name only when it is complete."""
 
 import functools
 import hashlib
@@ -36,30 +36,30 @@ from humanline.reference import Reference
 
 log = utils.get_logger("INFO")
 
-# The frozen base of an adapter is in the model's own checkpoint.
+# The frozen base of an adapter is not stored: the model's own checkpoint has it.
 ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 RUN_FILE, CHECKSUMS_FILE = "run.json", "SHA256SUMS"
 
 
 class TrainingCheckpoint:
-    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, reference, and where the run is.
+    """Reads and writes ``output_dir/checkpoints/step_N``: policy, optimizer, reference, and the run's position.
 
-    The schedule of the learning rate is not in it: the config and the step say where it stands.
+    The learning-rate schedule is not stored: the config and the step determine it.
 
     A folder holds the tensors in the format of ``torch.distributed.checkpoint``, which any number of ranks can read;
-    ``run.json``, which people can read too; and ``SHA256SUMS``, which ``sha256sum -c`` checks. It is written under
-    another name, and renamed when it is whole and on the disk.
+    ``run.json``, for people; and ``SHA256SUMS``, for ``sha256sum -c``. It is written under another name, and renamed
+    when it is complete and on disk.
 
     Args:
         output_dir (str): the run's folder.
-        position (dict[str, Any]): what a step number means in this run, by name; a run in which it means something
-            else cannot continue a checkpoint.
+        position (dict[str, Any]): the values, by name, that define what a step number means in this run. A run with
+            other values cannot resume the checkpoint.
         policy (nn.Module): the policy.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule, a function of the step, which needs no state.
+        optimizer (Optimizer): the policy's optimizer.
+        lr_scheduler (LRScheduler | None): the optimizer's schedule, a function of the step without state.
         reference (Reference): the reference strategy.
-        keep_last (int): how many of the newest to keep.
-        best_metric (str | None): what a score is of; the checkpoint with the best one is kept too.
+        keep_last (int): number of newest checkpoints to keep.
+        best_metric (str | None): name of the metric that is the score. The checkpoint with the best score is kept too.
         best_mode (str): ``max`` or ``min``, which score is the best.
         asynchronous (bool): write in the background, from a copy on the host.
     """
@@ -88,9 +88,9 @@ class TrainingCheckpoint:
         self.best_metric = best_metric
         self.best_mode = best_mode
         self.asynchronous = asynchronous
-        # A group of its own, so that what the background sends does not mix with what training sends.
+        # A separate group, so that background messages do not mix with those of training.
         self.group = dist.new_group(backend="gloo")
-        # A thread has a current device of its own, which would be the first for every rank.
+        # A thread has its own current device. The default would be the first GPU on every rank.
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         on_device = None if device is None else functools.partial(torch.cuda.set_device, device)
         self.background = ThreadPoolExecutor(max_workers=1, initializer=on_device)
@@ -100,12 +100,12 @@ class TrainingCheckpoint:
     # -------------------------------------------------------------------------------------------------------- writing
 
     def save(self, step: int, progress: dict[str, Any], score: float | None = None) -> None:
-        """Writes ``step_N``. If that fails, says so, and the checkpoints before it stay as they are.
+        """Writes ``step_N``. If that fails, logs the error and keeps the earlier checkpoints.
 
         Args:
             step (int): optimizer step.
-            progress (dict[str, Any]): what else a resumed run wants back; what JSON can hold.
-            score (float | None): by what the best checkpoint is chosen; None if the step was not evaluated.
+            progress (dict[str, Any]): other values that a resumed run needs; JSON must be able to hold them.
+            score (float | None): the value that selects the best checkpoint; None if the step was not evaluated.
         """
         self.wait()
         if self.last_saved == step:
@@ -124,7 +124,7 @@ class TrainingCheckpoint:
             self._write(partial, run, state)
 
     def _copied(self, state: dict[str, Any]) -> dict[str, Any] | None:
-        """A copy in host memory; None, from then on, where the state has what torch cannot copy."""
+        """Returns a copy in host memory. If torch cannot copy the state, returns None and ends background writing."""
         copied = error = None
         try:
             copied = BlockingAsyncStager().stage(state)
@@ -134,19 +134,19 @@ class TrainingCheckpoint:
             self.asynchronous = False
             if dist.get_rank() == 0:
                 log.warning(
-                    f"enable_async_checkpointing: this run's state cannot be copied ({error}); it is written directly"
+                    f"enable_async_checkpointing: cannot copy this run's state ({error}); training waits for each write"
                 )
             return None
         return copied
 
     def wait(self) -> None:
-        """Waits for what is being written in the background; ``last_saved`` then tells the last step that was."""
+        """Waits for the write in the background. ``last_saved`` is then the last step that was written."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
 
     def _write(self, partial: Path, run: dict[str, Any], state: dict[str, Any]) -> None:
-        """Writes the tensors and what belongs to them, and gives the folder its name, on all ranks or on none."""
+        """Writes a checkpoint's files and gives the folder its name, on all ranks or on none."""
         sums: dict[str, str] = {}
         error = None
         try:
@@ -170,11 +170,11 @@ class TrainingCheckpoint:
         if error is None:
             self.last_saved = run["step"]
         elif dist.get_rank() == 0:
-            newest = f"step_{steps[-1]} stays the last one" if (steps := self._steps()) else "there is none yet"
+            newest = f"step_{steps[-1]} is still the newest" if (steps := self._steps()) else "there is none yet"
             free = shutil.disk_usage(self.folder.parent).free / 1e9
             log.error(
                 f"the checkpoint of step {run['step']} could not be written: {error} ({free:.3g} GB are free in "
-                f"{self.folder.parent}); {newest}, training goes on"
+                f"{self.folder.parent}); {newest}, training continues"
             )
 
     def _name(self, partial: Path, run: dict[str, Any], sums: dict[str, str]) -> None:
@@ -187,21 +187,21 @@ class TrainingCheckpoint:
         self._prune()
 
     def _prune(self) -> None:
-        """Keeps the newest and the best, and nothing that is half written."""
+        """Keeps the newest and the best checkpoints, and removes the others and incomplete ones."""
         steps = self._steps()
         keep = {*steps[-self.keep_last :], *self._best_first()[:1]}
-        for step in set(steps) - keep:  # renamed first, so that a kill leaves none half removed under its name
+        for step in set(steps) - keep:  # renamed first, so a kill leaves no half-removed folder under this name
             with suppress(OSError):
                 (self.folder / f"step_{step}").rename(self.folder / f"step_{step}.partial")
         for partial in self.folder.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint that is there."""
+        """Returns the step of the newest checkpoint; None without one."""
         return max(self._steps(), default=None)
 
     def _best_first(self) -> list[int]:
-        """The steps that have a score of this run's metric, the best first."""
+        """Returns the steps that have a score of this run's metric, the best first."""
         scores = {}
         for step in self._steps():
             try:
@@ -215,30 +215,30 @@ class TrainingCheckpoint:
     # -------------------------------------------------------------------------------------------------------- reading
 
     def load(self, which: bool | str) -> tuple[int, dict[str, Any]]:
-        """Restores everything from the newest whole checkpoint (True or ``latest``) or from the folder named.
+        """Restores the run from the newest complete checkpoint (True or ``latest``) or from the given folder.
 
         Returns:
-            tuple[int, dict[str, Any]]: its step, and the progress that was saved with it.
+            tuple[int, dict[str, Any]]: the checkpoint's step and its saved progress.
 
         Raises:
-            ConfigError: if there is none, or it is damaged, or of a run with other data or another batch.
+            ConfigError: if there is no checkpoint, it is damaged, or this run has another position or other tensors.
         """
         path = self._newest() if which is True or which == "latest" else Path(str(which))
         ours = path.resolve().parent == self.folder.resolve()
         if not ours and gathered(self._steps(), self.group)[0]:
             raise ConfigError(
-                f"resume_from_checkpoint: {path} is of another folder, and output_dir has checkpoints of its own; give "
-                "the run that goes on from it an output_dir without any"
+                f"resume_from_checkpoint: {path} is not in output_dir, and output_dir already has checkpoints; set "
+                "output_dir to a folder without checkpoints"
             )
         if (damage := self._damage(path)) is not None:
-            raise ConfigError(f"resume_from_checkpoint: {path}{damage}; name another one, or latest")
+            raise ConfigError(f"resume_from_checkpoint: {path}{damage}; name another checkpoint, or latest")
         run = json.loads((path / RUN_FILE).read_text())
         check_same({"resume_from_checkpoint": f"step {run['step']}, checksums {_sha256(path / CHECKSUMS_FILE)[:16]}"})
         for key, here in self.position.items():
             if run["position"].get(key) != here:
                 raise ConfigError(
                     f"resume_from_checkpoint: {path} was written with {key} {run['position'].get(key)}, this run has "
-                    f"{here}; that is another run, so set it back or start anew"
+                    f"{here}; restore the old value, or start a new run"
                 )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         state = self._state()
@@ -255,7 +255,7 @@ class TrainingCheckpoint:
             options=ONLY_TRAINED,
         )
         self.reference.load_state_dict(state["reference"])
-        # The rate, the betas and so on are the config's, which a resumed run may change.
+        # The learning rate, betas and so on come from the config, which a resumed run may change.
         for group, here in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(here)
         if self.lr_scheduler is not None:
@@ -266,8 +266,7 @@ class TrainingCheckpoint:
         return run["step"], run["progress"]
 
     def load_best(self) -> int | None:
-        """Gives the policy the weights of the best checkpoint that is whole, and returns its step; None if there is
-        none."""
+        """Loads the weights of the best complete checkpoint into the policy. Returns its step; None without one."""
         for step in gathered(self._best_first(), self.group)[0]:
             path = self.folder / f"step_{step}"
             if (damage := self._damage(path)) is None:
@@ -276,17 +275,17 @@ class TrainingCheckpoint:
                 set_model_state_dict(self.policy, policy, options=ONLY_TRAINED)
                 return step
             if dist.get_rank() == 0:
-                log.warning(f"{path}{damage}; the best one after it is taken")
+                log.warning(f"{path}{damage}; using the next best checkpoint")
         return None
 
     def _abandon_after(self, step: int) -> None:
-        """Later checkpoints are not of the run that goes on from ``step``: another name keeps them from it."""
+        """Renames checkpoints later than ``step``: they do not belong to the run that resumes from ``step``."""
         if dist.get_rank() == 0:
             for later in reversed([other for other in self._steps() if other > step]):
                 path = self.folder / f"step_{later}"
-                log.warning(f"{path} is not of the run that goes on from step {step}; it is now {path.name}.abandoned")
+                log.warning(f"{path}: renamed to {path.name}.abandoned, because the run resumes from step {step}")
                 replaced = path.with_suffix(".abandoned")
-                if replaced.exists():  # renamed first, so that a kill leaves it whole or gone, and never a part of it
+                if replaced.exists():  # renamed first, so a kill leaves no half-removed folder under this name
                     shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
                     replaced.rename(path.with_suffix(".partial"))
                 path.rename(replaced)
@@ -294,26 +293,26 @@ class TrainingCheckpoint:
         dist.barrier(self.group)
 
     def _newest(self) -> Path:
-        """The newest checkpoint that is whole."""
-        for step in reversed(gathered(self._steps(), self.group)[0]):  # file systems may show ranks other folders
+        """Returns the newest complete checkpoint."""
+        for step in reversed(gathered(self._steps(), self.group)[0]):  # ranks may see different folders
             path = self.folder / f"step_{step}"
             if (damage := self._damage(path)) is None:
                 return path
             if dist.get_rank() == 0:
                 log.warning(f"{path}{damage}; going back to the checkpoint before it")
         raise ConfigError(
-            f"resume_from_checkpoint: there is no whole checkpoint in {self.folder}; set save_every_n_steps to write "
-            "some, or resume_from_checkpoint: False to start anew"
+            f"resume_from_checkpoint: found no complete checkpoint in {self.folder}; set save_every_n_steps to write "
+            "checkpoints, or resume_from_checkpoint: False to start from the beginning"
         )
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; None if it is whole. The ranks share the reading."""
+        """Returns the damage of a checkpoint; None if it is complete. The ranks share the reading."""
         return first_error(_damage(path, dist.get_rank(), dist.get_world_size()), self.group)
 
     def _state(self) -> dict[str, Any]:
         fresh = not self.optimizer.state
         policy, optimizer = get_state_dict(self.policy, self.optimizer, options=ONLY_TRAINED)
-        if fresh:  # torch has taken a step with zero gradients, to have a state; it must not count
+        if fresh:  # torch took a step with zero gradients to create a state; it must not count
             states: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
             for state in states.values():
                 if "step" in state:
@@ -326,7 +325,7 @@ class TrainingCheckpoint:
 
 
 def has_checkpoints(output_dir: str) -> bool:
-    """Whether a run left any checkpoint in its folder."""
+    """Returns whether a run's folder has checkpoints."""
     return bool(_steps_in(Path(output_dir) / "checkpoints"))
 
 
@@ -336,16 +335,16 @@ def _steps_in(folder: Path) -> list[int]:
 
 
 def _damage(path: Path, rank: int, world_size: int) -> str | None:
-    """What is wrong with this rank's part of a checkpoint's files."""
+    """Returns the damage in this rank's part of a checkpoint's files; None without damage."""
     try:
         lines = (path / CHECKSUMS_FILE).read_text().splitlines()
         for digest, name in (line.split("  ", 1) for line in lines[rank::world_size]):
             if _sha256(path / name) != digest:
-                return f": {name} is not what was written (its checksum differs)"
+                return f": the checksum of {name} differs from {CHECKSUMS_FILE}"
     except FileNotFoundError as error:
-        return f" is not a whole checkpoint: {error.filename} is missing"
+        return f" is not a complete checkpoint: {error.filename} is missing"
     except (OSError, ValueError) as error:
-        return f" is not a whole checkpoint: {error}"
+        return f" is not a complete checkpoint: {error}"
     return None
 
 
@@ -373,14 +372,14 @@ def _sync_to_disk(folder: Path) -> None:
 
 
 def _reason(failure: BaseException) -> str:
-    """A line that says what went wrong, on the first rank on which it did."""
+    """Returns an error as one line; for a checkpoint error, that of the first rank that failed."""
     if isinstance(failure, CheckpointException) and failure.failures:
         failure = next(iter(failure.failures.values()))[0]
     return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def _window(path: Path) -> dict[str, torch.Tensor]:
-    """Room for the windowed log-probs that a checkpoint holds: it knows which they are, and the run does not."""
+    """Returns empty tensors for the windowed log-probs of a checkpoint. The run does not know which they are."""
     prefix = "reference.window."
     metadata: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     return {name.removeprefix(prefix): torch.empty(m.size) for name, m in metadata.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The weights that a run hands out, in a dtype that keeps what training changed."""
+"""Exports a run's weights in dtypes that keep the update."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ from humanline.torchtune_seam.internals import checkpoint_dir, write_into
 log = utils.get_logger("INFO")
 
 ENOUGH = 0.95
-"""Share of an update below which an export is warned of."""
+"""An export that keeps a smaller share of the update logs a warning."""
 
 
 def write_weights(
@@ -45,15 +45,15 @@ def write_weights(
     merged: bool,
     is_hand_over: bool = False,
 ) -> str | None:
-    """Writes a model as an HF folder; one with an adapter into ``folder/adapter``.
+    """Writes a model as an HF folder, and its adapter, if it has one, into ``folder/adapter``.
 
-    The folder's ``config.json`` names the widest dtype in it, since loaders round to what it names. Afterwards the log
-    says what share of the update is in the folder and, if that is in float32, what share a reader in bfloat16 gets.
+    ``config.json`` names the widest dtype in the folder, because loaders round to that dtype. The log gives the share
+    of the update that the folder keeps and, if that is lower, the share that a reader in bfloat16 gets.
 
-    The folder gets its name once it is whole; until then one that had it keeps it. A collective.
+    The folder gets its name when it is complete. Until then an older folder keeps that name. A collective.
 
     Args:
-        folder (Path): where to; replaced if it is there.
+        folder (Path): the destination; replaced if it exists.
         policy (nn.Module): the model.
         checkpointer (Any): torchtune's checkpointer.
         checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
@@ -62,7 +62,7 @@ def write_weights(
         is_hand_over (bool): whether the folder is for a server that samples from it.
 
     Returns:
-        str | None: why it could not be written, on all ranks; None if it was.
+        str | None: on all ranks, the error if the folder could not be written; None if it was written.
     """
     rank = dist.get_rank()
     layers = adapter_modules(policy)
@@ -72,12 +72,12 @@ def write_weights(
     weights: dict[str, Tensor] = {}
     if layers:
         adapter = full_state_dict(policy, rank=rank, dtypes=dict.fromkeys(trainable_parameters(policy), torch.float32))
-    if merged or not layers:  # what changed is gathered as it is, and rounded where the loss is measured
+    if merged or not layers:  # changed weights are gathered unrounded; _round rounds them and measures the loss
         held: dict[str, torch.dtype | None] = {**dtypes, **dict.fromkeys(changed & dtypes.keys())}
         weights = full_state_dict(policy, rank=rank, dtypes=held)
     error = None
     if rank == 0:
-        # As torchtune's checkpointer names it.
+        # torchtune's checkpointer writes into a folder named epoch_NAME.
         partial = folder.with_name(f"epoch_{folder.name.removeprefix('epoch_')}.partial")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,18 +94,18 @@ def write_weights(
                 _save(weights, partial, checkpointer)
                 level, said = _report(dtypes, kept if is_known else None, read_in_bf16, bool(layers), is_hand_over)
                 if has_quantized_base(policy):
-                    said += "; the adapter is merged into the base as NF4 has it, not as the checkpoint has it"
+                    said += "; the adapter is merged into the NF4 base, not into the checkpoint's weights"
             size = _to_disk(partial)
             replace_folder(partial, folder)
             log.log(level, f"{folder if weights else folder / 'adapter'}: {size / 1e9:.3g} GB, {said}")
-        except Exception as failure:  # safetensors and torch have errors of their own for a full disk
+        except Exception as failure:  # safetensors and torch raise their own errors for a full disk
             error = " ".join(f"{type(failure).__name__}: {failure}".split())
             remove(partial)
     return first_error(error)
 
 
 def changed_weights(policy: nn.Module) -> set[str]:
-    """The checkpoint's weights that training changes: all that train, or those that an adapter is merged into."""
+    """Returns the names of the weights that training changes: those that train, or those that get a merged adapter."""
     layers = adapter_modules(policy)
     return {merged_name(name) for name in layers} if layers else set(trainable_parameters(policy))
 
@@ -113,10 +113,10 @@ def changed_weights(policy: nn.Module) -> set[str]:
 def export_dtypes(
     policy: nn.Module, checkpoint_dtypes: Mapping[str, torch.dtype], export_dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The dtype in which each weight is written: ``export_dtype`` or, if that is None, one that keeps the update.
+    """Returns the dtype in which each weight is written: ``export_dtype`` or, if None, one that keeps the update.
 
-    Weights that trained are then written in the dtype that they trained in, and merged ones in float32, since base and
-    update together have more digits than either. The others keep the checkpoint's dtype.
+    With None, trained weights are written in the dtype they were trained in. Merged weights are written in float32,
+    because base plus update has more digits than either. Other weights keep the checkpoint's dtype.
     """
     trained = trainable_parameters(policy)
     changed = dict.fromkeys(changed_weights(policy), torch.float32)
@@ -125,18 +125,18 @@ def export_dtypes(
 
 
 def _initial(checkpointer: Any) -> Mapping[str, Tensor] | None:
-    """The weights that the run started from, memory-mapped; None if they are gone, which must not cost the new ones."""
+    """Returns the run's initial weights, memory-mapped; None if they are unreadable, so that the export still works."""
     try:
-        # A copy: loading renews the map by which weights are written, without what was dropped from it.
+        # On a copy: loading rebuilds the map by which weights are written, and loses the changes made to it.
         weights: Mapping[str, Tensor] = copy.copy(checkpointer).load_checkpoint()[training.MODEL_KEY]
         return weights
-    except Exception as failure:  # of torchtune, safetensors and the disk
-        log.warning(f"checkpointer: {checkpoint_dir(checkpointer)} cannot be read any more: {failure}")
+    except Exception as failure:  # from torchtune, safetensors or the disk
+        log.warning(f"checkpointer: cannot read {checkpoint_dir(checkpointer)} any more: {failure}")
         return None
 
 
 def _holds(dtypes: Mapping[str, torch.dtype], weights: Mapping[str, Tensor]) -> bool:
-    """Whether no weight loses a digit in these dtypes."""
+    """Returns whether these dtypes keep every digit of the weights."""
     return all(torch.promote_types(weights[name].dtype, dtype) == dtype for name, dtype in dtypes.items())
 
 
@@ -148,11 +148,11 @@ def _round(
     adapter: Mapping[str, Tensor],
     layers: Mapping[str, Any],
 ) -> tuple[KeptUpdate, KeptUpdate]:
-    """Merges the adapter into the weights that changed, if there is one, and rounds them to their dtypes, in place.
+    """Merges the adapter, if there is one, into the changed weights and rounds them to their dtypes, in place.
 
     Returns:
-        tuple[KeptUpdate, KeptUpdate]: what that leaves of the update, and what a reader in bfloat16 has left of it;
-            both empty if there is nothing to compare with.
+        tuple[KeptUpdate, KeptUpdate]: the part of the update that the rounded weights keep, and the part that a reader
+            in bfloat16 keeps; both empty if there are no initial weights to compare with.
     """
     kept, read_in_bf16 = KeptUpdate(), KeptUpdate()
     by_weight = {merged_name(name): layer for name, layer in layers.items()}
@@ -174,22 +174,23 @@ def _report(
     has_adapter: bool,
     is_hand_over: bool,
 ) -> tuple[int, str]:
-    """The log's level, and what it says of the weights' dtypes and of the update's share in them, if it is known."""
+    """Returns the log level and a text with the weights' dtypes and the share of the update that they keep."""
     names = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
     if kept is None:
-        return logging.WARNING, f"{names}; what share of the update's norm survived rounding is not known"
+        return logging.WARNING, f"{names}; the share of the update's norm that survived rounding is unknown"
     said = f"{names}; {kept.share:.1%} of the update's norm survived rounding"
     or_adapter = ", or use the adapter in it" if has_adapter and not is_hand_over else ""
     if kept.share < ENOUGH:
         return logging.WARNING, f"{said}; set export_dtype: fp32{or_adapter}"
     if read_in_bf16.share < ENOUGH:
-        said += f", read in bfloat16 {read_in_bf16.share:.1%}; load it in float32 (vLLM: --dtype float32){or_adapter}"
+        said += f"; loaded in bfloat16 it keeps {read_in_bf16.share:.1%}, so load it in float32 (vLLM: --dtype float32)"
+        said += or_adapter
         return logging.WARNING if is_hand_over else logging.INFO, said
     return logging.INFO, said
 
 
 def _save(weights: dict[str, Tensor], partial: Path, checkpointer: Any) -> None:
-    """Has torchtune's checkpointer write the weights, without its log lines, which name ``partial``."""
+    """Writes the weights with torchtune's checkpointer. Its log lines are hidden, because they name ``partial``."""
     writer = copy.copy(checkpointer)
     write_into(writer, partial.parent)
     with _quiet("_checkpointer"):
@@ -200,7 +201,7 @@ def _save(weights: dict[str, Tensor], partial: Path, checkpointer: Any) -> None:
 
 
 def _name_dtype(path: Path, dtype: str) -> None:
-    """Lets a ``config.json`` name a dtype, under whichever of the two names it has (``dtype`` is transformers 5's)."""
+    """Sets the dtype in a ``config.json``, under ``torch_dtype`` or ``dtype`` (transformers 5)."""
     config = json.loads(path.read_text())
     for part in (config, config.get("text_config")):
         for key in ("torch_dtype", "dtype"):
@@ -209,14 +210,14 @@ def _name_dtype(path: Path, dtype: str) -> None:
     if not {"torch_dtype", "dtype"} & {key for key, value in config.items() if value is not None}:
         config["torch_dtype"] = dtype
     if config != json.loads(path.read_text()):
-        new = path.with_name(f"{path.name}.new")  # a copied file has the mode of its original, which may be read-only
+        new = path.with_name(f"{path.name}.new")  # the copied file keeps its original's mode, which may be read-only
         new.write_text(json.dumps(config, indent=2) + "\n")
         new.replace(path)
 
 
 @contextmanager
 def _quiet(module: str) -> Iterator[None]:
-    """Within it, what a module of torchtune tells of its progress is not logged. All of torchtune has one logger."""
+    """Hides the progress lines of one torchtune module. All of torchtune shares one logger."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return record.module != module or record.levelno > logging.INFO
@@ -229,7 +230,7 @@ def _quiet(module: str) -> Iterator[None]:
 
 
 def _to_disk(folder: Path) -> int:
-    """Waits until the files are on the disk, so that the old ones may go; returns their bytes."""
+    """Waits until the files are on disk, so that the old ones can be removed. Returns their size in bytes."""
     size = 0
     for file in folder.rglob("*"):
         if file.is_file():

@@ -1,6 +1,6 @@
-"""What results depend on besides their config: the code that computes them, and files that a config only names.
+"""Identifies the code that computes results and the files that a config names.
 
-Results that are kept on disk, to be used again, are kept under a digest of all that they depend on.
+Cached results are stored under a digest of everything they depend on: config, code and files.
 """
 
 import inspect
@@ -16,18 +16,18 @@ import torchtune
 import humanline
 from humanline.torchtune_seam.internals import find_component
 
-# torchtune by its sources as well: a fork keeps the version.
+# torchtune's sources count because a fork may keep the version number.
 _SOURCES = (humanline, torchtune)
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model")
 _VERSIONS = ("torch", "torchao", "transformers", "tokenizers", "math-verify")
 
 
 def code_digest(*components: str) -> str:
-    """A digest of the code that computes here: humanline's and torchtune's sources, the versions of what they call.
+    """Returns a digest of the sources of humanline and torchtune and of the versions of the packages they call.
 
     Args:
-        components (str): dotpaths from the config, whose own files count too, wherever they stand. What those files
-            import does not.
+        components (str): dotpaths from the config. The files that define them count too. Modules that those files
+            import do not.
     """
     files = [file for package in _SOURCES for file in sorted(Path(inspect.getfile(package)).parent.rglob("*.py"))]
     files += [path for dotpath in components if (path := _file_of(find_component(dotpath)))]
@@ -38,8 +38,10 @@ def code_digest(*components: str) -> str:
 
 
 def named_files(node: Any) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of change in ns of every file that a part of a config names, and of a model's files
-    in every folder that it names."""
+    """Returns path, size in bytes and modification time in ns of every file that a part of a config names.
+
+    For a folder, returns them for the model files in it.
+    """
     if isinstance(node, Mapping):
         return named_files(list(node.values()))
     if isinstance(node, str):
@@ -54,7 +56,7 @@ def named_files(node: Any) -> list[tuple[str, int, int]]:
 def _file_of(component: Any) -> Path | None:
     try:
         return Path(inspect.getfile(component))
-    except TypeError:  # it is built in, or an instance
+    except TypeError:  # a built-in or an instance
         return None
 
 

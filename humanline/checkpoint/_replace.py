@@ -1,4 +1,4 @@
-"""A folder takes another's name, under which a whole folder is there at every moment."""
+"""Replaces a folder by another one, so that a complete folder has the name at every moment."""
 
 import ctypes
 import errno
@@ -12,18 +12,18 @@ _REPLACED = ".replaced"
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Gives ``new`` the name ``old``, and removes what had it. Both are in one file system.
+    """Renames ``new`` to ``old``, and removes the folder that had that name. Both must be in one file system.
 
-    Linux exchanges the two names in one call. Network file systems may lack that call: there the old folder is renamed
-    to ``NAME.replaced`` first, and a kill between the two renames leaves it under that name, from which
-    :func:`restore_replaced` brings it back.
+    Linux exchanges the two names in one call. Network file systems may lack that call. There the old folder is first
+    renamed to ``NAME.replaced``. A kill between the two renames leaves it there, and :func:`restore_replaced` renames
+    it back.
 
     Args:
-        new (Path): a whole folder.
-        old (Path): the name to take, in use or not.
+        new (Path): a complete folder.
+        old (Path): the new name, in use or not.
 
     Raises:
-        OSError: if it cannot be renamed; ``old`` is then as it was.
+        OSError: if a rename fails. ``old`` is then unchanged.
     """
     removed = new
     if not os.path.lexists(old):
@@ -42,7 +42,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Gives the folders in ``folder`` that a kill has left as ``NAME.replaced`` their names back."""
+    """Renames folders that a kill left as ``NAME.replaced`` back to ``NAME``, or removes them if ``NAME`` exists."""
     for replaced in folder.glob(f"*{_REPLACED}"):
         name = replaced.with_name(replaced.name.removesuffix(_REPLACED))
         if os.path.lexists(name):
@@ -53,7 +53,7 @@ def restore_replaced(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, as far as it can be; of a link to one, the link."""
+    """Removes a folder as far as possible, or a link to a folder."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -61,7 +61,7 @@ def remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one call; False where the system or the file system cannot."""
+    """Exchanges two names in one call. Returns False if the system or the file system cannot do this."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

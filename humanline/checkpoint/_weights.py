@@ -32,10 +32,10 @@ OWN_MODEL_TYPES = {"qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 
 
 def build_decoder(cfg: DictConfig) -> TransformerDecoder:
-    """Builds ``cfg.model``, with the sliding windows of its checkpoint's config.json.
+    """Builds ``cfg.model`` with the sliding windows of its checkpoint's config.json.
 
     Raises:
-        ConfigError: if it is no text model, an argument has no effect, or config.json is of a model that is not known.
+        ConfigError: if it is no text model, an argument has no effect, or config.json describes an unknown model.
     """
     model = component(cfg, "model")
     if not isinstance(model, TransformerDecoder):
@@ -50,17 +50,17 @@ def build_decoder(cfg: DictConfig) -> TransformerDecoder:
 
 
 def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[Any, dict[str, Tensor]]:
-    """Reads the weights that ``cfg.checkpointer`` points to for a model, and checks that the two belong together.
+    """Reads the weights of ``cfg.checkpointer`` and checks that they fit a model.
 
     Args:
-        cfg (DictConfig): the config, of which ``model`` and ``checkpointer`` are read.
-        model (TransformerDecoder): what :func:`build_decoder` built, without memory.
+        cfg (DictConfig): the config. Its ``model`` and ``checkpointer`` are used.
+        model (TransformerDecoder): the model from :func:`build_decoder`, without memory.
 
     Returns:
-        tuple[Any, dict[str, Tensor]]: as of :func:`read_weights`.
+        tuple[Any, dict[str, Tensor]]: the result of :func:`read_weights`.
 
     Raises:
-        ConfigError: if the model computes another function than config.json says, or has other weights.
+        ConfigError: if the model does not compute the function of config.json, or does not fit the weights.
     """
     folder = cfg.checkpointer.get("checkpoint_dir") or ""
     is_hf = "HF" in str(cfg.checkpointer.get("_component_"))
@@ -73,9 +73,9 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
     checkpointer, weights = read_weights(cfg)
     _leave_out(checkpointer, "rotary_emb.inv_freq")  # tables in Llama 2's files, which are computed here
     if published is None:
-        remarks.append(f"{folder} has no config.json, so what the model computes could not be compared with it")
+        remarks.append(f"{folder} has no config.json, so the model's function was not checked against it")
     if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
-        remarks.append(f"{folder}: {_HEAD} is a copy of the embeddings, which the model ties; it is left out")
+        remarks.append(f"{folder}: left out {_HEAD}, a copy of the embeddings that the model ties")
         _leave_out(checkpointer, _HEAD)
     check_architecture(model, weights, folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -110,7 +110,7 @@ def _leave_out(checkpointer: Any, ending: str) -> None:
 
 
 def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | None:
-    """The output layer of the files, where torchtune's conversion leaves it out (Qwen2's, if config.json ties it)."""
+    """Returns the files' output layer if torchtune's conversion drops it (Qwen2, if config.json ties it), else None."""
     if _HEAD not in hf_files(checkpointer) or "output.weight" in weights:
         return None
     files = (safe_torch_load(path) for path in checkpoint_files(checkpointer))
@@ -118,8 +118,7 @@ def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | No
 
 
 def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
-    """Reads the weights that ``cfg.checkpointer`` points to, in torchtune's names and memory-mapped where the format
-    allows.
+    """Reads the weights of ``cfg.checkpointer`` in torchtune's names, memory-mapped if the format allows it.
 
     Returns:
         tuple[Any, dict[str, Tensor]]: the checkpointer, which also writes the final weights, and the state dict.
@@ -136,16 +135,16 @@ def read_weights(cfg: DictConfig) -> tuple[Any, dict[str, Tensor]]:
         if not isinstance(missing, OSError):
             raise
         raise ConfigError(
-            f"{where}: {missing}; download the model there (tune download) or correct the path"
+            f"{where}: {missing}; download the model to this folder (tune download), or correct the path"
         ) from error
-    except Exception as error:  # torchtune raises bare Exception for weights it has no name for
+    except Exception as error:  # torchtune raises a bare Exception for a weight without a known name
         raise ConfigError(
-            f"{where}: cannot be read as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
+            f"{where}: cannot read the weights as {cfg.checkpointer.get('model_type')}: {' '.join(str(error).split())}"
         ) from error
 
 
 def sampled_digest(weights: dict[str, Tensor]) -> str:
-    """A digest of a few numbers of each weight, which tells checkpoints apart without reading them whole."""
+    """Returns a digest of a few numbers of each weight. It distinguishes checkpoints without a full read."""
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(weights):
         whole = weights[name]
@@ -156,26 +155,26 @@ def sampled_digest(weights: dict[str, Tensor]) -> str:
 
 
 def rounding_on_load(cfg: DictConfig, weights: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> str | None:
-    """What to warn of if weights lose digits where they are kept in ``dtype``, which the config's ``key`` set."""
+    """Returns a warning if weights lose digits in ``dtype``, which the config's ``key`` sets; None otherwise."""
     rounded = [each.dtype for each in weights.values() if torch.promote_types(each.dtype, dtype) != dtype]
     if not rounded:
         return None
     theirs, ours = (str(each).removeprefix("torch.") for each in (rounded[0], dtype))
     return (
-        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from {theirs} to {ours}, and "
-        f"with them a small update of an earlier training; set {key}: fp32 to keep it"
+        f"{key}: {len(rounded)} weights of {cfg.checkpointer.checkpoint_dir} are rounded from {theirs} to {ours}, "
+        f"which can lose a small update from earlier training; set {key}: fp32 to keep it"
     )
 
 
 def fingerprint(weights: dict[str, Tensor], model: DictConfig, dtype: str) -> str:
-    """A digest of weights and of the function that a config makes of them, the same on all ranks; a collective.
+    """Returns a digest of the weights, the model's config and its compute dtype, the same on all ranks; a collective.
 
-    What computes that function is not in it; see :func:`~humanline.checkpoint._provenance.code_digest`.
+    It does not cover the code; see :func:`~humanline.checkpoint._provenance.code_digest`.
 
     Args:
         weights (dict[str, Tensor]): the full state dict.
         model (DictConfig): the builder and its arguments.
-        dtype (str): what the model computes in.
+        dtype (str): the model's compute dtype.
     """
     digest = [""]
     if dist.get_rank() == 0:

@@ -10,11 +10,11 @@ from humanline.models import LogProbDecoder
 
 
 class WeightsOut:
-    """Writes a run's weights: at the end of an epoch, the best ones, and those that a server samples from.
+    """Writes a run's weights: those of an epoch, the best ones, and those for a sampling server.
 
     Args:
         policy (LogProbDecoder): the policy.
-        checkpointer (Any): torchtune's, which knows the checkpoint's files.
+        checkpointer (Any): torchtune's checkpointer, which knows the checkpoint's files.
         checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
         settings (Settings): the config's top-level keys.
     """
@@ -32,18 +32,18 @@ class WeightsOut:
         self.merged = not settings.save_adapter_weights_only
 
     def write(self, name: str) -> str | None:
-        """Writes the weights into a folder of ``output_dir``; a collective.
+        """Writes the weights into the folder ``name`` of ``output_dir``; a collective.
 
-        A model with an adapter writes it into ``NAME/adapter``, and the merged weights only if
+        An adapter is written into ``name/adapter``. The merged weights are written too if
         ``save_adapter_weights_only`` is False.
 
         Returns:
-            str | None: why they could not be written, on all ranks; None if they were.
+            str | None: on all ranks, the error if the weights could not be written; None if they were written.
         """
         return self._write(self.folder / name, merged=self.merged, is_hand_over=False)
 
     def hand_over(self, folder: Path) -> str | None:
-        """Writes the whole weights into a folder for a server that samples from them; else as :meth:`write`."""
+        """Writes the full weights, merged with any adapter, for a sampling server. Otherwise like :meth:`write`."""
         return self._write(folder, merged=True, is_hand_over=True)
 
     def _write(self, folder: Path, *, merged: bool, is_hand_over: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""A run's config: read from a file and a command line, checked, and its components built."""
+"""Reads a run's config from a file and a command line, checks it, and builds its components."""
 
 from humanline.config._component import accepts, check_component, component, is_given
 from humanline.config._config_file import load_config, read_config, with_overrides

@@ -1,4 +1,4 @@
-"""The parts of a run that a config names by ``_component_``: found, checked and built, with an error in one line."""
+"""Finds, checks and builds the components that a config names by ``_component_``. Every error is one line."""
 
 import ast
 import importlib
@@ -25,16 +25,16 @@ _KINDS: dict[str, type] = {"reference": Strategy, "engine": EngineSettings}
 
 
 def is_given(cfg: DictConfig, key: str) -> bool:
-    """Whether a config has a component under a key. ``key=null`` on the command line nulls its ``_component_``."""
+    """Returns whether a config has a component under a key. ``key=null`` sets its ``_component_`` to null."""
     node = cfg.get(key)
     return node is not None and not (OmegaConf.is_dict(node) and node.get("_component_", "") is None)
 
 
 def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiates the component of a config key (None where the key is absent or null).
+    """Builds the component of a config key. Returns None if the key is absent or null.
 
     Raises:
-        ConfigError: if it cannot be found, needs a package that is not installed, or does not accept its arguments.
+        ConfigError: if the component is not found, needs a missing package, or does not accept its arguments.
     """
     if not is_given(cfg, key):
         return None
@@ -50,7 +50,8 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     except ValueError as error:
         raise ConfigError(f"{key}: {_said(error)}; correct its arguments") from error
     except Exception as error:
-        # Packages have errors of their own, as a logger without its key has; another of Python's takes a traceback.
+        # Packages raise their own error types: a logger without its API key, for instance. Other built-in errors need
+        # a traceback.
         if type(error).__module__ == "builtins" and not isinstance(
             error, TypeError | AssertionError | OSError | RuntimeError
         ):
@@ -59,7 +60,8 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(built, kind := _KINDS.get(key, object)):
         where = f"{kind.__module__.partition('._')[0]}.{kind.__name__}"
         raise ConfigError(
-            f"{key}._component_: {path} gives {type(built).__name__}, expected {where}; derive your class from that"
+            f"{key}._component_: {path} builds {type(built).__name__}, expected a subclass of {where}; derive your "
+            "class from it"
         )
     return built
 
@@ -69,24 +71,24 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
 
     Args:
         cfg (DictConfig): the whole config.
-        key (str): the component's key; nothing is checked if it is absent or null.
-        *args (Any): what the component will get by position; only how many there are counts.
-        **kwargs (Any): what it will get by name, besides what the config says.
+        key (str): the component's key. If it is absent or null, nothing is checked.
+        *args (Any): the component's positional arguments. Only their number is checked.
+        **kwargs (Any): keyword arguments in addition to those of the config.
 
     Raises:
-        ConfigError: if it cannot be found or does not accept its arguments.
+        ConfigError: if the component is not found or does not accept its arguments.
     """
     if not is_given(cfg, key):
         return
     node = cfg[key]
     if not OmegaConf.is_dict(node) or "_component_" not in node:
-        raise ConfigError(f"{key}: has no _component_; name the class or function that builds it")
+        raise ConfigError(f"{key}._component_: missing; set it to the dotted path of a class or function")
     path = node["_component_"]
     built_by = _found(key, path)
     _check_imports(key, path, built_by)
     try:
         signature = inspect.signature(built_by)
-    except ValueError:  # of some compiled functions
+    except ValueError:  # some compiled functions have no signature
         return
     given = {str(name): value for name, value in node.items() if name != "_component_"}
     kinds = {name: each.kind for name, each in signature.parameters.items()}
@@ -94,22 +96,20 @@ def check_component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Non
     for name in () if Parameter.VAR_KEYWORD in kinds.values() else given:
         if name not in named:
             raise ConfigError(
-                f"{key}: {path} does not take these arguments: {key}.{name} is none of them"
-                f"{suggestion(name, named)}; they are {', '.join(named[len(args) :])}"
+                f"{key}.{name}: {path} has no such argument{suggestion(name, named)} (expected one of "
+                f"{', '.join(named[len(args) :])})"
             )
     try:
         signature.bind(*args, **given | kwargs)
     except TypeError as error:
         missing = str(error).partition("missing a required argument: ")[2].strip("'")
         if missing:
-            raise ConfigError(
-                f"{key}: {path} does not take these arguments: {missing} is missing; add {key}.{missing}"
-            ) from error
-        raise ConfigError(f"{key}: {path} does not take these arguments: {error}") from error
+            raise ConfigError(f"{key}.{missing}: missing; {path} requires this argument; add it") from error
+        raise ConfigError(f"{key}: {path} does not accept these arguments: {error}") from error
 
 
 def _check_imports(key: str, path: str, built_by: Callable[..., Any]) -> None:
-    """Imports what a class imports only when it is built, as loggers do, so that a missing package is named early."""
+    """Imports what a class imports in its ``__init__``, as loggers do, to report a missing package early."""
     try:
         source = inspect.getsource(built_by.__init__) if isinstance(built_by, type) else ""  # type: ignore[misc]
         tree = ast.parse(textwrap.dedent(source))
@@ -136,7 +136,7 @@ def _check_imports(key: str, path: str, built_by: Callable[..., Any]) -> None:
 
 
 def accepts(cfg: DictConfig, key: str, argument: str) -> bool:
-    """Whether the component of a config key has an argument of this name."""
+    """Returns whether the component of a config key has an argument of this name."""
     try:
         parameters = inspect.signature(_found(key, cfg[key]["_component_"])).parameters
     except ValueError:
@@ -145,29 +145,29 @@ def accepts(cfg: DictConfig, key: str, argument: str) -> bool:
 
 
 def _found(key: str, path: Any) -> Callable[..., Any]:
-    """The class or function at a dotted path."""
+    """Returns the class or function at a dotted path."""
     where = f"{key}._component_"
     if not isinstance(path, str) or not all(path.split(".")):
-        raise ConfigError(f"{where}: {path!r} is no dotted path; name a class or function, such as torch.optim.AdamW")
-    if os.getcwd() not in sys.path:  # a component may stand in the working directory, as torchtune's may
+        raise ConfigError(f"{where}: expected a dotted path, such as torch.optim.AdamW, got {path!r}")
+    if os.getcwd() not in sys.path:  # a component may be in the working directory, as with torchtune
         sys.path.append(os.getcwd())
     try:
         found = find_component(path)
-    except Exception as error:  # whatever the module does when it is imported
-        raise ConfigError(f"{where}: Error loading {path!r}: {_why_not_found(path, error)}") from error
+    except Exception as error:  # a module can raise anything on import
+        raise ConfigError(f"{where}: cannot load {path!r}: {_why_not_found(path, error)}") from error
     if not callable(found):
-        raise ConfigError(f"{where}: {path} is a {type(found).__name__}; name a class or function")
+        raise ConfigError(f"{where}: expected a class or function, got the {type(found).__name__} {path}")
     return found
 
 
 def _why_not_found(path: str, error: Exception) -> str:
     cause: BaseException = error
-    while isinstance(cause.__cause__, Exception):  # torchtune wraps what it meets
+    while isinstance(cause.__cause__, Exception):  # torchtune wraps the original error
         cause = cause.__cause__
     module, _, name = path.rpartition(".")
     if isinstance(cause, ModuleNotFoundError) and cause.name == path.partition(".")[0]:
         package = missing_package(cause)
-        return f"there is no module {cause.name}; correct the name, start where its file is, or: {package}"
+        return f"no module {cause.name}; correct the name, or run in the folder that contains it, or: {package}"
     if isinstance(cause, ModuleNotFoundError) and (package := missing_package(cause)) is not None:
         return package
     if isinstance(cause, ModuleNotFoundError | AttributeError) and (names := _names_in(module)):
@@ -179,12 +179,12 @@ def _why_not_found(path: str, error: Exception) -> str:
 def _names_in(module: str) -> list[str]:
     try:
         return dir(find_component(module))
-    except Exception:  # then its own name is wrong
+    except Exception:  # the module's own name is wrong
         return []
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The nearest of the names that are known, as the end of a sentence; nothing if none is near."""
+    """Returns the end of an error message that suggests the nearest known name; empty if none is near."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""A recipe's config from its command line: ``--config FILE key=value ... ~key ...``, with an error in one line."""
+"""Reads a recipe's config from its command line: ``--config FILE key=value ... ~key ...``. Every error is one line."""
 
 import sys
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def read_config(arguments: Sequence[str]) -> DictConfig:
     """Reads a config file and applies the overrides of a command line.
 
     Args:
-        arguments (Sequence[str]): the command line, without the program.
+        arguments (Sequence[str]): the command line, without the program's name.
 
     Raises:
-        ConfigError: naming the argument, the key, or the file and line that is wrong.
+        ConfigError: if an argument, a key or the file is wrong. The message names the argument, key, or file and line.
     """
     files, overrides = [], []
     rest = iter(arguments)
@@ -35,14 +35,14 @@ def read_config(arguments: Sequence[str]) -> DictConfig:
             files.append(value if has_value else next(rest, ""))
         elif flag.startswith("-"):
             raise ConfigError(
-                f"{flag}: is no option of a recipe; torchrun's options stand before the recipe's name, and settings "
-                f"are key=value: {USAGE}"
+                f"{flag}: not an option of a recipe; put torchrun's options before the recipe's name, and write "
+                f"settings as key=value; usage: {USAGE}"
             )
         else:
             overrides.append(argument)
     if len(files) != 1 or not files[0]:
-        given = f"is given {len(files)} times ({', '.join(files)}); give one" if len(files) > 1 else "is missing"
-        raise ConfigError(f"--config: {given}: {USAGE}")
+        given = f"expected one file, got {len(files)} ({', '.join(files)})" if len(files) > 1 else "missing"
+        raise ConfigError(f"--config: {given}; usage: {USAGE}")
     return with_overrides(load_config(files[0]), overrides)
 
 
@@ -50,11 +50,11 @@ def load_config(file: str | Path) -> DictConfig:
     """Reads a YAML file.
 
     Raises:
-        ConfigError: if it is not there, or is no YAML with named keys; with the line.
+        ConfigError: if the file does not exist or is not a YAML mapping. The message names the line of a YAML error.
     """
     if not Path(file).is_file():
         raise ConfigError(
-            f"--config: there is no file {file} (looked for from {Path.cwd()}); correct the path, or give a name that "
+            f"--config: file {file} not found (working directory {Path.cwd()}); correct the path, or use a name that "
             "tune ls lists"
         )
     try:
@@ -62,24 +62,25 @@ def load_config(file: str | Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}{line}: is no YAML: {getattr(error, 'problem', None) or _line(error)}") from error
+        raise ConfigError(f"{file}{line}: invalid YAML: {getattr(error, 'problem', None) or _line(error)}") from error
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file}: cannot be read as a config: {_line(error)}") from error
+        raise ConfigError(f"{file}: cannot read this file as a config: {_line(error)}") from error
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise ConfigError(f"{file}: holds no keys; a config is lines of key: value, as in the files of configs/")
+        raise ConfigError(f"{file}: found no keys, expected lines of key: value as in the files of configs/")
     return cfg
 
 
 def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A config with what stands behind it on a command line: ``key=value`` sets a key, ``~key`` removes one.
+    """Returns a copy of a config with command-line overrides: ``key=value`` sets a key, ``~key`` removes one.
 
-    A component is replaced by its own key: ``loss=humanline.losses.HumanlineKTOLoss`` sets ``loss._component_``.
+    The key of a component sets its ``_component_``: ``loss=humanline.losses.HumanlineKTOLoss`` replaces
+    ``loss._component_``.
 
     Raises:
-        ConfigError: if an override has another form, removes a key that is not there, or sets one inside of a value;
-            or if the config then refers to what is not there.
+        ConfigError: if an override has another form, removes an absent key, or sets a key inside a plain value; or if
+            the resulting config refers to a missing key or variable.
     """
-    # A copy with its parts' types forgotten, so that any value may replace any other.
+    # The copy drops the types of its nodes, so a value can replace one of another type.
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))  # type: ignore[assignment]
     seen: dict[str, str] = {}
     for override in overrides:
@@ -87,9 +88,9 @@ def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         removes = override.startswith("~")
         parts = key.split(".")
         if not all(parts) or (not removes and not has_value):
-            raise ConfigError(f"override {override!r}: is neither key=value nor ~key; correct it: {USAGE}")
+            raise ConfigError(f"override {override!r}: expected key=value or ~key; usage: {USAGE}")
         if key in seen:
-            raise ConfigError(f"override {override!r}: {key} is overridden already, by {seen[key]!r}; leave one out")
+            raise ConfigError(f"override {override!r}: {seen[key]!r} already overrides {key}; remove one of them")
         seen[key] = override
         section = _section(cfg, parts[:-1], override, create=not removes)
         if removes:
@@ -100,12 +101,12 @@ def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
-        raise ConfigError(f"{key}: refers to what is not there: {_line(error)}") from error
+        raise ConfigError(f"{key}: cannot resolve its value: {_line(error)}") from error
     return cfg
 
 
 def _section(cfg: DictConfig, names: list[str], override: str, create: bool) -> DictConfig:
-    """The part of a config that holds an override's key."""
+    """Returns the section of a config that holds an override's key."""
     section: Any = cfg
     for place, name in enumerate(names):
         inner = OmegaConf.to_container(section).get(name)  # type: ignore[union-attr]
@@ -115,7 +116,7 @@ def _section(cfg: DictConfig, names: list[str], override: str, create: bool) -> 
             raise _absent(section, names[: place + 1])
         elif not isinstance(inner, dict):
             above = ".".join(names[: place + 1])
-            raise ConfigError(f"override {override!r}: {above} is {inner!r}, which has no keys of its own; correct it")
+            raise ConfigError(f"override {override!r}: expected a section at {above}, found {inner!r}; correct the key")
         section = section[name]
     return section
 
@@ -126,13 +127,13 @@ def _set(section: DictConfig, parts: list[str], value: str, override: str) -> No
         section, name = section[name], "_component_"
     if value == "None":
         value = "null"
-    if name == "max_filename":  # whose leading zeros count
+    if name == "max_filename":  # a string whose leading zeros matter
         section[name] = value
         return
     try:
         (section[name],) = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"])).values()  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r}: its value is no YAML: {_line(error)}") from error
+        raise ConfigError(f"override {override!r}: the value is invalid YAML: {_line(error)}") from error
 
 
 def _remove(section: DictConfig, parts: list[str]) -> None:
@@ -144,8 +145,8 @@ def _remove(section: DictConfig, parts: list[str]) -> None:
 def _absent(section: DictConfig, parts: list[str]) -> ConfigError:
     known = list(map(str, section))
     close = get_close_matches(parts[-1], known, n=1, cutoff=0.5)
-    there = f"the nearest is {'.'.join([*parts[:-1], close[0]])}" if close else f"there are {', '.join(known)}"
-    return ConfigError(f"override: Could not find key {'.'.join(parts)} to remove; {there}")
+    there = f"did you mean {'.'.join([*parts[:-1], close[0]])}?" if close else f"expected one of {', '.join(known)}"
+    return ConfigError(f"override: found no key {'.'.join(parts)} to remove; {there}")
 
 
 def _line(error: Exception) -> str:

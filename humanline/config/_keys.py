@@ -1,4 +1,4 @@
-"""Checks of the top-level keys of a config, for recipes that do not train (whose keys are those of ``Settings``)."""
+"""Checks the top-level keys of configs for recipes that do not train. ``Settings`` checks those of training recipes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,30 +10,30 @@ from humanline.errors import ConfigError
 
 
 def check_keys(cfg: DictConfig, required: Iterable[str], optional: Iterable[str]) -> None:
-    """Refuses a config with a key that is in neither list, or without one that is required.
+    """Checks that a config has every required key and no unknown key.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if a required key is missing or a key is unknown. The message names the key.
     """
     required = tuple(required)
     known = dict.fromkeys((*required, *optional))
     for key in map(str, cfg):
         if key not in known:
             raise ConfigError(
-                f"{key}: is not a key of this recipe{suggestion(key, known)}; its keys are {', '.join(known)}"
+                f"{key}: not a key of this recipe{suggestion(key, known)} (expected one of {', '.join(known)})"
             )
     for key in required:
         if cfg.get(key) is None:
-            raise ConfigError(f"{key}: is missing; add it to the config, or {key}=... to the command line")
+            raise ConfigError(f"{key}: missing; add it to the config, or add {key}=... to the command line")
 
 
 def one_of(cfg: DictConfig, key: str, choices: Mapping[str, Any], default: str) -> Any:
-    """What a key's value stands for.
+    """Returns the choice that a key's value selects.
 
     Raises:
-        ConfigError: if the value is none of the choices.
+        ConfigError: if the value is not one of the choices.
     """
     value = cfg.get(key, default)
     if value not in choices:
-        raise ConfigError(f"{key}: {value!r} is not supported; choose {' or '.join(sorted(choices))}")
+        raise ConfigError(f"{key}: expected {' or '.join(sorted(choices))}, got {value!r}")
     return choices[value]

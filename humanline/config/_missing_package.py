@@ -9,15 +9,15 @@ PIP_NAMES = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-"""What pip calls a package whose module has another name."""
+"""Modules whose package has another name for pip, with that name."""
 
 
 def missing_package(error: BaseException | None) -> str | None:
-    """Which package an error says is not installed, and the command that installs it; None for any other error."""
+    """Returns the package that an error reports as not installed, with the pip command; None for any other error."""
     while error is not None and not isinstance(error, ModuleNotFoundError):
         error = (error.__cause__ or error.__context__) if isinstance(error, ImportError) else None
     module = (error.name or "").partition(".")[0] if error is not None else ""
-    if not module or find_spec(module) is not None:  # then it is a part of the package that is missing
+    if not module or find_spec(module) is not None:  # the package is installed, but a module of it is missing
         return None
     name = PIP_NAMES.get(module, module.replace("_", "-"))
     return f"the package {name} is not installed; install it: pip install {name}"

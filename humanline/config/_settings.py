@@ -31,183 +31,242 @@ COMPONENTS = (
 )
 REQUIRED_COMPONENTS = ("model", "checkpointer", "loss", "reference", "optimizer", "metric_logger")
 OFFLINE, ONLINE = ("dataset",), ("source", "engine", "reward", "tokenizer")
+_KINDS = {bool: "a boolean", float: "a number", int: "an integer", str: "a string", type(None): "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything at the top level of a training config that is not a component.
+    """The top level of a training config, without its components.
 
-    Args:
-        output_dir (str): where checkpoints, logs and the final weights go.
-        device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
-        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
-        master_dtype (str): what weights and optimizer states are kept in. ``fp32`` is the default; ``bf16`` halves the
-            memory but needs an optimizer with stochastic rounding, since updates of 1e-5 to a bfloat16 weight of 0.05
-            round away.
-        seed (int): seed of the data order and of every generator.
-        shuffle (bool): whether epochs are shuffled.
-        batch_size (int): groups a microbatch and rank.
-        gradient_accumulation_steps (int): microbatches an optimizer step.
-        epochs (int): passes over the dataset.
-        max_steps_per_epoch (int | None): optimizer steps after which an epoch ends early.
-        tokens_per_row (int): length of a row of packed groups, tokens.
-        rows_per_pass (int): rows of one forward and backward; ``rows_per_pass * tokens_per_row`` bounds the memory of
-            activations.
-        data_parallel_replicate_dim (int): over how many groups of ranks the model is repeated; within a group it is
-            sharded (HSDP). One group a node keeps gathering inside of nodes; 1 shards over all ranks.
-        clip_grad_norm (float | None): largest gradient norm; None only measures it.
-        compile (bool): compile the transformer layers.
-        enable_activation_checkpointing (bool): recompute each layer in backward.
-        enable_activation_offloading (bool): keep the checkpointed activations in host memory (CUDA only).
-        log_every_n_steps (int): optimizer steps between two log entries.
-        log_peak_memory_stats (bool): log the peak memory as well.
-        adapter (str | None): a LoRA adapter to go on from, a folder or file in torchtune's or PEFT's format; None
-            starts a new one. For models with an adapter.
-        save_adapter_weights_only (bool): at the end of an epoch write the adapter alone; False writes the weights with
-            the adapter merged into them as well, as an HF folder. For models with an adapter.
-        export_dtype (str | None): what whole weights are written in, for users and for sampling servers: ``fp32`` or
-            ``bf16``. None keeps the update: weights that trained are written in ``master_dtype``, merged ones in
-            float32, the others in the checkpoint's dtype. bf16 rounds most of a small update away. An adapter is always
-            written in float32.
-        optimizer_in_bwd (bool): False only: the reference syncs between backward and the optimizer's step, which that
-            would merge.
-        run_val_every_n_steps (int | None): optimizer steps between two evaluations on ``dataset_val``.
-        save_every_n_steps (int | None): optimizer steps between two checkpoints; None saves weights only, at the end of
-            an epoch.
-        enable_async_checkpointing (bool): write checkpoints in the background, from a copy in host memory.
-        keep_last_n_checkpoints (int): how many of the newest checkpoints to keep. Two or more leave one to go back to
-            if the newest is damaged.
-        best_checkpoint_metric (str | None): a metric of ``dataset_val``, such as ``val/rewards/accuracies``: the
-            checkpoint that has the best of it is kept too, and its weights go into ``output_dir/best`` at the end.
-        best_checkpoint_mode (str): ``max`` or ``min``, which of its values is the best.
-        resume_from_checkpoint (bool | str): True or ``latest`` resumes from the newest checkpoint in ``output_dir``, a
-            path from that one.
-        stop_after_nonfinite_steps (int): after how many steps in a row with a loss or gradient that is not finite the
-            run stops. Each such step is skipped.
-        stop_after_empty_rounds (int): after how many online rounds in a row with nothing to learn from the run stops.
-            The steps of such a round leave the weights as they are.
-        collapse_window (int | None): how many log entries the watch for a collapse looks at; None does not watch.
-        stop_on_collapse (bool): stop there, instead of warning.
+    The text under each field is what ``docs/configuration.md`` says of it.
 
     Raises:
         ConfigError: if a key is missing, unknown, or has a value that cannot work.
     """
 
+    # ---- Where, and in what precision
+
     output_dir: str
+    """Folder of checkpoints, logs, sampled rounds and final weights."""
+
     device: str = "cuda"
+    """``cuda`` or ``cpu``. Where there is no GPU, ``cuda`` falls back to the CPU."""
+
     dtype: str = "bf16"
+    """What the model computes in: ``bf16`` or ``fp32``. A frozen base is kept in it, too."""
+
     master_dtype: str = "fp32"
+    """What trained weights and optimizer states are kept in: ``fp32`` or ``bf16``. ``bf16`` halves their memory and
+    needs an optimizer with stochastic rounding, such as ``humanline.training.StochasticAdamW``: rounding to nearest
+    would lose most updates."""
+
     seed: int = 0
-    shuffle: bool = True
+    """Seed of the data order and of every random generator. An optimizer with a seed of its own needs it, too:
+    ``optimizer.seed: ${seed}``."""
+
+    # ---- Steps
+
     batch_size: int = 8
+    """Groups in a microbatch on each rank. They pass through the model row by row, so more groups need no more memory
+    of the GPU. On fewer GPUs raise it to keep the groups of a step."""
+
     gradient_accumulation_steps: int = 1
+    """Microbatches in an optimizer step. DPO's loss is the same with either key. KTO's baseline and GRPO's means over
+    tokens and responses are taken within a microbatch, so for these raise ``batch_size`` first."""
+
     epochs: int = 1
+    """Passes over the dataset; with ``source``, over its prompts."""
+
     max_steps_per_epoch: int | None = None
-    tokens_per_row: int = 2048
-    rows_per_pass: int = 1
-    data_parallel_replicate_dim: int = 1
+    """Optimizer steps after which an epoch ends early. None uses all groups."""
+
+    shuffle: bool = True
+    """Whether the order of groups, or of prompts, is shuffled in each epoch."""
+
     clip_grad_norm: float | None = 1.0
-    compile: bool = False
+    """Largest norm of the gradient. None only measures the norm."""
+
+    # ---- Memory and speed
+
+    tokens_per_row: int = 2048
+    """Length of a row, tokens. Groups are packed into rows: the prompt stands once and its responses branch from it. A
+    group that needs more than a row repeats its prompt in the next one."""
+
+    rows_per_pass: int = 1
+    """Rows in one forward and backward pass. ``rows_per_pass * tokens_per_row`` bounds the memory of activations. Fewer
+    rows need less memory, are slower, and change no loss. For DPO a pass has to hold the longest pair."""
+
     enable_activation_checkpointing: bool = False
+    """Keep only the input of each layer, and recompute the rest in backward: less memory, more time."""
+
     enable_activation_offloading: bool = False
-    adapter: str | None = None
-    save_adapter_weights_only: bool = True
-    export_dtype: str | None = None
+    """Keep these inputs in host memory. Needs a GPU and ``enable_activation_checkpointing``."""
+
+    compile: bool = False
+    """Compile the transformer layers."""
+
+    data_parallel_replicate_dim: int = 1
+    """Into how many groups the ranks are divided (HSDP). Each group holds the whole model, sharded over its ranks. With
+    the number of nodes, weights are gathered inside of nodes only. 1 shards over all ranks."""
+
     optimizer_in_bwd: bool = False
-    log_every_n_steps: int = 1
-    log_peak_memory_stats: bool = False
+    """Only False works. The reference syncs between backward and the optimizer's step, which this would merge."""
+
+    # ---- Adapters and exported weights
+
+    adapter: str | None = None
+    """LoRA adapter to start from: a folder or file in torchtune's or PEFT's format. None starts a new one. For models
+    with an adapter only."""
+
+    save_adapter_weights_only: bool = True
+    """At the end of an epoch write the adapter alone. False also writes the merged weights, as a Hugging Face folder.
+    For models with an adapter only."""
+
+    export_dtype: str | None = None
+    """What whole weights are written in, for users and for sampling servers: ``fp32``, ``bf16`` or None. None keeps the
+    update: trained weights are written in ``master_dtype``, merged ones in float32, the others in the checkpoint's
+    dtype. ``bf16`` rounds most of a small update away. An adapter is always written in float32."""
+
+    # ---- Evaluation and checkpoints
+
     run_val_every_n_steps: int | None = None
+    """Optimizer steps between two evaluations on ``dataset_val``. None evaluates only before the first step and after
+    the last."""
+
     save_every_n_steps: int | None = None
-    enable_async_checkpointing: bool = False
+    """Optimizer steps between two training checkpoints. None writes no checkpoint, only weights at the end of an
+    epoch."""
+
     keep_last_n_checkpoints: int = 2
+    """How many of the newest checkpoints to keep. With two or more the run can fall back to an older one if the newest
+    is damaged."""
+
     best_checkpoint_metric: str | None = None
+    """Metric of ``dataset_val`` that chooses the best checkpoint, such as ``val/rewards/accuracies`` (DPO, KTO) or
+    ``val/log_probs/accuracies``. That checkpoint is kept, and its weights are written to ``output_dir/best`` at the
+    end. ``save_every_n_steps`` has to be a multiple of ``run_val_every_n_steps``."""
+
     best_checkpoint_mode: str = "max"
+    """``max`` or ``min``: which value of that metric is the best."""
+
+    enable_async_checkpointing: bool = False
+    """Write checkpoints in the background, from a copy in host memory, while training continues."""
+
     resume_from_checkpoint: bool | str = False
+    """``latest`` (or True) resumes from the newest checkpoint in ``output_dir``, a path
+    (``output_dir/checkpoints/step_N``) from that one."""
+
+    # ---- Logs, and when to stop
+
+    log_every_n_steps: int = 1
+    """Optimizer steps between two log entries."""
+
+    log_peak_memory_stats: bool = False
+    """Log the peak memory of the GPU as well."""
+
     stop_after_nonfinite_steps: int = 10
+    """Stop after so many consecutive steps whose loss or gradient is not finite. Each such step is skipped."""
+
     stop_after_empty_rounds: int = 10
+    """Stop after so many consecutive online rounds without anything to learn. Their steps leave the weights as they
+    are."""
+
     collapse_window: int | None = 50
+    """Log entries that the watch for a collapse compares: the reward falls while the KL to the reference grows. None
+    does not watch."""
+
     stop_on_collapse: bool = False
+    """Stop at a collapse. False only warns."""
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Settings":
-        """Reads the settings of a whole config, and checks that its components are there and that no key is unknown.
+        """Reads the settings from a whole config. Checks that it has its components and no unknown key.
 
         Raises:
-            ConfigError: naming a key that is unknown, missing, or contradicts another.
+            ConfigError: if a key is unknown, missing, or contradicts another. The message names the key.
         """
         known = {f.name: f for f in fields(cls)}
         values = {str(key): cfg[key] for key in cfg if key not in COMPONENTS}
         for key in values:
             if key not in known:
-                raise ConfigError(f"{key}: is not a key of this recipe{suggestion(key, [*known, *COMPONENTS])}")
+                raise ConfigError(f"{key}: not a key of this recipe{suggestion(key, [*known, *COMPONENTS])}")
         for name, field in known.items():
             if name not in values and field.default is MISSING:
-                raise ConfigError(f"{name}: is missing")
+                raise ConfigError(f"{name}: missing; add it to the config")
         online = is_given(cfg, "source")
         if online and is_given(cfg, "dataset"):
-            raise ConfigError("source: groups come from it or from dataset; leave one of them out")
+            raise ConfigError("source: expected either source or dataset, got both; remove one of them")
         for key in (*REQUIRED_COMPONENTS, *(ONLINE if online else OFFLINE)):
             if not is_given(cfg, key):
-                raise ConfigError(f"{key}: is missing; every config names this component by its _component_")
+                raise ConfigError(f"{key}: missing; add this component, with its _component_, to the config")
         for key in () if online else ("engine", "reward"):
             if is_given(cfg, key):
-                raise ConfigError(f"{key}: has nothing to do beside dataset; remove it, or give source for dataset")
+                raise ConfigError(f"{key}: not used with dataset; remove it, or replace dataset by source")
         if values.get("best_checkpoint_metric") and not is_given(cfg, "dataset_val"):
-            raise ConfigError("best_checkpoint_metric: is measured on dataset_val, which is not given; add it")
+            raise ConfigError("best_checkpoint_metric: needs dataset_val, which is missing; add it")
         return cls(**values)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             key, value = field.name, getattr(self, field.name)
             kinds = get_args(field.type) or (field.type,)
-            self._check(key, _is_one_of(value, kinds), f"it is a {type(value).__name__}; give a {_named(kinds)}")
+            self._check(key, _is_one_of(value, kinds), _named(kinds))
             if int in kinds and value is not None and key != "seed":
-                self._check(key, value >= 1, "give a whole number of at least 1")
-        self._check("seed", 0 <= self.seed < 2**32, "give a whole number of at least 0 and below 2^32")
+                self._check(key, value >= 1, "an integer of at least 1")
+        self._check("seed", 0 <= self.seed < 2**32, "an integer of at least 0 and below 2^32")
         for key in ("dtype", "master_dtype"):
             value = getattr(self, key)
-            remedy = "float16 has too narrow a range to train in" if value == "fp16" else "choose one"
-            self._check(key, value in DTYPES, f"{remedy}; bf16 and fp32 are supported")
+            remedy = "; the range of float16 is too narrow for training" if value == "fp16" else ""
+            self._check(key, value in DTYPES, "bf16 or fp32", remedy)
         self._check(
             "export_dtype",
             self.export_dtype is None or self.export_dtype in DTYPES,
-            "give fp32 or bf16, or null for what keeps the update",
+            "fp32, bf16 or null",
+            "; null keeps small updates",
         )
         self._check(
             "master_dtype",
             not (self.dtype == "fp32" and self.master_dtype == "bf16"),
-            "compute cannot be finer than the weights; set dtype: bf16, or master_dtype: fp32",
+            "fp32 with dtype: fp32",
+            "; set dtype: bf16 or master_dtype: fp32",
         )
         self._check(
             "optimizer_in_bwd",
             not self.optimizer_in_bwd,
-            "the reference syncs after backward and before the optimizer's step, which it would merge into backward; "
-            "leave it out, and save memory by gradient accumulation or an 8-bit optimizer instead",
+            "False",
+            "; it would merge the optimizer's step into backward, and the reference syncs between the two; to save "
+            "memory, use gradient accumulation or an 8-bit optimizer",
         )
         window = self.collapse_window
         self._check(
-            "collapse_window", window is None or window >= 8, "its two halves need 4 entries each; give 8 or more"
+            "collapse_window",
+            window is None or window >= 8,
+            "an integer of at least 8 or null",
+            "; each half of the window needs 4 entries",
         )
         self._check(
             "stop_on_collapse",
             window is not None or not self.stop_on_collapse,
-            "nothing watches for a collapse with collapse_window: null; set it to 50",
+            "False with collapse_window: null",
+            "; set collapse_window: 50 to watch for a collapse",
         )
         modes = self.best_checkpoint_mode in ("max", "min")
-        self._check("best_checkpoint_mode", modes, "choose max or min")
+        self._check("best_checkpoint_mode", modes, "max or min")
         self._check_best_checkpoint_metric()
         limit = self.clip_grad_norm
-        self._check("clip_grad_norm", limit is None or limit > 0, "give a norm above 0, or null to only measure it")
+        self._check("clip_grad_norm", limit is None or limit > 0, "a norm above 0 or null", "; null only measures it")
         offload = self.enable_activation_offloading
         self._check(
             "enable_activation_offloading",
             self.torch_device.type == "cuda" or not offload,
-            "needs a GPU; on a CPU there is nowhere to offload to",
+            "False without a GPU",
+            "; a run on the CPU has no other memory to offload to",
         )
         self._check(
             "enable_activation_offloading",
             self.enable_activation_checkpointing or not offload,
-            "offloads what checkpointing keeps; set enable_activation_checkpointing: True as well",
+            "False without enable_activation_checkpointing",
+            "; set enable_activation_checkpointing: True as well",
         )
         self.row_budget(self.torch_device)
 
@@ -218,21 +277,21 @@ class Settings:
         self._check(
             "best_checkpoint_metric",
             evaluated is not None and saved is not None and saved % evaluated == 0,
-            "a checkpoint is judged by the evaluation at its own step; set run_val_every_n_steps, and "
-            "save_every_n_steps to a multiple of it",
+            "null unless every checkpoint has an evaluation at its step",
+            "; set run_val_every_n_steps, and save_every_n_steps to a multiple of it",
         )
 
     def row_budget(self, device: torch.device) -> RowBudget:
-        """What a pass may hold; of one shape throughout where kernels are compiled for their shapes."""
+        """Returns the row budget of a pass. Its shape is fixed on CUDA and with ``compile``: kernels are per shape."""
         fixed = self.compile or device.type == "cuda"
         return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_shape=fixed)
 
     @property
     def torch_device(self) -> torch.device:
-        """This rank's device: the CPU where ``device`` is ``cuda`` and there is no GPU.
+        """This rank's device. ``cuda`` is the CPU on a machine without a GPU.
 
         Raises:
-            ConfigError: if there is no such device here.
+            ConfigError: if this machine has no such device.
         """
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             return torch.device("cpu")
@@ -240,16 +299,16 @@ class Settings:
             return utils.get_device(self.device)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"device: {self.device!r} cannot be used here ({error}); set device: cuda or cpu"
+                f"device: expected cuda or cpu, got {self.device!r}, which is not available here ({error})"
             ) from error
 
-    def _check(self, key: str, holds: bool, remedy: str) -> None:
+    def _check(self, key: str, holds: bool, expected: str, remedy: str = "") -> None:
         if not holds:
-            raise ConfigError(f"{key}: {getattr(self, key)!r} does not work: {remedy}")
+            raise ConfigError(f"{key}: expected {expected}, got {getattr(self, key)!r}{remedy}")
 
 
 def values_of(cfg: DictConfig) -> dict[str, Any]:
-    """What a config says by key, without what may differ from rank to rank: the device, and the paths of files."""
+    """Returns a config's values by dotted key, without those that may differ by rank: the device and file paths."""
     values: dict[str, Any] = {}
 
     def collect(prefix: str, node: Any) -> None:
@@ -264,9 +323,9 @@ def values_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _is_one_of(value: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a value is of a type; an int is a float, but a bool is no int."""
+    """Returns whether a value has one of the types. An int counts as a float, a bool does not count as an int."""
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _named(kinds: tuple[Any, ...]) -> str:
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    return " or ".join(_KINDS[kind] for kind in kinds)

@@ -1,4 +1,4 @@
-"""Groups of responses to a prompt: where they come from, and how they are laid out in rows."""
+"""Groups of responses to a prompt: their sources, and their layout in rows."""
 
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer

@@ -1,8 +1,7 @@
-"""Datasets of groups, one builder for each form in which preference data is published.
+"""Builders of group datasets, one for each common format of preference data.
 
-A builder reads, checks, encodes and cuts everything when it is called, so that bad data is met before training and
-never during it. Token ids are kept as C ints, 4 bytes each, so tens of thousands of pairs stay far below the size of
-any model.
+A builder reads, checks, encodes and cuts all examples when it is called, so that bad data stops a run before training
+starts. Token ids are kept as C ints, 4 bytes each, so tens of thousands of pairs need far less memory than any model.
 """
 
 import os
@@ -36,29 +35,29 @@ def preference_groups(
     max_tokens: int = 1250,
     max_prompt_tokens: int | None = 625,
 ) -> GroupDataset:
-    """Preference pairs in the Hugging Face convention: groups of (chosen, rejected).
+    """Preference pairs in the Hugging Face format: groups of (chosen, rejected).
 
-    ``chosen`` and ``rejected`` are conversations that differ in their last message, the assistant's; or that message
-    alone, or its text, with the conversation before it in ``prompt`` (messages, or the user's text). A ``prompt``
-    string beside whole conversations is not used.
+    ``chosen`` and ``rejected`` are whole conversations that differ only in the last message, the assistant's. They may
+    also be that message or its text alone, with the conversation before it in ``prompt`` (messages, or the user's
+    text). If they are whole conversations, a ``prompt`` string is ignored.
 
     Args:
         tokenizer (ChatTokenizer): encodes prompts and responses with the model's chat template.
-        source (Source): a .json, .jsonl or .parquet file, a glob or list of those, or the name of a Hugging Face
-            dataset. As in torchtune, also "json" or "parquet" with the files in ``data_files``.
-        split (str): the split, or a slice of it such as "train[:95%]"; local files hold one split, "train".
-        data_files (Source | None): the files of the source to read.
-        column_map (Mapping[str, str] | None): the source's name for each field that it calls otherwise, such as
-            {"chosen": "preferred"}.
-        max_tokens (int): the most tokens of a prompt and a response together.
-        max_prompt_tokens (int | None): what a prompt is cut to where the two together are longer (its first token and
-            its end stay); the response then loses its end. None never cuts a prompt.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"chosen": "preferred"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
 
     Returns:
-        The pairs. Those that cutting made equal are left out, and counted in the dataset's report.
+        GroupDataset: the pairs. Pairs that are equal after cutting are dropped and counted in the dataset's report.
 
     Raises:
-        ConfigError: if there is no such source, split or column map, or the token limits leave no room.
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
         DataError: if an example cannot be used; the message starts with its file and line.
     """
     _check_tokenizer(tokenizer)
@@ -67,7 +66,7 @@ def preference_groups(
         before_chosen, chosen = record.turn("chosen")
         before_rejected, rejected = record.turn("rejected")
         if before_chosen != before_rejected:
-            raise record.error("rejected", "follows another prompt than the chosen response; a pair has one prompt")
+            raise record.error("rejected", "has another prompt than the chosen response; a pair needs one prompt")
         if chosen == rejected:
             raise record.error("rejected", "equals the chosen response, so neither is better; drop the line")
         return _encode(record, tokenizer, _prompt(record, before_chosen), [chosen, rejected])
@@ -86,11 +85,29 @@ def labelled_groups(
     max_tokens: int = 1250,
     max_prompt_tokens: int | None = 625,
 ) -> GroupDataset:
-    """Single responses that are desirable or not, in the Hugging Face convention for KTO: groups of one with a label.
+    """Single responses that are desirable or not, in the Hugging Face format for KTO: groups of one with a label.
 
     ``prompt`` is messages or the user's text, ``completion`` the assistant's message or its text, ``label`` true or
     false.
-    For the arguments and errors see :func:`preference_groups`.
+
+    Args:
+        tokenizer (ChatTokenizer): encodes prompts and responses with the model's chat template.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"label": "liked"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     _check_tokenizer(tokenizer)
 
@@ -113,10 +130,29 @@ def scored_groups(
     max_tokens: int = 1250,
     max_prompt_tokens: int | None = 625,
 ) -> GroupDataset:
-    """Responses with a score each, as in UltraFeedback-ArmoRM: groups of G with scores.
+    """Scored responses in the format of UltraFeedback-ArmoRM: groups of G responses with scores.
 
-    ``prompt`` is messages or the user's text, ``all_generated_responses`` a list of texts, ``all_rm_scores`` a number
-    for each. For the arguments and errors see :func:`preference_groups`.
+    ``prompt`` is messages or the user's text, ``all_generated_responses`` a list of texts, ``all_rm_scores`` one number
+    per response.
+
+    Args:
+        tokenizer (ChatTokenizer): encodes prompts and responses with the model's chat template.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"prompt": "question"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     _check_tokenizer(tokenizer)
 
@@ -139,11 +175,29 @@ def encoded_groups(
     max_tokens: int = 1250,
     max_prompt_tokens: int | None = 625,
 ) -> GroupDataset:
-    """Groups that are token ids already, in whatever way they were encoded.
+    """Groups that are already token ids.
 
-    ``prompt`` is a list of ids, ``responses`` a list of such lists, ``scores`` or ``labels`` has one for each response.
-    Without scores and labels a group is a pair, the chosen response first. The tokenizer may be None; where there is
-    one, the ids must be in its vocabulary. For the other arguments and errors see :func:`preference_groups`.
+    ``prompt`` is a list of ids, ``responses`` a list of such lists, ``scores`` or ``labels`` one value per response.
+    Without scores and labels a group must be a pair, the chosen response first.
+
+    Args:
+        tokenizer (ChatTokenizer | None): the ids must be in its vocabulary; None does not check them.
+        source (Source): a .json, .jsonl or .parquet file, a glob, a list of these, or the name of a Hugging Face
+            dataset. As in torchtune, "json" or "parquet" reads the files in ``data_files``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (Source | None): the files to read, a string or a list; null reads ``source`` itself.
+        column_map (Mapping[str, str] | None): maps a field to its column's name, such as {"scores": "rewards"}; null
+            means that columns are named like the fields.
+        max_tokens (int): most tokens of a prompt and one response together; a longer response loses its end.
+        max_prompt_tokens (int | None): most tokens of the prompt if prompt and response together exceed ``max_tokens``;
+            a cut prompt keeps its first token and its end. null never cuts a prompt.
+
+    Returns:
+        GroupDataset: the groups.
+
+    Raises:
+        ConfigError: if the source or split does not exist, a mapped field does not, or the token limits leave no room.
+        DataError: if an example cannot be used; the message starts with its file and line.
     """
     vocab_size = getattr(tokenizer, "vocab_size", None)
 
@@ -154,7 +208,7 @@ def encoded_groups(
         labels = None if record.get("labels") is None else record.labels("labels", len(responses))
         if scores is None and labels is None:
             if len(responses) != 2:
-                problem = f"has {len(responses)} entries and no scores or labels; give them, or give a pair"
+                problem = f"has {len(responses)} entries but no scores or labels; add them, or provide a pair"
                 raise record.error("responses", problem)
             if responses[0] == responses[1]:
                 raise record.error("responses", "has two equal entries, so neither is better; drop the line")
@@ -174,12 +228,12 @@ def _build(
     max_tokens: int,
     max_prompt_tokens: int | None,
 ) -> GroupDataset:
-    """Reads every record of a source into a group within the budget, counting what had to go."""
+    """Reads every record of a source into a group within the budget, and counts what was cut or dropped."""
     budget = TokenBudget(max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
     column_map = column_map or {}
     for field in column_map:
         if field not in fields:
-            raise ConfigError(f"column_map: '{field}' is no field of this dataset; its fields are {', '.join(fields)}")
+            raise ConfigError(f"column_map: expected fields of this dataset ({', '.join(fields)}), got '{field}'")
 
     name, records = read_records(source, split, data_files, column_map)
     groups: list[Group] = []
@@ -192,7 +246,7 @@ def _build(
         cut_responses += sum(
             len(cut) < len(response) for cut, response in zip(group.responses, whole.responses, strict=True)
         )
-        # Responses that differ only past the cut, or in what the chat template strips, are no pair any more.
+        # Responses may differ only past the cut, or in white space that the chat template strips.
         if group.is_pair and group.responses[0] == group.responses[1]:
             dropped += 1
         else:
@@ -220,11 +274,11 @@ def _check_tokenizer(tokenizer: "ChatTokenizer") -> None:
 
 
 def _prompt(record: Record, before: list[Message] | None) -> list[Message]:
-    """The prompt of a record, from the messages before its response where it has them."""
+    """Returns the prompt of a record: the messages before its response if there are any, else the field ``prompt``."""
     if before is None:
         return record.prompt()
     if isinstance(record.get("prompt"), list) and record.prompt() != before:
-        raise record.error("prompt", "differs from the messages before the response; give the prompt once")
+        raise record.error("prompt", "differs from the messages before the response; provide the prompt once")
     return before
 
 
@@ -239,6 +293,6 @@ def _encode(
     try:
         ids = array("i", tokenizer.encode_prompt(prompt))
         response_ids = tuple(array("i", tokenizer.encode_response(prompt, response)) for response in responses)
-    except DataError as error:  # the chat template refuses the conversation, and cannot know where it stands
+    except DataError as error:  # the chat template rejects the conversation, but does not know its place
         raise DataError(f"{record.where}: {error}") from error
     return Group(ids, response_ids, scores, labels, record.where)

@@ -12,48 +12,52 @@ from humanline.data._chat_template import PROBE_RESPONSE, PROBES, Chat, ChatTemp
 from humanline.errors import ConfigError, DataError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's name for the author of a tool's result, and that of chat templates
+TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's result -> its name in chat templates
 
 
 class ChatTokenizer(ModelTokenizer, Transform):
-    """Chats to token ids, by the tokenizer and the chat template that came with a Hugging Face checkpoint.
+    """Encodes chats with the tokenizer and chat template of a Hugging Face checkpoint.
 
-    The ids are those of ``apply_chat_template`` in ``transformers``: the text is the same, BOS is there only if the
-    template writes it, and the string of a special token inside a message becomes that token. (So a message can open or
-    close a turn: strip such strings from text that is not trusted.)
+    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. The
+    string of a special token inside a message becomes that token, so a message can open or close a turn. Strip such
+    strings from untrusted text.
 
-    A prompt and its response are tokenised apart, where generation starts, because that is what a model sees: the
-    prompt's ids first, then tokens it chooses itself. Tokenised as one text, the last token of the one and the first of
-    the other could merge (the newline that ends the header, and one that starts the answer); then the prompt would not
-    be the one that is sampled from.
+    A prompt and its response are tokenised separately, split where generation starts, because a model sees exactly
+    that: the prompt's ids, then tokens that it generates. If they were tokenised as one text, the prompt's last token
+    could merge with the response's first, such as two newlines. The prompt would then differ from the one that is
+    sampled from.
 
-    It is a torchtune tokenizer as well (:meth:`tokenize_messages`, :meth:`encode`, and a transform of samples that have
-    ``messages``), so that torchtune's own datasets and recipes work with it.
+    It is also a torchtune tokenizer (:meth:`tokenize_messages`, :meth:`encode`, and a transform of samples with
+    ``messages``), so torchtune's own datasets and recipes work with it.
 
     Args:
-        path (str): a folder with tokenizer.json and tokenizer_config.json, such as ``tune download`` leaves. The
-            template is taken from its chat_template.jinja, else from tokenizer_config.json; generation_config.json may
+        path (str): folder with tokenizer.json and tokenizer_config.json, as ``tune download`` writes it. The chat
+            template comes from its chat_template.jinja, else from tokenizer_config.json. generation_config.json may
             add stop tokens.
-        max_seq_len (int | None): the length to which :meth:`tokenize_messages` and nothing else cuts, tokens.
-        chat_template (str | None): path of a Jinja file to use in place of the folder's template.
+        max_seq_len (int | None): length to which :meth:`tokenize_messages`, and nothing else, cuts, tokens; null never
+            cuts.
+        chat_template (str | None): path of a Jinja file that replaces the folder's template; null uses the folder's.
 
     Attributes:
-        stop_tokens (list[int]): ids that end a generated response: the template's end of turn, then EOS.
+        stop_tokens (list[int]): ids that end a generated response: the template's end of turn, then EOS, then those in
+            generation_config.json.
         special_tokens (dict[str, int]): the tokens outside the ordinary vocabulary, and their ids.
-        bos_id (int | None): beginning of sequence, None if there is none.
+        bos_id (int | None): beginning of sequence; None if there is none.
         eos_id (int): end of sequence; the end of turn if there is none.
         pad_id (int): padding; ``eos_id`` if there is none.
-        token_ids (frozenset[int]): the ids that have a token. (A model's embedding may have rows for others.)
+        token_ids (frozenset[int]): the ids that have a token. A model's embedding may have rows for other ids.
         vocab_size (int): all ids are below it.
 
     Raises:
-        ConfigError: if a file is missing or unreadable, or the template does not render a chat as its prompt, the
+        ConfigError: if a file is missing or unreadable, or if the template does not render a chat as its prompt, the
             response and one special token, the end of turn.
     """
 
     def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str | None = None) -> None:
         if max_seq_len is not None and max_seq_len < 1:
-            raise ConfigError(f"tokenizer.max_seq_len: {max_seq_len} is below 1; null sets no limit")
+            raise ConfigError(
+                f"tokenizer.max_seq_len: expected a length of at least 1, or null for no limit, got {max_seq_len}"
+            )
         self._arguments = (path, max_seq_len, chat_template)
         self.max_seq_len = max_seq_len
 
@@ -78,37 +82,37 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self.stop_tokens = list(dict.fromkeys([end_of_turn, self.eos_id, *read_generation_stops(folder)]))
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # A compiled template cannot be pickled: a worker process reads the files again.
+        # A compiled template cannot be pickled, so a worker process reads the files again.
         return type(self), self._arguments
 
     # ---- Prompts and responses
 
     def encode_prompt(self, messages: Chat) -> list[int]:
-        """The ids of ``messages`` (``{"role": ..., "content": ...}`` each), up to where the assistant's answer starts.
+        """Returns the ids of ``messages`` (``{"role": ..., "content": ...}``), up to where the answer starts.
 
         Raises:
-            DataError: if the template declines the chat.
+            DataError: if the template rejects the chat.
         """
         return self._encode(self._template.prompt(messages))
 
     def encode_response(self, prompt: Chat, response: str) -> list[int]:
-        """The ids of ``response`` as the answer to ``prompt``, the end of turn included.
+        """Returns the ids of ``response`` as the answer to ``prompt``, including the end of turn.
 
-        The text is as the template renders it: Llama 3's and Gemma's, for two, trim the white space around it.
+        The template may alter the text; Llama 3's and Gemma's strip surrounding white space.
 
         Raises:
-            DataError: if the template declines the chat, or renders the prompt differently once it is answered.
+            DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
         """
         return self._encode(self._template.response(prompt, response))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``."""
+        """Returns the text of ``ids``."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     # ---- torchtune's protocol
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """The ids of plain text, without the template; between BOS (where there is one) and EOS unless declined."""
+        """Returns the ids of plain text without the template, by default between BOS (if there is one) and EOS."""
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos else []
         return bos + self._encode(text) + eos
@@ -116,31 +120,30 @@ class ChatTokenizer(ModelTokenizer, Transform):
     def tokenize_messages(
         self, messages: list[Message], *, add_end_tokens: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """The ids of a whole chat, and which of them a loss leaves out.
+        """Returns the ids of a whole chat, and which of them a loss leaves out.
 
-        An answer and its end of turn are masked if its message is; what lies between two answers, headers included, is
-        masked if any message there is. Ids beyond ``max_seq_len`` are cut off with no end of turn put at the cut:
-        nothing ends there.
+        An answer and its end of turn are masked if its message is. The text between two answers, headers included, is
+        masked if any of its messages is. Ids beyond ``max_seq_len`` are cut off, and no end of turn is added there.
 
         Args:
             messages (list[Message]): the chat, text only.
-            add_end_tokens (bool): False leaves a last answer open, for generation to continue it; a chat whose last
-                message is another's ends where the answer would start.
+            add_end_tokens (bool): False prepares for generation: a last answer has no end of turn, and after any other
+                last message the chat ends where an answer would start.
 
         Returns:
             tuple[list[int], list[bool]]: ids and mask (True: not in the loss), equally long.
 
         Raises:
-            DataError: if a message has an image, or the template renders earlier turns differently once later ones
+            DataError: if a message has an image, or if the template renders earlier turns differently once later ones
                 follow.
         """
         if any(message.contains_media for message in messages):
-            raise DataError("messages: a message has an image, and this tokenizer takes text only; drop the example")
+            raise DataError("messages: expected text only, but a message has an image; drop the example")
         chat = [{"role": TEMPLATE_ROLES.get(m.role, m.role), "content": m.text_content} for m in messages]
         ids: list[int] = []
         mask: list[bool] = []
-        text = ""  # what of the rendered chat has been tokenised,
-        seen = 0  # and how many messages that is
+        text = ""  # the part of the rendered chat that has been tokenised
+        seen = 0  # the number of messages in it
 
         def append(rendered: str, until: int, masked: bool) -> None:
             nonlocal text, seen
@@ -166,28 +169,30 @@ class ChatTokenizer(ModelTokenizer, Transform):
         return ids[: self.max_seq_len], mask[: self.max_seq_len]
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Replaces the sample's ``messages`` by ``tokens`` and ``mask`` (see :meth:`tokenize_messages`)."""
+        """Replaces the sample's ``messages`` with ``tokens`` and ``mask`` (see :meth:`tokenize_messages`)."""
         sample["tokens"], sample["mask"] = self.tokenize_messages(sample.pop("messages"), add_end_tokens=not inference)
         return sample
 
-    # ---- Inside
+    # ---- Internals
 
     def _encode(self, text: str) -> list[int]:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise DataError("messages: the text is not valid Unicode (it has a lone surrogate); repair it") from None
+            raise DataError("messages: the text is not valid Unicode (it has a lone surrogate); correct it") from None
 
     def _refuse_context_dependence(self) -> None:
-        """Refuses tokenizers that give a text other ids by itself, such as those that put a space in front of it."""
+        """Rejects tokenizers whose ids for an answer depend on the prompt before it, as with a space added in front."""
         prompt, response = self._template.prompt(PROBES[0]), self._template.response(PROBES[0], PROBE_RESPONSE)
         if self._encode(prompt) + self._encode(response) != self._encode(prompt + response):
-            raise self._template.refusal("and tokenizer.json give an answer other ids by itself than behind its prompt")
+            raise self._template.refusal("and tokenizer.json encode an answer differently alone than after its prompt")
 
     def _named_id(self, name: str, token: str) -> int:
         id = self._tokenizer.token_to_id(token)
         if id is None:
-            raise ConfigError(f"tokenizer.path: tokenizer.json lacks {token!r}, tokenizer_config.json's {name}; add it")
+            raise ConfigError(
+                f"tokenizer.path: tokenizer.json has no token {token!r}, the {name} of tokenizer_config.json; add it"
+            )
         return id
 
 
@@ -195,33 +200,33 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"tokenizer.path: {file} is missing; the folder must be a whole HF checkpoint") from None
+        raise ConfigError(f"tokenizer.path: {file} is missing; use a complete Hugging Face checkpoint") from None
     except ValueError as error:
-        raise ConfigError(f"tokenizer.path: {file} is not JSON ({squeeze(error)}); fetch it again") from error
+        raise ConfigError(f"tokenizer.path: {file} is not valid JSON ({squeeze(error)}); download it again") from error
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise ConfigError(f"tokenizer.path: {file} is missing; the folder must be a whole HF checkpoint")
+        raise ConfigError(f"tokenizer.path: {file} is missing; use a complete Hugging Face checkpoint")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more special
-        raise ConfigError(f"tokenizer.path: {file} cannot be read ({squeeze(error)}); fetch it again") from error
-    tokenizer.no_truncation()  # files can carry either, and nothing is to be cut or padded unasked
+    except Exception as error:  # the library raises nothing more specific
+        raise ConfigError(f"tokenizer.path: {file} cannot be read ({squeeze(error)}); download it again") from error
+    tokenizer.no_truncation()  # a file may enable either
     tokenizer.no_padding()
     return tokenizer
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; in older checkpoints, special_tokens_map.json has the last word on the named tokens."""
+    """Reads tokenizer_config.json; in older checkpoints special_tokens_map.json overrides the named tokens."""
     config = read_json(folder / "tokenizer_config.json")
     file = folder / "special_tokens_map.json"
     return config | read_json(file) if file.is_file() and "added_tokens_decoder" not in config else config
 
 
 def read_generation_stops(folder: Path) -> list[int]:
-    """The ids at which generation_config.json, where there is one, says that generation stops."""
+    """Returns the ids at which generation stops according to generation_config.json, if there is such a file."""
     file = folder / "generation_config.json"
     stops = read_json(file).get("eos_token_id") if file.is_file() else None
     return [stops] if isinstance(stops, int) else stops or []
@@ -232,15 +237,15 @@ def token_text(token: str | dict[str, Any]) -> str:
 
 
 def find_template(folder: Path, config: dict[str, Any], override: str | None) -> tuple[Path, str]:
-    """The file that has the chat template, and the template: the override's, else the one ``transformers`` picks."""
+    """Returns the file with the chat template, and the template: the override, else the choice of ``transformers``."""
     file = Path(override) if override is not None else folder / "chat_template.jinja"
     if file.is_file():
         return file, file.read_text(encoding="utf-8")
     if override is not None:
-        raise ConfigError(f"tokenizer.chat_template: {file} is not a file; null takes the template in tokenizer.path")
+        raise ConfigError(f"tokenizer.chat_template: {file} is not a file; null uses the template in tokenizer.path")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {named["name"]: named["template"] for named in template}.get("default")
     if template is None:
-        raise ConfigError(f"tokenizer.chat_template: {folder} has no chat template of its own; name a Jinja file")
+        raise ConfigError(f"tokenizer.chat_template: {folder} has no chat template; set this key to a Jinja file")
     return folder / "tokenizer_config.json", template

@@ -1,4 +1,4 @@
-"""Chat templates: small programs from strangers that turn a chat into text, run here as ``transformers`` runs them."""
+"""Chat templates: untrusted programs that turn a chat into text, run in a sandbox as ``transformers`` runs them."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from humanline.errors import ConfigError, DataError
 Chat = Sequence[Mapping[str, Any]]
 """Messages, each ``{"role": ..., "content": ...}``."""
 
-# What a template is tried on before it is trusted. It may decline the later ones (Gemma 2 takes no system message).
+# Chats that every template is tested on. It may reject all but the first (Gemma 2 accepts no system message).
 PROBE_RESPONSE = "Humanline"
 PROBES: tuple[Chat, ...] = (
     [{"role": "user", "content": "Name?"}],
@@ -32,23 +32,22 @@ PROBES: tuple[Chat, ...] = (
 
 
 class ChatTemplate:
-    """A Jinja chat template whose output can be cut where generation starts.
+    """A Jinja chat template whose output can be split where generation starts.
 
-    The text of a prompt followed by the text of its response is then the text of the whole chat, and the response ends
-    with one special token, the end of turn. White space that the template puts behind that token is left out: no model
-    generates it.
+    The text of a prompt followed by the text of its response is the text of the whole chat. The response ends with one
+    special token, the end of turn. White space after that token is dropped, since no model generates it.
 
     Args:
         source (str): the template.
-        file (Path): where it came from, for messages.
-        named_tokens (Mapping[str, str]): what ``bos_token`` and the like mean in it.
-        special_tokens (Sequence[str]): the tokenizer's special tokens, among which the end of turn is looked for.
+        file (Path): the template's file, for messages.
+        named_tokens (Mapping[str, str]): values of ``bos_token`` and the like in the template.
+        special_tokens (Sequence[str]): the tokenizer's special tokens; one of them is the end of turn.
 
     Attributes:
         end_of_turn (str): the token that closes an assistant's turn.
 
     Raises:
-        ConfigError: if ``source`` is no template, or on small chats does not behave as above.
+        ConfigError: if ``source`` is not a template, or its output for small chats cannot be split as above.
     """
 
     def __init__(self, source: str, file: Path, named_tokens: Mapping[str, str], special_tokens: Sequence[str]) -> None:
@@ -61,48 +60,48 @@ class ChatTemplate:
         self.end_of_turn = self._probe(special_tokens)
 
     def prompt(self, messages: Chat) -> str:
-        """The text of ``messages``, up to where the assistant's answer starts.
+        """Returns the text of ``messages``, up to where the assistant's answer starts.
 
         Raises:
-            DataError: if the template declines the chat.
+            DataError: if the template rejects the chat.
         """
         return self.render(messages, add_generation_prompt=True)
 
     def response(self, messages: Chat, content: str) -> str:
-        """The text of ``content`` as the answer to ``messages``, from where it starts to the end of turn.
+        """Returns the text of ``content`` as the answer to ``messages``, from its start to the end of turn.
 
         Raises:
-            DataError: if the template declines the chat, or renders the prompt differently once it is answered.
+            DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
         """
         prompt, whole = self.prompt(messages), self._answered(messages, content)
         response = whole[len(prompt) :].rstrip()
         if not whole.startswith(prompt) or not response.endswith(self.end_of_turn):
             raise DataError(
                 f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
-                "leave the example out, or set tokenizer.chat_template to a template that does"
+                "drop the example, or set tokenizer.chat_template to a template that does"
             )
         return response
 
     def render(self, messages: Chat, add_generation_prompt: bool = False) -> str:
-        """The template's text for ``messages``.
+        """Returns the template's text for ``messages``.
 
         Raises:
-            DataError: if the template declines the chat.
+            DataError: if the template rejects the chat.
         """
         try:
             return self._template.render(
-                # A field that is None counts as absent in transformers, and templates rely on it.
+                # transformers omits fields that are None, and templates rely on it.
                 messages=[{key: value for key, value in message.items() if value is not None} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 **self._named_tokens,
             )
-        except Exception as error:  # a program can fail in any way
-            raise DataError(f"messages: {self.file} declines the chat: {squeeze(error)}") from error
+        except Exception as error:  # a template can fail in any way
+            raise DataError(f"messages: {self.file} rejects the chat: {squeeze(error)}") from error
 
     def refusal(self, what: str) -> ConfigError:
-        """The error for a template that cannot be used, since it ``what``."""
+        """Returns the error for an unusable template; ``what`` continues a sentence that starts with its file."""
         return ConfigError(
             f"tokenizer.chat_template: {self.file} {what}; set tokenizer.chat_template to a Jinja file that renders "
             "a chat as its prompt, the response and an end-of-turn token"
@@ -112,7 +111,7 @@ class ChatTemplate:
         return self.render([*messages, {"role": "assistant", "content": content}])
 
     def _probe(self, special_tokens: Sequence[str]) -> str:
-        """Renders small chats, refuses what cannot be cut, and returns the end of turn."""
+        """Renders small chats, rejects templates whose output cannot be split, and returns the end of turn."""
         longest_first = sorted(special_tokens, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         ends = []
@@ -127,22 +126,22 @@ class ChatTemplate:
                 raise self.refusal("renders a prompt differently once it is answered")
             header, content, rest = whole[len(prompt) :].partition(PROBE_RESPONSE)
             if not content:
-                raise self.refusal("leaves the assistant's content out, or alters it")
+                raise self.refusal("omits or alters the assistant's content")
             if special.search(header) or (header.strip() and prompt == self.render(messages)):
                 raise self.refusal(f"puts {header.strip()!r} before an answer but not into a generation prompt")
             end = special.search(rest)
             if end is None:
                 raise self.refusal("ends the assistant's turn without a special token")
             if tail := rest[end.end() :].strip():
-                raise self.refusal(f"puts {tail!r} behind {end[0]}, the end of turn")
+                raise self.refusal(f"puts {tail!r} after {end[0]}, the end of turn")
             ends.append(end[0])
         if len(set(ends)) > 1:
-            raise self.refusal(f"ends the assistant's turn with {ends[0]} in one chat and otherwise in another")
+            raise self.refusal(f"ends the assistant's turn with {ends[0]} in one chat and another token in another")
         return ends[0]
 
 
 class GenerationBlock(Extension):
-    """``{% generation %}``, which marks for ``transformers`` what the assistant wrote. Here it is just rendered."""
+    """The tag ``{% generation %}``, which marks the assistant's text for ``transformers``; here it has no effect."""
 
     tags = {"generation"}
 
@@ -153,12 +152,12 @@ class GenerationBlock(Extension):
 
 
 def environment() -> jinja2.Environment:
-    """A sandbox with the settings, filters and functions that chat templates are written for."""
+    """Returns a sandbox with the settings, filters and functions that chat templates need."""
     extensions = [GenerationBlock, loopcontrols]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = to_json
     sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = datetime.now().strftime  # one date per template: no prompt changes at midnight
+    sandbox.globals["strftime_now"] = datetime.now().strftime  # the date is fixed, so no prompt changes at midnight
     return sandbox
 
 
@@ -174,10 +173,10 @@ def to_json(
 
 
 def raise_exception(message: str) -> None:
-    """How a template declines a chat."""
+    """Lets a template reject a chat."""
     raise jinja2.TemplateError(message)
 
 
 def squeeze(error: BaseException) -> str:
-    """What ``error`` says, in one line."""
+    """Returns the message of ``error`` in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Groups in memory, and one line that says what they are."""
+"""Groups in memory, with a one-line report about them."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ __all__ = ["GroupDataset"]
 
 
 class GroupDataset(Dataset[Group]):
-    """Groups held in memory, in the order in which they were read.
+    """Groups held in memory, in the order of their source.
 
     Args:
-        groups (Sequence[Group]): at least one.
-        name (str): what they were read from.
-        notes (Sequence[str]): what was cut or dropped on the way, a phrase each, for the report.
-        budget (TokenBudget | None): what the groups were cut to; None takes the length of the longest prompt and
-            response.
+        groups (Sequence[Group]): the groups, at least one.
+        name (str): name of their source, for messages.
+        notes (Sequence[str]): phrases for the report about what was cut or dropped.
+        budget (TokenBudget | None): limits that the groups were cut to; None uses the length of the longest prompt with
+            its longest response.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class GroupDataset(Dataset[Group]):
         self.budget = budget or TokenBudget(max_tokens=max(map(_length, groups)), max_prompt_tokens=None)
 
     def derived(self, groups: Sequence[Group], note: str | None) -> "GroupDataset":
-        """A dataset of groups made from these, with one more note."""
+        """Returns a dataset of ``groups`` derived from these, with one more note."""
         return GroupDataset(groups, self.name, [*self.notes, note] if note else self.notes, self.budget)
 
     def digest(self) -> str:
-        """A digest of all tokens, scores and labels, in their order."""
+        """Returns a digest of all tokens, scores and labels, in order."""
         total = blake2b(digest_size=8)
         for group in self.groups:
             for tokens in (group.prompt, *group.responses):
@@ -58,7 +58,7 @@ class GroupDataset(Dataset[Group]):
         return iter(self.groups)
 
     def report(self) -> str:
-        """One line: how many groups, from where, what was cut or dropped, and how long they are in tokens."""
+        """Returns one line: number of groups, source, what was cut or dropped, and lengths in tokens."""
         prompts = [len(group.prompt) for group in self.groups]
         responses = [len(response) for group in self.groups for response in group.responses]
         lengths = (

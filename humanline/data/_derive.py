@@ -1,4 +1,4 @@
-"""What each objective learns from, derived from whatever groups there are: pairs, labels or scores."""
+"""Converts groups to the form that each objective learns from: pairs, labels or scores."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,45 +12,46 @@ __all__ = ["as_labelled", "as_pairs", "as_scored", "best_and_worst"]
 
 
 def as_pairs(dataset: GroupDataset) -> GroupDataset:
-    """Reduces each scored group to the pair (highest score, lowest score); of equal scores the first counts.
+    """Reduces each scored group to the pair (highest score, lowest score); among equal scores the first one counts.
 
-    Groups without a best and a worst (all scores equal, or both responses the same tokens) are dropped, and the report
-    says how many. Pairs pass through, and a dataset of nothing but pairs is returned as it is.
+    Groups without a best and a worst response are dropped and counted in the report: those whose scores are all equal,
+    or whose best and worst responses have the same tokens. Pairs stay unchanged. A dataset of pairs alone is returned
+    as it is.
 
     Raises:
-        DataError: if a group is neither scored nor a pair, or if no pair is left.
+        DataError: if a group has no scores and is not a pair, or if no pair is left.
     """
-    remedy = "give scores that differ, or raise max_tokens where responses are cut to the same tokens"
-    return _derive(dataset, _pair, lambda group: group.is_pair, "without a best and a worst response", remedy)
+    remedy = "provide scores that differ, or raise max_tokens if responses are cut to the same tokens"
+    return _derive(dataset, _pair, lambda group: group.is_pair, "no best and worst response", remedy)
 
 
 def as_labelled(dataset: GroupDataset) -> GroupDataset:
-    """Gives each response a label: a pair's chosen one is desirable, and so is one scored above its group's mean.
+    """Labels each response: desirable if it is a pair's chosen one, or scored above its group's mean.
 
-    A response scored exactly the mean is neither and is left out; so are groups whose scores are all equal, and the
-    report says how many. Labelled groups pass through, and a dataset of nothing else is returned as it is.
+    A response scored exactly the mean is left out. Groups whose scores are all equal are dropped and counted in the
+    report. Labelled groups stay unchanged. A dataset of labelled groups alone is returned as it is.
 
     Raises:
-        DataError: if a group has neither labels nor scores and is no pair, or if no group is left.
+        DataError: if a group has no labels and no scores and is not a pair, or if no group is left.
     """
-    remedy = "give scores that differ within a group, or labels"
-    return _derive(dataset, _labelled, lambda group: group.labels is not None, "whose scores are all equal", remedy)
+    remedy = "provide scores that differ within a group, or labels"
+    return _derive(dataset, _labelled, lambda group: group.labels is not None, "all scores equal", remedy)
 
 
 def as_scored(dataset: GroupDataset) -> GroupDataset:
-    """Gives each response a score: 1 for the chosen one of a pair and for a desirable one, 0 for the others.
+    """Scores each response: 1 if it is a pair's chosen one or labelled desirable, else 0. Existing scores are kept.
 
-    Groups whose scores are all equal have no advantages to learn from: they are skipped, and the report says how many.
+    Groups whose scores are all equal have no advantages to learn from. They are dropped and counted in the report.
 
     Raises:
-        DataError: if a group has neither scores nor labels and is no pair, or if no group is left.
+        DataError: if a group has no scores and no labels and is not a pair, or if no group is left.
     """
-    remedy = "GRPO compares several responses to a prompt in one group, whose scores differ (scored_groups)"
-    return _derive(dataset, _scored, lambda _: False, "whose scores are all equal", remedy)
+    remedy = "GRPO needs groups of several responses to a prompt with different scores (scored_groups)"
+    return _derive(dataset, _scored, lambda _: False, "all scores equal", remedy)
 
 
 def best_and_worst(values: Sequence[float]) -> tuple[int, int] | None:
-    """Where the highest and the lowest value stand, the first of equals; None where all are equal."""
+    """Returns the indices of the highest and the lowest value, the first among equals; None if all are equal."""
     best = max(range(len(values)), key=values.__getitem__)
     worst = min(range(len(values)), key=values.__getitem__)
     return None if values[best] == values[worst] else (best, worst)
@@ -69,7 +70,7 @@ def _derive(
     if not groups:
         raise DataError(f"{dataset.name}: no group has a best and a worst response; {remedy}")
     dropped = len(dataset.groups) - len(groups)
-    return dataset.derived(groups, f"{dropped:,} groups {why_dropped} dropped" if dropped else None)
+    return dataset.derived(groups, f"{dropped:,} groups dropped ({why_dropped})" if dropped else None)
 
 
 def _pair(group: Group) -> Group | None:
@@ -77,7 +78,7 @@ def _pair(group: Group) -> Group | None:
         return group
     if group.scores is None:
         found = f"{len(group.responses)} responses with {'labels' if group.labels else 'no scores'}"
-        raise DataError(f"{group.id}: {found} make no pair; give scores, or two responses with the chosen one first")
+        raise DataError(f"{group.id}: {found} make no pair; provide scores, or two responses with the chosen one first")
     if (found_both := best_and_worst(group.scores)) is None:
         return None
     chosen, rejected = (group.responses[i] for i in found_both)
@@ -91,8 +92,8 @@ def _labelled(group: Group) -> Group | None:
     if best_and_worst(scores) is None:
         return None
     mean = math.fsum(scores) / len(scores)
-    # Rounding makes the mean of 0.1, 0.2 and 0.3 another number than 0.2. What is near is a matter of the scores'
-    # spread: they may be large beside their differences, and their mean may be 0.
+    # The mean of 0.1, 0.2 and 0.3 differs from 0.2 by rounding, so "equal to the mean" needs a tolerance. It depends on
+    # the spread of the scores, since scores may be large compared with their differences, or have a mean of 0.
     near = max(1e-9 * (max(scores) - min(scores)), 2 * math.ulp(max(map(abs, scores))))
     kept = [i for i, score in enumerate(scores) if abs(score - mean) > near]
     return replace(group.part(kept), scores=None, labels=tuple(scores[i] > mean for i in kept)) if kept else None
@@ -111,6 +112,6 @@ def _scores(group: Group) -> tuple[float, ...]:
     if group.is_pair:
         return (1.0, 0.0)
     raise DataError(
-        f"{group.id}: {len(group.responses)} responses without scores or labels say nothing of which is better; give "
+        f"{group.id}: {len(group.responses)} responses without scores or labels do not say which is better; provide "
         "scores, labels, or two responses with the chosen one first"
     )

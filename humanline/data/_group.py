@@ -1,7 +1,7 @@
-"""The one unit of data: a prompt and the responses to it, as token ids.
+"""The unit of data: a prompt and its responses, as token ids.
 
-A preference pair is a group of two responses, a KTO example a group with labels, a GRPO group one with scores. Files
-and models that sample are both sources of groups, so nothing downstream asks where a group came from.
+A preference pair is a group of two responses. A KTO example is a group with labels. A GRPO group has scores. Files and
+sampling both produce groups, so later stages do not depend on where a group comes from.
 """
 
 from array import array
@@ -16,19 +16,19 @@ __all__ = ["Group", "TokenBudget"]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One prompt and the G responses to it.
+    """One prompt and its G responses.
 
     Attributes:
-        prompt (Sequence[int]): token ids, ending where generation starts.
-        responses (tuple[Sequence[int], ...]): G sequences of token ids, each ending with the end of the turn unless it
-            was cut. In a pair the chosen one stands first.
-        scores (tuple[float, ...] | None): one a response, higher is better; None when nothing was scored.
-        labels (tuple[bool, ...] | None): one a response, True when it is desirable; None when nothing was labelled.
-        advantages (tuple[float, ...] | None): one a response, its score beside those of the group; None until an
-            objective needs them.
-        id (str): where the group comes from, for people, such as "pairs.jsonl line 7".
-        logps (tuple[Sequence[float] | None, ...] | None): the log-probs of each response's tokens under the policy that
-            sampled it, nats, as its engine gave them; None for a response, or for all, where it gave none.
+        prompt (Sequence[int]): token ids, up to where generation starts.
+        responses (tuple[Sequence[int], ...]): G sequences of token ids. Each ends with the end of the turn unless it
+            was cut. In a pair the chosen response comes first.
+        scores (tuple[float, ...] | None): one per response, higher is better; None if there are no scores.
+        labels (tuple[bool, ...] | None): one per response, True if desirable; None if there are no labels.
+        id (str): where the group comes from, for messages, such as "pairs.jsonl line 7".
+        advantages (tuple[float, ...] | None): one per response, its score relative to the group; None until an
+            objective computes them.
+        logps (tuple[Sequence[float] | None, ...] | None): log-probs of each response's tokens under the policy that
+            sampled it, nats, as reported by the engine; None for a response, or for all, if the engine reported none.
     """
 
     prompt: Sequence[int]
@@ -40,7 +40,7 @@ class Group:
     logps: tuple[Sequence[float] | None, ...] | None = field(default=None, compare=False)
 
     def part(self, indices: Sequence[int]) -> "Group":
-        """The group with only some of its responses, and what belongs to them."""
+        """Returns the group with only the responses at ``indices``, and their scores, labels, advantages and logps."""
 
         def of(values: Any) -> Any:
             return None if values is None else tuple(values[i] for i in indices)
@@ -56,21 +56,21 @@ class Group:
 
     @property
     def is_pair(self) -> bool:
-        """Whether this is (chosen, rejected): two responses, and only their order tells which is better."""
+        """Whether this is (chosen, rejected): two responses without scores or labels."""
         return len(self.responses) == 2 and self.scores is None and self.labels is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBudget:
-    """How long a group may be, in tokens, and how it is cut when it is longer.
+    """The most tokens that a group may have; longer groups are cut.
 
     Attributes:
-        max_tokens (int): the most tokens of the prompt and one response together.
-        max_prompt_tokens (int | None): what a prompt is cut to when its longest response does not fit beside it; None
-            never cuts a prompt.
+        max_tokens (int): most tokens of the prompt and one response together.
+        max_prompt_tokens (int | None): the prompt is cut to this many tokens if its longest response does not fit
+            with it; None never cuts a prompt.
 
     Raises:
-        ConfigError: if the two leave no room for a prompt or for a response.
+        ConfigError: if the limits leave no room for a prompt or for a response.
     """
 
     max_tokens: int
@@ -80,13 +80,13 @@ class TokenBudget:
         total, prompt = self.max_tokens, self.max_prompt_tokens
         if not isinstance(total, int) or total < 2:
             raise ConfigError(
-                f"max_tokens: {total!r} leaves no room for a prompt and a response; give an integer of at least 2"
+                f"max_tokens: expected an integer of at least 2 (a prompt and a response), got {total!r}; raise it"
             )
         if prompt is None:
             return
         if not isinstance(prompt, int) or prompt < 1:
             raise ConfigError(
-                f"max_prompt_tokens: {prompt!r} leaves nothing of a prompt; give an integer of at least 1, or null"
+                f"max_prompt_tokens: expected an integer of at least 1, or null for no limit, got {prompt!r}"
             )
         if prompt >= total:
             raise ConfigError(
@@ -95,14 +95,14 @@ class TokenBudget:
             )
 
     def fit(self, group: Group) -> Group:
-        """Cuts a group to the budget; one that fits comes back as it is.
+        """Cuts a group to the budget; a group that fits is returned as it is.
 
-        The responses share their prompt, so it is cut once, when the longest of them does not fit beside it. A prompt
-        loses its middle: its first token (BOS, or what opens the turn) and its end (where the answer starts) stay.
-        A response loses its end.
+        All responses share one prompt, so the prompt is cut once, if the longest response does not fit with it. A
+        cut prompt keeps its first token (BOS, or the start of the turn) and its end (where the answer starts). A cut
+        response loses its end.
 
         Raises:
-            DataError: if a prompt that may not be cut leaves no room for a response.
+            DataError: if the prompt leaves no room for a response.
         """
         prompt, limit = group.prompt, self.max_prompt_tokens
         if len(prompt) + max(map(len, group.responses)) <= self.max_tokens:

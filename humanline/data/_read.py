@@ -1,7 +1,7 @@
-"""Rows out of a source: local JSON, JSON Lines and parquet files, or whatever ``load_dataset`` finds by name.
+"""Reads rows from local JSON, JSON Lines and parquet files, or through ``datasets.load_dataset``.
 
-Local files are read here rather than through ``datasets``, because a user who is told that an example is bad needs the
-line of the file, which a table no longer knows.
+Local files are read here and not through ``datasets``, because an error about an example must name the file's line,
+which ``datasets`` does not keep.
 """
 
 import json
@@ -18,7 +18,7 @@ from humanline.errors import ConfigError, DataError
 __all__ = ["read_records", "take"]
 
 Row = tuple[str, Any]
-"""Where a row stands, for people, and what stands there."""
+"""A row's place, for messages, and its content."""
 
 
 def read_records(
@@ -27,24 +27,25 @@ def read_records(
     data_files: str | Sequence[str] | None,
     column_map: Mapping[str, str],
 ) -> tuple[str, Iterator[Record]]:
-    """Opens a source.
+    """Opens a source of records.
 
     Args:
-        source (str | Sequence[str]): a .json, .jsonl or .parquet file, a glob, or a list of those; "json" or "parquet"
-            with the files in ``data_files``; or else a folder or hub dataset for ``datasets.load_dataset``.
-        split (str): the split, with an optional slice such as "train[:95%]". Local files hold one split, "train".
-        data_files (str | Sequence[str] | None): the files to read, in the same forms as ``source``.
-        column_map (Mapping[str, str]): the source's name for each field that it calls otherwise.
+        source (str | Sequence[str]): a .json, .jsonl or .parquet file, a glob, or a list of these; or "json" or
+            "parquet" with the files in ``data_files``; or a folder or hub dataset for ``datasets.load_dataset``.
+        split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
+        data_files (str | Sequence[str] | None): the files to read, in the forms that ``source`` accepts; None reads
+            ``source`` itself.
+        column_map (Mapping[str, str]): maps a field to its column, if their names differ.
 
     Returns:
         The source's name, and its records in the order of the source.
 
     Raises:
-        ConfigError: if there is no such source or split.
-        DataError: while iterating, if a line cannot be parsed or is no object.
+        ConfigError: if the source or split does not exist.
+        DataError: during iteration, if a line cannot be parsed or is not an object.
     """
     if not isinstance(split, str):
-        raise ConfigError(f"split: {split!r} is not the name of a split; write e.g. train or train[:95%]")
+        raise ConfigError(f"split: expected the name of a split such as train or train[:95%], got {split!r}")
     files = _local_files(source, data_files)
     if files is None:
         name, rows = str(source), _load_dataset(source, split, data_files)
@@ -56,18 +57,18 @@ def read_records(
 
 def _record(where: str, row: Any, column_map: Mapping[str, str]) -> Record:
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: is a {type(row).__name__}; it must be an object with named fields, {{...}}")
+        raise DataError(f"{where}: expected an object with named fields, {{...}}, got {type(row).__name__}")
     return Record(where, row, column_map)
 
 
 def _local_files(source: Any, data_files: Any) -> list[str] | None:
-    """The files on this machine that the source means; None when ``datasets`` has to find it."""
+    """Returns the local files of a source; None if ``datasets`` has to find it."""
     if data_files is None:
         key, patterns = "source", [source] if isinstance(source, str) else source
     else:
         key, patterns = "data_files", [data_files] if isinstance(data_files, str) else data_files
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(it, str) and it for it in patterns):
-        raise ConfigError(f"{key}: {patterns!r} names no data; give a file, a glob, a list of them, or a hub dataset")
+        raise ConfigError(f"{key}: expected a file, a glob, a list of these, or a hub dataset, got {patterns!r}")
     if data_files is not None:
         if source not in ("json", "parquet") or any("://" in pattern for pattern in patterns):
             return None
@@ -76,12 +77,12 @@ def _local_files(source: Any, data_files: Any) -> list[str] | None:
     files = list(chain.from_iterable(_expand(key, pattern) for pattern in patterns))
     for file in files:
         if Path(file).suffix not in _READERS:
-            raise ConfigError(f"{key}: '{file}' is of no known kind; convert it to one of {', '.join(_READERS)}")
+            raise ConfigError(f"{key}: '{file}' has an unsupported type; convert it to one of {', '.join(_READERS)}")
     return files
 
 
 def _looks_like_files(source: str) -> bool:
-    """Whether a source that may also be a folder or a hub dataset ("owner/name") means files."""
+    """Whether a source means files, and not a folder or a hub dataset ("owner/name")."""
     path = Path(expanduser(source))
     if path.is_dir():
         return False
@@ -97,16 +98,16 @@ def _looks_like_files(source: str) -> bool:
 
 def _expand(key: str, pattern: str) -> list[str]:
     pattern = expanduser(pattern)
-    # A file's own name may hold the characters of a glob, so the name comes first.
+    # A file's name may contain glob characters, so an existing file with that exact name takes precedence.
     matches = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
     files = [match for match in matches if Path(match).is_file()]
     if not files:
-        raise ConfigError(f"{key}: there is no file '{pattern}' (looked for from {Path.cwd()}); correct the path")
+        raise ConfigError(f"{key}: file '{pattern}' not found (working directory {Path.cwd()}); correct the path")
     return files
 
 
 def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows of "train", or of slices of it in the notation of ``datasets``."""
+    """Returns the rows of "train", or of slices of it in the notation of ``datasets``."""
     if split == "train":
         return rows
     from datasets import ReadInstruction
@@ -116,13 +117,13 @@ def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
         slices = ReadInstruction.from_spec(split).to_absolute({"train": len(everything)})
     except ValueError as error:
         raise ConfigError(
-            f"split: '{split}' cannot be taken from local files ({error}); use train, or a slice such as train[:95%]"
+            f"split: '{split}' does not work for local files ({error}); use train, or a slice such as train[:95%]"
         ) from error
     return chain.from_iterable(everything[piece.from_ : piece.to] for piece in slices)
 
 
 def _json_rows(file: str) -> Iterator[Row]:
-    """One array of rows, or one row a line: what the file starts with decides, as .json is used for both."""
+    """Yields rows from a JSON array or from JSON Lines; the first character decides, since .json is used for both."""
     with open(file, "rb") as stream:
         first = next((line for line in stream if line.strip()), b"")
         stream.seek(0)
@@ -146,9 +147,9 @@ def _parse(file: str, number: int | None, text: bytes) -> Any:
         return json.loads(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         place, problem = f"{file} line {number or error.lineno}", f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # not UTF-8, or nothing that Python can hold
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, or an integer with too many digits
         place, problem = file if number is None else f"{file} line {number}", str(error)
-    raise DataError(f"{place}: malformed JSON ({problem}); write UTF-8, one object a line, or an array of them")
+    raise DataError(f"{place}: malformed JSON ({problem}); expected UTF-8 with one object per line, or one array")
 
 
 def _parquet_rows(file: str) -> Iterator[Row]:
@@ -162,7 +163,7 @@ def _parquet_rows(file: str) -> Iterator[Row]:
         for number, row in enumerate(rows, start=1):
             yield f"{file} row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: cannot be read as parquet ({_first_line(error)}); write it again") from error
+        raise DataError(f"{file}: cannot be read as parquet ({_first_line(error)}); write the file again") from error
 
 
 _READERS = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
@@ -173,10 +174,10 @@ def _load_dataset(source: Any, split: str, data_files: Any) -> Iterator[Row]:
 
     try:
         dataset = load_dataset(source, split=split, data_files=data_files)
-    except Exception as error:  # those of a dozen libraries come through; each means that there is no data
+    except Exception as error:  # load_dataset passes on errors of many libraries; each means that there is no data
         raise ConfigError(
             f"source: '{source}' (split '{split}') cannot be loaded ({_first_line(error)}); correct the name, log in "
-            "with `hf auth login` if access is restricted, or give local files"
+            "with `hf auth login` if access is restricted, or use local files"
         ) from error
     return ((f"{source} ({split}) row {number}", row) for number, row in enumerate(dataset, start=1))
 

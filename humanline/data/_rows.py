@@ -1,14 +1,14 @@
-"""Rows: how a microbatch of groups is laid out for the model.
+"""Rows: the layout of a microbatch of groups for the model.
 
-A row is a fixed budget of tokens into which groups are packed one after the other. A group's prompt stands once, and
-its responses branch from it: each response's positions restart after the prompt, and its tokens see the prompt and
-their own branch only. So the log-probs are those of one sequence a response, at the price of one prompt a group and of
-no padding between groups.
+A row has a fixed budget of tokens and holds groups one after the other. A group's prompt appears once, and its
+responses branch from it. Each response's positions restart after the prompt, and its tokens attend to the prompt and
+their own branch only. So the log-probs equal those of one sequence per response, but a group's prompt is computed once
+and there is no padding between groups.
 
     prompt A | A1 . . | A2 . | prompt B | B1 . . . | B2 . . | padding
 
-The last token of a response predicts nothing, so it is a target and never an input. One pass of the model takes at most
-``rows_per_pass`` rows of ``tokens_per_row`` tokens: that is the bound on a step's memory, whatever the data.
+The last token of a response predicts nothing, so it is a target and never an input. One pass of the model holds at most
+``rows_per_pass`` rows of ``tokens_per_row`` tokens. This bounds the memory of a step for any data.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,16 +27,16 @@ from humanline.torchtune_seam.internals import SUPPORTS_FLEX_ATTENTION
 
 @dataclass(frozen=True, kw_only=True)
 class RowBudget:
-    """What one pass of the model may hold.
+    """Limits of one pass of the model.
 
     Args:
         tokens_per_row (int): length of a row, tokens.
-        rows_per_pass (int): rows of one forward and backward pass.
-        fixed_shape (bool): pad every pass to ``rows_per_pass`` rows of ``tokens_per_row`` tokens, as compiled kernels
-            want it, and not just to the pass's longest row.
+        rows_per_pass (int): most rows in one forward and backward pass.
+        fixed_shape (bool): True pads every pass to ``rows_per_pass`` rows of ``tokens_per_row`` tokens, as compiled
+            kernels need; False pads only to the pass's longest row.
 
     Raises:
-        ConfigError: if a bound is not a positive whole number.
+        ConfigError: if a limit is not a positive integer.
     """
 
     tokens_per_row: int = 2048
@@ -47,52 +47,56 @@ class RowBudget:
         for key in ("tokens_per_row", "rows_per_pass"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{key}: {value!r} is not a positive whole number")
+                raise ConfigError(f"{key}: expected a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt and the responses that branch from it in one row: a group, or as much of one as fits."""
+    """A prompt and the responses that branch from it in one row: a whole group, or the part of it that fits."""
 
     group: int  # index into the microbatch
     responses: tuple[int, ...]  # indices into the group's responses
-    tokens: int  # row space it takes
+    tokens: int  # length in the row
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The tensors of one pass: ``R`` rows of ``L`` tokens, holding ``N`` response tokens of ``B`` responses, the
-    longest of ``S`` tokens.
+    """The tensors of one pass: ``R`` rows of ``L`` tokens, with ``N`` response tokens of ``B`` responses, at most ``S``
+    tokens each.
 
-    ``B`` runs over ``groups`` in their order, and over each group's responses in theirs.
+    ``B`` runs over ``groups`` in order, and over each group's responses in order.
     """
 
     groups: tuple[Group, ...]
-    indices: tuple[int, ...]  # where each group stands in its microbatch
+    indices: tuple[int, ...]  # each group's index in the microbatch
     tokens: Tensor  # [R, L] int64
     positions: Tensor  # [R, L] int64, restarting after the prompt
-    segments: Tensor  # [R, L] int64, which segment of the row; -1 is padding
-    branches: Tensor  # [R, L] int64, which response of the segment; 0 is the prompt
+    segments: Tensor  # [R, L] int64, index of the segment in the row; -1 is padding
+    branches: Tensor  # [R, L] int64, number of the response in the segment; 0 is the prompt
     predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
-    labels: Tensor | None  # [B] bool, whether each response is desirable; None where groups have no labels
-    advantages: Tensor | None  # [B] float32; None where groups have none
-    num_tokens: int  # that the model computes on, padding excluded
-    longest: int  # tokens of the longest prompt with one response, as far as they are inputs
+    _labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
+    _advantages: Tensor | None  # [B] float32; None if a group has none
+    num_tokens: int  # input tokens, without padding
+    longest: int  # input tokens of the longest prompt with one response
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Rows":
-        """The same rows with every tensor on ``device``; a copy to CUDA may still be under way, in the order of its
-        stream. Masks are made anew there."""
+        """Returns the rows with every tensor on ``device``; masks are recomputed there.
+
+        A copy to CUDA is asynchronous and complete for later work on the same stream.
+        """
         here = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        ahead = device.type == "cuda"  # a copy to the host has to be complete when it is read
+        ahead = device.type == "cuda"  # the CPU may read its copy at once, so that one must be complete
         moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def visible(self, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The attention rule as FlexAttention's ``mask_mod(row, head, query, key)``. With a sliding window a token sees
-        the last ``window`` positions of its sequence, its own included."""
+        """Returns the attention rule as FlexAttention's ``mask_mod(row, head, query, key)``.
+
+        With a sliding window, a token attends to the last ``window`` positions of its sequence, itself included.
+        """
         segments, branches, positions = self.segments, self.branches, self.positions
 
         def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class Rows:
         return mask_mod
 
     def attention_mask(self, window: int | None = None) -> Tensor | BlockMask:
-        """The mask for torchtune's attention: block-sparse for FlexAttention on CUDA, else dense bool ``[R, L, L]``."""
+        """Returns torchtune's attention mask: a block mask for FlexAttention on CUDA, else dense bool ``[R, L, L]``."""
         window = None if window is None or window >= self.longest else window
         if window not in self._masks:
             self._masks[window] = self._mask(self.visible(window))
@@ -120,12 +124,41 @@ class Rows:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each response."""
+        """Number of tokens of each response."""
         return [len(response) for group in self.groups for response in group.responses]
 
+    @property
+    def labels(self) -> Tensor:
+        """Whether each response is desirable, bool ``[B]``.
+
+        Raises:
+            DataError: if a group has no labels.
+        """
+        return self._of_every_group("labels", self._labels)
+
+    @property
+    def advantages(self) -> Tensor:
+        """The advantage of each response, float32 ``[B]``.
+
+        Raises:
+            DataError: if a group has no advantages.
+        """
+        return self._of_every_group("advantages", self._advantages)
+
+    def _of_every_group(self, name: str, values: Tensor | None) -> Tensor:
+        if values is None:
+            without = next(group for group in self.groups if getattr(group, name) is None)
+            raise DataError(
+                f"{without.id}: expected {name}, found none; use the objective that derives them: KTO for labels, "
+                "GRPO for advantages"
+            )
+        return values
+
     def per_response(self, values: Tensor) -> Tensor:
-        """Scatters one value a response token to its response: ``[..., N]`` to ``[..., B, S]``, zero where ``mask`` is
-        False. Differentiable."""
+        """Scatters one value per response token to its response: ``[..., N]`` to ``[..., B, S]``.
+
+        Zero where ``mask`` is False. Differentiable.
+        """
         return values.new_zeros(*values.shape[:-1], *self.mask.shape).masked_scatter(self.mask, values)
 
 
@@ -142,8 +175,8 @@ def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
         need = len(response) - 1
         if prompt + need > budget.tokens_per_row:
             raise DataError(
-                f"{group.id}: prompt and response take {prompt + need} tokens, a row holds {budget.tokens_per_row}; "
-                "raise tokens_per_row or lower dataset.max_tokens"
+                f"{group.id}: prompt and response have {prompt + need} input tokens, but a row holds "
+                f"{budget.tokens_per_row}; raise tokens_per_row or lower dataset.max_tokens"
             )
         if used + need > budget.tokens_per_row:
             segments.append(Segment(index, tuple(responses), used))
@@ -154,7 +187,7 @@ def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
 
 
 def parts(group: Group, budget: RowBudget) -> list[Group]:
-    """Cuts a group into groups that each fit a row, for an objective whose responses need not meet in one pass.
+    """Cuts a group into groups that each fit a row, for objectives that may see its responses in different passes.
 
     Raises:
         DataError: if the prompt with a single response is longer than a row.
@@ -167,10 +200,10 @@ def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]
     """Packs groups into rows, and rows into passes, first fit by decreasing size. A group is never split over passes.
 
     Returns:
-        list[list[list[Segment]]]: passes of rows of segments.
+        list[list[list[Segment]]]: for each pass, its rows; for each row, its segments.
 
     Raises:
-        DataError: if a group does not fit into one pass, naming it.
+        DataError: if a group does not fit into one pass; the message names it.
     """
     passes: list[list[list[Segment]]] = []
     segmented = [split(i, group, budget) for i, group in enumerate(groups)]
@@ -182,8 +215,8 @@ def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]
         else:
             if (placed := _place(segments, [], budget)) is None:
                 raise DataError(
-                    f"{groups[segments[0].group].id}: its responses take {len(segments)} rows of "
-                    f"{budget.tokens_per_row} tokens, a pass holds {budget.rows_per_pass}; raise tokens_per_row or "
+                    f"{groups[segments[0].group].id}: its responses need {len(segments)} rows of "
+                    f"{budget.tokens_per_row} tokens, but a pass holds {budget.rows_per_pass}; raise tokens_per_row or "
                     "rows_per_pass"
                 )
             passes.append(placed)
@@ -191,7 +224,7 @@ def pack(groups: Sequence[Group], budget: RowBudget) -> list[list[list[Segment]]
 
 
 def _place(segments: list[Segment], rows: list[list[Segment]], budget: RowBudget) -> list[list[Segment]] | None:
-    """The rows with the segments added, or None where they do not all fit."""
+    """Returns the rows with the segments added, or None if they do not all fit."""
     rows = [list(row) for row in rows]
     for segment in segments:
         for row in rows:
@@ -210,11 +243,11 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
 
     Args:
         groups (Sequence[Group]): the microbatch.
-        rows (list[list[Segment]]): one of the passes that :func:`pack` planned for it.
-        budget (RowBudget): the budget that it was planned with.
+        rows (list[list[Segment]]): one of the passes that :func:`pack` returned for it.
+        budget (RowBudget): the budget given to :func:`pack`.
 
     Returns:
-        Rows: on the CPU, as wide as its longest row, or of the budget's shape where that is fixed.
+        Rows: on the CPU, as wide as its longest row, or of the budget's shape with ``fixed_shape``.
     """
     count, length = len(rows), max(sum(s.tokens for s in row) for row in rows)
     if budget.fixed_shape:
@@ -260,14 +293,14 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        labels=_of_responses([group.labels for group in laid], torch.bool),
-        advantages=_of_responses([group.advantages for group in laid], torch.float32),
+        _labels=_of_responses([group.labels for group in laid], torch.bool),
+        _advantages=_of_responses([group.advantages for group in laid], torch.float32),
         num_tokens=sum(segment.tokens for row in rows for segment in row),
         longest=int(positions.max()) + 1,
     )
 
 
 def _of_responses(values: Sequence[Sequence[float] | None], dtype: torch.dtype) -> Tensor | None:
-    """A value of each response as a tensor; None where a group has none."""
+    """Returns one value per response as a tensor; None if a group has no values."""
     given = [each for each in values if each is not None]
     return None if len(given) < len(values) else torch.tensor([x for each in given for x in each], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Sources of groups: which groups are trained on at which optimizer step."""
+"""Sources of groups: they decide which groups each optimizer step trains on."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from humanline.errors import ConfigError
 
 @dataclass(frozen=True)
 class End:
-    """Why a source has nothing left to train on.
+    """The reason why a source has nothing left to train on.
 
     Attributes:
-        why (str): in words, with the setting that decides it.
-        success (bool): whether that is because the policy has learned all there is.
+        why (str): the reason in words, with the setting that decides it.
+        success (bool): True if training ends because the policy has nothing left to learn.
     """
 
     why: str
@@ -26,12 +26,14 @@ class End:
 
 
 class Source(ABC):
-    """Groups by optimizer step. What a source does not have, such as anything to stop or to log, it leaves out.
+    """Groups by optimizer step.
+
+    Methods that are not abstract have defaults; a source overrides only those that it needs.
 
     Attributes:
-        groups_per_step (int): groups of an optimizer step, of all ranks.
-        steps_per_epoch (int): optimizer steps of an epoch.
-        score (str | None): the metric that says how well the policy does, if the source measures it.
+        groups_per_step (int): groups in an optimizer step, summed over all ranks.
+        steps_per_epoch (int): optimizer steps in an epoch.
+        score (str | None): name of the metric that measures the policy; None if the source measures none.
     """
 
     groups_per_step: int
@@ -40,59 +42,70 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, step: int) -> list[list[Group]]:
-        """The microbatches of optimizer step ``step`` (1-based), of all ranks' groups; none if they teach nothing."""
+        """Returns the microbatches of optimizer step ``step`` (1-based), with the groups of all ranks.
+
+        The list is empty if the step's groups teach nothing.
+        """
 
     @abstractmethod
     def position(self) -> dict[str, Any]:
-        """What a step number means for this source; a checkpoint of another position is refused."""
+        """Identifies what a step number means for this source; a checkpoint with another position cannot be resumed."""
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What to log of a step's groups."""
+        """Returns the metrics to log for the groups of ``step``."""
         return {}
 
     def end(self, step: int, most_empty: int) -> End | None:
-        """Why no further step would teach anything, if so; asked after each step."""
+        """Returns why training should end after ``step``, or None to continue; called after each step.
+
+        Args:
+            step (int): the step that has just ended.
+            most_empty (int): the source ends after this many empty rounds in a row.
+        """
         return None
 
     def resume(self, step: int) -> None:
-        """Called before the first batch of a run: everything of later steps is of another run."""
+        """Prepares for a run that continues after ``step``; called before the first batch.
+
+        Data kept from later steps belongs to another run.
+        """
 
     def stop(self) -> None:
-        """Ends what is under way; called from another thread when the run has been asked to end."""
+        """Interrupts work in progress; called from another thread when the run must end."""
 
     def wait(self) -> None:
-        """Waits until what was begun ahead has ended: it may meet other ranks, which must not be gone before."""
+        """Waits for background work to end, because it may communicate with ranks that must still be running."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the step: what JSON can hold."""
+        """Returns the state that a resumed run needs besides the step; JSON-serializable."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores it."""
+        """Restores the state from :meth:`state_dict`."""
 
 
 class OfflineSource(Source):
-    """Groups of a dataset, in a shuffled order that depends on seed and epoch alone.
+    """Groups of a dataset, in a shuffled order that depends only on seed and epoch.
 
-    An optimizer step takes ``accumulation`` microbatches of ``world_size * batch_size`` groups each. The source gives
-    every rank the whole of them, so that what an objective needs to know of all ranks' groups is known without
-    communication; each rank then trains on its share. Any number of ranks sees the same microbatches as one rank
-    with ``world_size * batch_size`` groups.
+    An optimizer step consumes ``accumulation`` microbatches of ``world_size * batch_size`` groups each. Every rank
+    gets the groups of all ranks, so objectives need no communication to know them, and trains on its share. Any
+    number of ranks sees the same microbatches as one rank with ``world_size * batch_size`` groups.
 
-    The position is the step number and nothing else: resuming needs no iterator state. The groups that do not fill a
-    last step are left out of that epoch.
+    The position is the step number alone, so resuming needs no iterator state. Groups that do not fill a last step
+    are left out of that epoch.
 
     Args:
         dataset (GroupDataset): the groups; the same on every rank.
-        batch_size (int): groups a microbatch and rank.
-        accumulation (int): microbatches an optimizer step.
+        batch_size (int): groups per microbatch and rank.
+        accumulation (int): microbatches per optimizer step.
         world_size (int): number of ranks.
         seed (int): seed of the order.
         shuffle (bool): False keeps the dataset's order in every epoch.
-        max_steps_per_epoch (int | None): steps after which an epoch ends early, and leaves out the rest of its groups.
+        max_steps_per_epoch (int | None): most steps per epoch; the epoch's other groups are left out. None sets no
+            limit.
 
     Raises:
-        ConfigError: if the dataset does not fill one step.
+        ConfigError: if the dataset has too few groups for one step.
     """
 
     def __init__(
@@ -115,25 +128,25 @@ class OfflineSource(Source):
         self.steps_per_epoch = len(dataset) // self.groups_per_step
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"batch_size: a step takes {batch_size} x {accumulation} accumulated x {world_size} ranks = "
-                f"{self.groups_per_step} groups, the dataset has {len(dataset)}; lower batch_size or "
+                f"batch_size: a step needs {batch_size} x {accumulation} accumulated x {world_size} ranks = "
+                f"{self.groups_per_step} groups, but the dataset has {len(dataset)}; lower batch_size or "
                 "gradient_accumulation_steps"
             )
         self.steps_per_epoch = min(self.steps_per_epoch, max_steps_per_epoch or self.steps_per_epoch)
 
     def left_out(self) -> list[str]:
-        """What to say of the groups that no step of an epoch takes: a line, or nothing where there are none."""
+        """Returns a line to log about groups that no step of an epoch uses; an empty list if there are none."""
         used = self.steps_per_epoch * self.groups_per_step
         if used == len(self.dataset):
             return []
         which = "a different choice in each" if self.shuffle else "the last ones"
         return [
             f"dataset: {len(self.dataset) - used:,} of {len(self.dataset):,} groups are left out of every epoch "
-            f"({which}): its {self.steps_per_epoch:,} steps take {self.groups_per_step} each"
+            f"({which}): its {self.steps_per_epoch:,} steps use {self.groups_per_step} each"
         ]
 
     def digest(self) -> str:
-        """What the groups are."""
+        """Identifies the dataset: its number of groups and their digest."""
         return f"{len(self.dataset)} groups {self.dataset.digest()}"
 
     def batch(self, step: int) -> list[list[Group]]:

@@ -1,4 +1,4 @@
-"""Processes: started on every device, joined in a group, and ended together; and the folder that they hold."""
+"""Starts processes on every device, joins them in a group, ends them together, and locks the run's folder."""
 
 from humanline.launch._common_end import common_end
 from humanline.launch._output_folder import sole_use

@@ -1,4 +1,4 @@
-"""However one rank fails, all ranks end, and each of them says why."""
+"""Ends all ranks when one rank fails. Each rank prints the reason."""
 
 import os
 import sys
@@ -18,21 +18,21 @@ FAILURE, TOLD, GONE = "humanline/failure", "humanline/told", "humanline/gone"
 SECONDS_BETWEEN_LOOKS = 0.5
 OURS = ConfigError | DataError | TrainingError
 PATIENCE_S = 10.0
-"""How long a rank that failed waits for the others to have said so too."""
+"""How long a failed rank waits for the other ranks to print its error."""
 
 
 @contextmanager
 def common_end(program: str) -> Iterator[None]:
     """Ends the program with one line and exit code 1 if the block fails, and all other ranks with the same line.
 
-    A file, a disk, a server or a component of the user's may fail on one rank alone, at any point, while the others
-    wait for it in a collective. So a rank that fails leaves its line in the store in which the ranks have met, and a
-    thread of each other rank, which looks there twice a second, ends that rank.
+    A file, a disk, a server or a user's component can fail on one rank alone, at any point, while the other ranks wait
+    for it in a collective. The failed rank therefore writes its line to the store in which the ranks met. A thread of
+    each other rank reads the store twice a second and ends its rank.
 
-    An error that no user can be expected to cause has its traceback before the line, on the rank that it came from.
+    An error that is not a user's mistake also prints its traceback, before the line, on the rank that raised it.
 
     Args:
-        program (str): the name that the line starts with.
+        program (str): the program's name, which starts the line.
     """
     watch = _Watch(program) if training.is_distributed() else None
     try:
@@ -50,7 +50,7 @@ def common_end(program: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str | None:
-    """What an error says in one line; None if it takes a traceback to understand it."""
+    """Returns an error as one line; None if it needs a traceback."""
     if isinstance(error, OURS):
         return str(error)
     if (package := missing_package(error)) is not None:
@@ -63,12 +63,12 @@ def _named(error: Exception) -> str:
 
 
 class _Watch:
-    """Looks out for the failure of another rank, and tells the others of this one's."""
+    """Watches for the failure of another rank, and tells the other ranks about the failure of this one."""
 
     def __init__(self, program: str) -> None:
         self.program = program
         store, self.rank, self.world_size = meeting_place()
-        # A connection of its own: a rank may wait in the other for long.
+        # A second connection, because a rank may wait in the first one for long.
         self.store = store.clone()  # type: ignore[attr-defined]
         self.lock, self.over = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -80,14 +80,14 @@ class _Watch:
         self.thread.join()
 
     def end(self, error: Exception, line: str | None) -> None:
-        """Ends this rank for an error of its own, or for that of another rank of which it is only the consequence."""
+        """Ends this rank because of its own error, or because of another rank's error that caused it."""
         self.stop()
         lost = line is None and "by peer" in str(error) and self._failure() is None
         if lost:
-            line = "another rank ended without a word; the system may have killed it, for instance for its memory"
+            line = "another rank ended without an error message; the system may have killed it, for example for memory"
         elif line is None and self._failure() is None:
             traceback.print_exception(error)
-        # What is not ours, or was made of what is not, other ranks need not have met.
+        # An error from outside humanline, or one caused by it, may be this rank's alone, so the line names the rank.
         if not isinstance(error, OURS) or not isinstance(error.__cause__, OURS | None):
             line = f"rank {self.rank}: {line or _named(error)}"
         self._say(self._failure(line) or str(line), wait=not lost)
@@ -99,19 +99,19 @@ class _Watch:
             with self.lock:
                 if line is not None and not self.over.is_set():
                     self._say(line)
-                    os._exit(1)  # the main thread may wait for ever for the rank that failed
+                    os._exit(1)  # the main thread may wait forever for the failed rank
 
     def _failure(self, line: str | None = None) -> str | None:
-        """The line that the first rank to fail has left; else ``line``, which is left for the others."""
+        """Returns the line of the first rank that failed. If there is none, stores ``line`` and returns it."""
         try:
             if line is not None:
                 return self.store.compare_set(FAILURE, "", line).decode()
             return self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else None
-        except RuntimeError:  # the process that had the store has ended
+        except RuntimeError:  # the process that held the store has ended
             return line
 
     def _say(self, line: str, wait: bool = True) -> None:
-        """Writes the line, and waits until every rank has: the launcher stops all when the first one ends."""
+        """Prints the line and waits until every rank has printed it: the launcher stops all when the first one ends."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(2, f"{self.program}: {line}\n".encode())
@@ -122,7 +122,7 @@ class _Watch:
             self._wait_until(TOLD, self.world_size)
             if self.rank > 0:
                 self.store.add(GONE, 1)
-            else:  # whose process may have the store
+            else:  # rank 0's process may hold the store
                 self._wait_until(GONE, self.world_size - 1)
         except RuntimeError:
             return

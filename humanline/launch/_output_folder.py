@@ -15,17 +15,17 @@ from humanline.errors import ConfigError
 from humanline.launch._processes import launch_name
 
 PATIENCE_S = 120
-"""How long a restarted run waits for its earlier self: what is left of it on a lost node, or that node's lock."""
+"""How long a restarted run waits for the lock of its earlier processes, for example those on a lost node."""
 VISIBLE_S = 20
-"""How long a file of one node may take to be seen by another."""
+"""How long a file written on one node may take to appear on another."""
 
 
 class OutputFolder:
-    """A run's folder, which this run alone holds.
+    """A run's folder, locked by this run.
 
     Attributes:
-        restarted (bool): whether torchrun has started this very run before, and the run had taken the folder for its
-            own. One that was refused, and that torchrun starts again for it, is not restarted.
+        restarted (bool): whether torchrun started this run before and the run accepted the folder then. A run that
+            failed before accepting it does not count as restarted.
     """
 
     def __init__(self, restarted: bool, lock: "_Lock | None", launches: list[str]) -> None:
@@ -34,21 +34,21 @@ class OutputFolder:
         self._launches = launches
 
     def accept(self) -> None:
-        """Marks the folder as this run's, once nothing in it speaks against that."""
+        """Records that the folder belongs to this run. Call it when all checks of the folder have passed."""
         if self._lock is not None:
             self._lock.write(self._launches)
 
 
 @contextmanager
 def sole_use(output_dir: str, resume_from: bool | str) -> Iterator[OutputFolder]:
-    """Holds a run's folder for this run. The lock goes with the process, however that ends.
+    """Locks a run's folder for this run. The lock ends with the process, however the process ends.
 
     Args:
         output_dir (str): the folder.
-        resume_from (bool | str): what the config says to resume from. A start that says something else is another run.
+        resume_from (bool | str): the config's ``resume_from_checkpoint``. A start with another value is another run.
 
     Raises:
-        ConfigError: on all ranks, if another run holds it, it cannot be written to, or is not the same for all nodes.
+        ConfigError: on all ranks, if another run holds the folder, it is not writable, or the nodes do not share it.
     """
     folder = Path(output_dir)
     launches = sorted({each for each in gathered(launch_name(f"from {resume_from}")) if each})
@@ -71,7 +71,7 @@ def sole_use(output_dir: str, resume_from: bool | str) -> Iterator[OutputFolder]
 
 
 class _Lock:
-    """The file by which rank 0 holds a folder; its first line tells who does, and whose the folder is."""
+    """Rank 0's lock file of a folder. Its first line names the process that holds it and the launches that own it."""
 
     def __init__(self, held: ExitStack, path: Path) -> None:
         self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -83,12 +83,12 @@ class _Lock:
     def write(self, launches: list[str]) -> None:
         who = {"process": os.getpid(), "host": platform.node(), "launches": launches}
         line = json.dumps(who).encode() + b"\n"
-        os.pwrite(self.file, line, 0)  # in one go, so that a kill leaves the old line or the new one
+        os.pwrite(self.file, line, 0)  # one write, so a kill leaves the old line or the new one
         os.ftruncate(self.file, len(line))
         os.fsync(self.file)
 
     def take(self, patience: float) -> str | None:
-        """Locks the file and writes this process into it; returns what prevents that."""
+        """Locks the file and writes this process into it. Returns the reason if it cannot."""
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -98,8 +98,8 @@ class _Lock:
                 if time.monotonic() > deadline:
                     other = self.read()
                     return (
-                        f"is in use by another run (process {other.get('process')} on {other.get('host')}); give each "
-                        "run a folder of its own"
+                        f"is in use by another run (process {other.get('process')} on {other.get('host')}); use a "
+                        "different folder for each run"
                     )
                 time.sleep(0.2)
         self.write(self.read().get("launches", []))
@@ -107,7 +107,7 @@ class _Lock:
 
 
 def _first_line(content: bytes) -> dict[str, Any]:
-    """Who has written itself into a lock; nobody if it is new, or cannot be read."""
+    """Returns the content of a lock; empty if the lock is new or unreadable."""
     try:
         return dict(json.loads(content.split(b"\n")[0]))
     except (ValueError, TypeError):
@@ -115,7 +115,7 @@ def _first_line(content: bytes) -> dict[str, Any]:
 
 
 def _not_shared(folder: Path, written: dict[str, Any]) -> str | None:
-    """What is wrong if this rank does not see what rank 0 has written."""
+    """Returns an error if this rank does not see the lock that rank 0 wrote."""
     deadline = time.monotonic() + VISIBLE_S
     while True:
         try:
@@ -124,5 +124,5 @@ def _not_shared(folder: Path, written: dict[str, Any]) -> str | None:
         except OSError:
             pass
         if time.monotonic() > deadline:
-            return f"on {platform.node()} is not that of rank 0 on {written['host']}; give one that all nodes share"
+            return f"on {platform.node()} is not rank 0's folder on {written['host']}; use one that all nodes share"
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The decorator of every recipe's main function."""
+"""The decorator of a recipe's main function."""
 
 import functools
 import os
@@ -14,10 +14,10 @@ from humanline.launch._processes import hide_known_warnings
 
 
 def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-    """Decorates a recipe's main function: it gets the config that the command line describes.
+    """Decorates a recipe's main function, which then gets its config from the command line.
 
-    torchtune's ``config.parse`` reads the same command lines, and ends with a traceback where one is wrong. A mistake
-    on one rank alone, such as a file that only one node has, ends all ranks.
+    torchtune's ``config.parse`` reads the same command lines, but prints a traceback for a wrong one. A mistake on one
+    rank alone, such as a file that is missing on one node, ends all ranks.
     """
 
     @functools.wraps(recipe_main)

@@ -1,4 +1,4 @@
-"""Process groups: one process a device, started here when no launcher did."""
+"""Process groups: one process per device, started here if no launcher started them."""
 
 import functools
 import os
@@ -16,21 +16,23 @@ from torchtune import training
 from humanline.errors import ConfigError
 
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, torchrun's c10d rendezvous opens a new store at every start; ``tune run --nnodes`` has it set."""
+"""If this is 1, torchrun's c10d rendezvous opens a new store at every start. ``tune run --nnodes`` sets it."""
 
 
 def hide_known_warnings() -> None:
-    """Hides what torch says once a process about torchtune's norms: float32 inputs with bfloat16 weights are meant;
-    and about a schedule that moves on though the optimizer did not, as at a first step that is skipped."""
+    """Hides two warnings of torch about intended behaviour.
+
+    torchtune's norms get float32 inputs with bfloat16 weights. A schedule steps although the optimizer did not, for
+    example when the first step is skipped.
+    """
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def start_on_every_device(device: str, script: str) -> None:
-    """Replaces this process by one process a visible GPU, each running ``script`` with this process's arguments.
+    """Replaces this process by one process per visible GPU, each running ``script`` with this process's arguments.
 
-    Does nothing under torchrun, on a machine with fewer than two GPUs, or when ``device`` is not CUDA: then this
-    process is the one rank.
+    Does nothing under torchrun, on a machine with fewer than two GPUs, or if ``device`` is not ``cuda``.
 
     Args:
         device (str): the config's ``device``.
@@ -44,61 +46,64 @@ def start_on_every_device(device: str, script: str) -> None:
 def launch(processes: int, script: str, arguments: list[str]) -> None:
     """Replaces this process by torchrun with ``processes`` processes of ``script`` on this machine."""
     torchrun = [sys.executable, "-m", "humanline._torchrun", "--standalone", f"--nproc_per_node={processes}"]
-    # After a signal torchrun kills what is not done in 30 s: too soon for a step and the checkpoint of a large model.
+    # By default torchrun kills processes 30 s after a signal. A step and a checkpoint of a large model need longer.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     print(f"Starting {processes} processes on this machine...", flush=True)
     os.execv(sys.executable, [*torchrun, script, *arguments])
 
 
 def launch_name(what: str) -> str | None:
-    """A name that ``what`` has in all starts by one torchrun, or under one ``--rdzv_id``; None without torchrun."""
+    """Returns a name for ``what`` that is the same in all starts by one torchrun, or with one ``--rdzv_id``.
+
+    Returns None without torchrun.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name == "none":  # then the agent, this process's parent, is what stays over restarts
+    if name == "none":  # the agent, this process's parent, stays the same over restarts
         name = f"{platform.node()} {os.getppid()}"
     return None if name is None else f"{name} {what}"
 
 
 def check_one_process() -> None:
-    """Refuses a start as several ranks, for a recipe that runs in one process.
+    """Checks that a recipe for one process is not started as several ranks.
 
     Raises:
         ConfigError: under torchrun with more than one process.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
-        raise ConfigError(f"nproc_per_node: this recipe runs in one process, not in {processes}; leave it out")
+        raise ConfigError(f"nproc_per_node: expected 1 for this recipe, got {processes} processes; remove the option")
 
 
 @functools.cache
 def meeting_place() -> tuple[dist.Store, int, int]:
-    """The store in which the ranks of this start meet, this rank, and their number."""
+    """Returns the store in which the ranks of this start meet, this rank, and the number of ranks."""
     if not training.is_distributed():
         return dist.HashStore(), 0, 1
     store, rank, world_size = next(rendezvous("env://"))
-    if _keeps_its_store():  # and with it the addresses of the processes that are gone
+    if _keeps_its_store():  # it still holds the addresses of the processes of earlier starts
         store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store, rank, world_size
 
 
 def _keeps_its_store() -> bool:
-    """Whether the processes meet in a store of torchrun's own, which outlives them, and not in one of rank 0's."""
+    """Returns whether the ranks meet in torchrun's own store, which outlives them, and not in one of rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group: torchrun's ranks, or this process alone.
+    """Opens the default process group: torchrun's ranks, or this process alone.
 
-    NCCL with gloo for host tensors on CUDA, gloo elsewhere.
+    The backend is NCCL with gloo for host tensors on CUDA, and gloo elsewhere.
 
     Raises:
-        ConfigError: on several nodes, if torchrun would restart them into a store with the addresses of lost processes.
+        ConfigError: on several nodes, if restarted ranks would get a store with the addresses of lost processes.
     """
     nodes, may_restart = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     if nodes > 1 and may_restart and _keeps_its_store():
         raise ConfigError(
-            "max_restarts: over several nodes a restart needs torchrun with --rdzv_backend c10d, and "
-            f"{NEW_STORE}=1 in its environment on each of them"
+            "max_restarts: restarts on several nodes need torchrun's --rdzv_backend c10d and "
+            f"{NEW_STORE}=1 in its environment on every node; set both"
         )
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     alone = not training.is_distributed()
@@ -109,6 +114,6 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         ended_well = True
     finally:
-        # A rank that fails leaves the group open: the others must learn why before they miss it.
+        # A failed rank leaves the group open: the others must read its error before they lose the connection.
         if alone or ended_well:
             dist.destroy_process_group()

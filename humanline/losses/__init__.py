@@ -1,7 +1,6 @@
-"""The objectives: token log-probs in, losses out, and over what a loss is a mean. No I/O, no devices.
+"""The objectives: token log-probs in, losses and their divisors out. No I/O, no devices.
 
-Every loss is computed from the perceived log-ratio of :meth:`PerceptualLoss.perceive`, in the order in which the paper
-states it.
+Every loss is computed from the perceived log-ratio of :meth:`PerceptualLoss.perceive`, in the paper's order.
 """
 
 from humanline.losses._dpo import HumanlineDPOLoss

@@ -10,19 +10,22 @@ from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 class HumanlineDPOLoss(PerceptualLoss):
     """Direct Preference Optimization on perceived token log-ratios.
 
-    With ``l~_t`` the perceived token log-ratio of policy to reference, clipped to ``[log_eps_P, log_eps_R]``, a
-    response's reward is ``r = beta * sum_t l~_t`` and a pair's loss ``-log sigmoid(r_chosen - r_rejected)``. Without
-    bounds this is the DPO of https://arxiv.org/abs/2305.18290; with them, and a synced reference, the humanline DPO of
-    https://arxiv.org/abs/2509.24207.
+    ``l~_t`` is the perceived token log-ratio of policy to reference, clipped to ``[log_eps_P, log_eps_R]``. The reward
+    of a response is ``r = beta * sum_t l~_t``, the loss of a pair ``-log sigmoid(r_chosen - r_rejected)``. Without
+    bounds this is DPO (https://arxiv.org/abs/2305.18290). With bounds and a synced reference it is humanline DPO
+    (https://arxiv.org/abs/2509.24207).
 
     Args:
-        beta (float): how strongly a log-ratio counts as reward, > 0.
-        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
-        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
-        label_smoothing (float): the probability that a pair's label is wrong, in ``[0, 0.5)``.
-        perception (str): ``clip``, ``sample`` or ``none``.
-        gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
-        gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
+        beta (float): factor from log-ratio to reward, > 0.
+        log_eps_P (float | None): lower bound of the log-ratio, nats, <= 0; null sets no lower bound.
+        log_eps_R (float | None): upper bound of the log-ratio, nats, >= 0; null sets no upper bound.
+        label_smoothing (float): assumed probability that a pair's label is wrong, in ``[0, 0.5)``.
+        perception (str): how bounds apply. ``clip`` clamps each token's log-ratio to them; ``sample`` detaches tokens
+            by humanline sampling around them; ``none`` ignores them.
+        gamma_P (float | None): shape of ``B_P ~ Beta(gamma_P, 1)``, > 0; required with ``sample`` and ``log_eps_P``,
+            otherwise null.
+        gamma_R (float | None): shape of ``B_R ~ Beta(gamma_R, 1)``, > 0; required with ``sample`` and ``log_eps_R``,
+            otherwise null.
 
     Raises:
         ConfigError: if a setting is out of its range or contradicts another.
@@ -42,7 +45,7 @@ class HumanlineDPOLoss(PerceptualLoss):
         check_number("beta", beta, lambda beta: beta > 0, "above 0; 0.1 is a common value")
         check_number(
             *("label_smoothing", label_smoothing, lambda smoothing: 0 <= smoothing < 0.5),
-            rule="in [0, 0.5); 0 takes every label at its word",
+            rule="in [0, 0.5); 0 trusts every label",
         )
         self.beta = beta
         self.label_smoothing = label_smoothing
@@ -61,9 +64,9 @@ class HumanlineDPOLoss(PerceptualLoss):
         """
         Args:
             policy_chosen_logps (Tensor): token log-probs of the chosen responses under the policy, nats, ``[B, S]``.
-            policy_rejected_logps (Tensor): of the rejected responses, ``[B, S]`` (``S`` may differ from the chosen's).
-            reference_chosen_logps (Tensor): of the chosen responses under the reference, ``[B, S]``.
-            reference_rejected_logps (Tensor): of the rejected responses under the reference, ``[B, S]``.
+            policy_rejected_logps (Tensor): the same for the rejected responses, ``[B, S]``; ``S`` may differ.
+            reference_chosen_logps (Tensor): token log-probs of the chosen responses under the reference, ``[B, S]``.
+            reference_rejected_logps (Tensor): the same for the rejected responses, ``[B, S]``.
             chosen_mask (Tensor): True at the chosen responses' tokens, bool ``[B, S]``.
             rejected_mask (Tensor): True at the rejected responses' tokens, bool ``[B, S]``.
             chosen_draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
@@ -80,7 +83,7 @@ class HumanlineDPOLoss(PerceptualLoss):
         return losses, chosen_reward.detach(), rejected_reward.detach()
 
     def num_terms(self, lengths: Sequence[int]) -> int:
-        """One a pair."""
+        """Number of pairs."""
         return len(lengths) // 2
 
     def _reward(self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor, draws: Tensor | None) -> Tensor:

@@ -12,24 +12,27 @@ from humanline.losses._log_ratio import PerceptualLoss, token_log_ratio
 class HumanlineKTOLoss(PerceptualLoss):
     """Kahneman-Tversky Optimization on perceived token log-ratios.
 
-    With ``l~_t`` the perceived token log-ratio of policy to reference, a response's reward is ``r = sum_t l~_t`` (no
-    beta), and it is a gain or a loss beside the baseline ``z0``, an estimate of the policy's KL to the reference:
+    ``l~_t`` is the perceived token log-ratio of policy to reference. A response's reward is ``r = sum_t l~_t`` (no
+    beta). It is a gain or a loss relative to the baseline ``z0``, an estimate of the policy's KL to the reference:
 
         desirable:    desirable_weight   * (1 - sigmoid(beta * (r - z0)))
         undesirable:  undesirable_weight * (1 - sigmoid(beta * (z0 - r)))
 
-    Without bounds this is the KTO of https://arxiv.org/abs/2402.01306; with them, and a synced reference, the humanline
-    KTO of https://arxiv.org/abs/2509.24207.
+    Without bounds this is KTO (https://arxiv.org/abs/2402.01306). With bounds and a synced reference it is humanline
+    KTO (https://arxiv.org/abs/2509.24207).
 
     Args:
-        beta (float): how fast the value of a reward saturates, > 0.
-        log_eps_P (float | None): lower bound of the log-ratio, nats; None leaves that side open.
-        log_eps_R (float | None): upper bound of the log-ratio, nats; None leaves that side open.
+        beta (float): how fast the loss saturates with the distance of the reward from ``z0``, > 0.
+        log_eps_P (float | None): lower bound of the log-ratio, nats, <= 0; null sets no lower bound.
+        log_eps_R (float | None): upper bound of the log-ratio, nats, >= 0; null sets no upper bound.
         desirable_weight (float): weight of the losses of desirable responses, > 0.
         undesirable_weight (float): weight of the losses of undesirable responses, > 0.
-        perception (str): ``clip``, ``sample`` or ``none``.
-        gamma_P (float | None): shape of the sampled lower bound, with ``sample`` only.
-        gamma_R (float | None): shape of the sampled upper bound, with ``sample`` only.
+        perception (str): how bounds apply. ``clip`` clamps each token's log-ratio to them; ``sample`` detaches tokens
+            by humanline sampling around them; ``none`` ignores them.
+        gamma_P (float | None): shape of ``B_P ~ Beta(gamma_P, 1)``, > 0; required with ``sample`` and ``log_eps_P``,
+            otherwise null.
+        gamma_R (float | None): shape of ``B_R ~ Beta(gamma_R, 1)``, > 0; required with ``sample`` and ``log_eps_R``,
+            otherwise null.
 
     Raises:
         ConfigError: if a setting is out of its range or contradicts another.
@@ -68,8 +71,8 @@ class HumanlineKTOLoss(PerceptualLoss):
             policy_logps (Tensor): token log-probs of the responses under the policy, nats, ``[B, S]``.
             reference_logps (Tensor): the same under the reference, ``[B, S]``.
             mask (Tensor): True at response tokens, bool ``[B, S]``.
-            desirable (Tensor): True for desirable responses, bool ``[B]``; all or none of them may be.
-            kl (Tensor): the baseline ``z0`` of :meth:`kl_baseline`, scalar, nats.
+            desirable (Tensor): True for desirable responses, bool ``[B]``; all or none may be desirable.
+            kl (Tensor): the baseline ``z0`` from :meth:`kl_baseline`, scalar, nats.
             draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
 
         Returns:
@@ -78,7 +81,7 @@ class HumanlineKTOLoss(PerceptualLoss):
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
         reward = self.perceive(log_ratio, draws).sum(-1)
         gain = reward - kl.detach()
-        # 1 - sigmoid(x) by its logarithm: far from the baseline both it and its gradient would round to 0.
+        # 1 - sigmoid(x) from its logarithm: far from the baseline, it and its gradient would round to 0.
         desirable_loss = self.desirable_weight * F.logsigmoid(-self.beta * gain).exp()
         undesirable_loss = self.undesirable_weight * F.logsigmoid(self.beta * gain).exp()
         return desirable_loss.where(desirable, undesirable_loss), reward.detach()
@@ -86,7 +89,7 @@ class HumanlineKTOLoss(PerceptualLoss):
     def kl_baseline(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
         """``z0 = max(0, mean of sum_t l~_t)`` over the non-empty KL sequences of a microbatch; carries no gradient.
 
-        A KL sequence is the prompt of an example with the response of another one, the next in the microbatch.
+        A KL sequence is the prompt of an example with the response of the next example in the microbatch.
 
         Args:
             policy_kl_logps (Tensor): token log-probs of the KL sequences' responses under the policy, nats, ``[B, S]``.
@@ -94,21 +97,21 @@ class HumanlineKTOLoss(PerceptualLoss):
             kl_mask (Tensor): True at response tokens, bool ``[B, S]``; a row of False is an empty sequence.
 
         Returns:
-            Tensor: scalar, nats; 0 where all sequences are empty.
+            Tensor: scalar, nats; 0 if all sequences are empty.
         """
         return _z0(*self.kl_sum(policy_kl_logps, reference_kl_logps, kl_mask))
 
     def kl_sum(self, policy_kl_logps: Tensor, reference_kl_logps: Tensor, kl_mask: Tensor) -> Tensor:
-        """What the parts of a microbatch add up for :meth:`kl_baseline_of`; carries no gradient.
+        """Returns one part's contribution to :meth:`kl_baseline_of`; carries no gradient.
 
         Args:
             policy_kl_logps (Tensor): as in :meth:`kl_baseline`, ``[B, S]``.
-            reference_kl_logps (Tensor): as there.
-            kl_mask (Tensor): as there.
+            reference_kl_logps (Tensor): as in :meth:`kl_baseline`, ``[B, S]``.
+            kl_mask (Tensor): as in :meth:`kl_baseline`, ``[B, S]``.
 
         Returns:
-            Tensor: float32 ``[2]``: the sum of ``sum_t l~_t`` over the KL sequences, nats, and how many of them are not
-                empty.
+            Tensor: float32 ``[2]``: the sum of ``sum_t l~_t`` over the KL sequences, nats, and the number of non-empty
+                sequences.
         """
         log_ratio = token_log_ratio(policy_kl_logps.detach(), reference_kl_logps.detach(), kl_mask)
         return torch.stack([self.perceive(log_ratio).sum(), kl_mask.any(-1).sum()])
@@ -118,10 +121,10 @@ class HumanlineKTOLoss(PerceptualLoss):
         """:meth:`kl_baseline` of a microbatch in parts, from :meth:`kl_sum` of each part of each rank; a collective.
 
         Args:
-            sums (Sequence[Tensor]): of this rank's parts, ``[2]`` each.
+            sums (Sequence[Tensor]): the sums of this rank's parts, ``[2]`` each.
 
         Returns:
-            Tensor: scalar, nats.
+            Tensor: ``z0``, scalar, nats.
         """
         return _z0(*summed(torch.stack(list(sums)).sum(0)))
 

@@ -1,5 +1,5 @@
-"""What torchtune's models lack: log-probs without logits, checks against a checkpoint and its config.json, SmolLM2, and
-a right Gemma 2.
+"""Additions to torchtune's models: log-probs without full logits, checks against checkpoints, SmolLM2, and a correct
+Gemma 2.
 """
 
 from humanline.models import gemma2, gemma3, qwen3

@@ -1,4 +1,4 @@
-"""From a builder and a state dict to a model that returns log-probs, sharded over ranks or whole on one device."""
+"""Builds models that return log-probs, sharded over ranks or whole on one device, from a builder and a state dict."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import NF4Tensor  # torchao moves it
+from torchtune.modules.common_utils import NF4Tensor  # its place in torchao depends on the version
 
 from humanline.errors import ConfigError
 from humanline.models._adapter import adapter_modules, freeze_base, quantized_like
@@ -23,16 +23,15 @@ from humanline.models._whole_weights import cast_parameters
 
 
 def mesh_of(device: torch.device, replicas: int) -> DeviceMesh:
-    """All ranks, to shard over; with several replicas in as many groups of neighbours, each of which has the model.
+    """Returns a mesh of all ranks, in ``replicas`` groups of neighbouring ranks that each hold and shard the model.
 
     Raises:
-        ConfigError: if the ranks do not divide into so many groups.
+        ConfigError: if the ranks do not divide into ``replicas`` groups.
     """
     ranks = dist.get_world_size()
     if ranks % replicas:
         raise ConfigError(
-            f"data_parallel_replicate_dim: {ranks} ranks do not divide into {replicas} groups; give a divisor of "
-            f"{ranks}"
+            f"data_parallel_replicate_dim: {ranks} ranks do not divide into {replicas} groups; use a divisor of {ranks}"
         )
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,))
@@ -52,17 +51,17 @@ def build_model(
 ) -> LogProbDecoder:
     """Builds a model on the meta device, places it, and loads the weights.
 
-    What trains is kept in ``param_dtype`` and computes in ``compute_dtype``; the frozen base of an adapter is kept in
-    ``compute_dtype`` (or in NF4, where its builder says so).
+    Trainable parameters are kept in ``param_dtype`` and compute in ``compute_dtype``. The frozen base of an adapter is
+    kept in ``compute_dtype``, or in NF4 if its builder uses NF4.
 
     Args:
         build (Callable[[], TransformerDecoder]): the builder.
-        state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, on every rank, the adapter's
-            among them; None leaves the parameters uninitialised, for a model that is about to become a copy of another.
-        mesh (DeviceMesh | None): ranks of :func:`mesh_of` to shard over with FSDP2, whose gradients are reduced in
-            float32; None keeps the model whole, in plain tensors.
+        state_dict (dict[str, Tensor] | None): the full weights in torchtune's names, with the adapter's, on every rank;
+            None leaves the parameters uninitialised, for a model that will copy another one's weights.
+        mesh (DeviceMesh | None): ranks to shard over with FSDP2, from :func:`mesh_of`; gradients are reduced in
+            float32. None keeps the model whole, in plain tensors.
         device (torch.device): this rank's device.
-        param_dtype (torch.dtype): dtype of what trains.
+        param_dtype (torch.dtype): dtype of trainable parameters.
         compute_dtype (torch.dtype): dtype of the forward and backward pass.
         activation_checkpointing (bool): recompute each layer in backward.
         compile (bool): compile each layer.
@@ -84,7 +83,7 @@ def build_model(
     with training.set_default_dtype(compute_dtype):
         fill_rotary_tables(model, device)
     if state_dict is not None and mesh is not None and quantized:
-        # A copy of the dict, since torchtune's main branch empties the one it is given.
+        # A copy of the dict, since torchtune's main branch empties its argument.
         training.load_from_full_model_state_dict(model, dict(state_dict), device, strict=True)
     elif state_dict is not None and mesh is not None:
         _load_shards(model, state_dict, device)
@@ -103,7 +102,7 @@ def design_model(
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> LogProbDecoder:
-    """The model of :func:`build_model` without memory, on the meta device."""
+    """Builds the model of :func:`build_model` on the meta device, without memory."""
     with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
     model.compute_dtype = compute_dtype
@@ -128,14 +127,14 @@ def _shard(model: LogProbDecoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     for name, module in reversed(list(model.named_modules())):
         if training.get_shard_conditions(name, module):
             fully_shard(module, mesh=mesh, mp_policy=precision)
-    # The root too is resharded after forward: a forward without backward must not leave gathered weights behind, which
-    # would outlive the optimizer step or sync that changes their shards.
+    # The root is resharded after forward too: after a forward without backward, gathered weights would remain, and an
+    # optimizer step or sync would then change only their shards.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 @torch.no_grad()
 def _load_shards(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:
-    """Copies this rank's shard of each weight. Nothing is sent and nothing cast whole, since each rank has the file."""
+    """Copies this rank's shard of each weight and casts it; no communication, since each rank has all weights."""
     for name, sharded in model.state_dict().items():
         weight = state_dict[name].to(device)
         weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements, src_data_rank=None)
@@ -143,21 +142,21 @@ def _load_shards(model: nn.Module, state_dict: dict[str, Tensor], device: torch.
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor], device: torch.device) -> None:
-    """Replaces parameters on the meta device by their weights, one at a time."""
+    """Replaces parameters on the meta device with their weights, one at a time."""
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}".lstrip(".").replace("_checkpoint_wrapped_module.", "")
-            # What trains is this model's own; a frozen weight may be shared with another model of the same checkpoint.
+            # Trainable weights are copied; frozen ones may be shared with another model of the same checkpoint.
             weight = state_dict[name].to(device, parameter.dtype, copy=parameter.requires_grad)
             stored = quantized_like(weight, parameter) if isinstance(parameter, NF4Tensor) else weight
             setattr(module, leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
 
 
 def _compute_in(model: LogProbDecoder, dtype: torch.dtype) -> None:
-    """Makes the layers, and then the rest, compute in ``dtype`` with parameters that are kept in another one.
+    """Makes the layers, and then the rest, compute in ``dtype`` with parameters that are kept in another dtype.
 
-    For the length of a forward pass each such parameter is replaced by a cast of it. A layer that is recomputed in
-    backward casts again; one that is not keeps its casts until then.
+    During a forward pass each such parameter is replaced with a cast of it. A layer that is recomputed in backward
+    casts again; other layers keep their casts until backward.
     """
     for module in (*model.layers, model):
         module.forward = _withcast_parameters(module, module.forward, dtype)
@@ -173,10 +172,9 @@ def _withcast_parameters(root: nn.Module, forward: Callable[..., Any], dtype: to
 
 
 def full_state_dict(model: nn.Module, *, rank: int, dtypes: Mapping[str, torch.dtype | None]) -> dict[str, Any]:
-    """Gathers the weights that ``dtypes`` names on the host of rank 0 (empty elsewhere), each in the dtype it gives; in
-    its own where that is None.
+    """Gathers the weights named in ``dtypes`` to the host of rank 0 (empty elsewhere), each in the given dtype.
 
-    Weights in NF4 come back as what the model computes with.
+    None keeps a weight's own dtype. NF4 weights are dequantised.
     """
     full = {}
     weights = model.state_dict()

@@ -1,4 +1,4 @@
-"""The function of a built model against that of its checkpoint's config.json."""
+"""Checks that a built model computes the function described in its checkpoint's config.json."""
 
 import inspect
 import math
@@ -18,11 +18,11 @@ from humanline.models._published import Published, Rotation
 
 Decoder: TypeAlias = TransformerDecoder | LogProbDecoder
 
-# How a checkpointer's conversion lays out the rows of queries and keys, by its model_type: Qwen2's and Phi-3's keep
-# them as transformers has them, with pairs of dimensions half a head apart; the others make neighbours of a pair.
+# Row layout of queries and keys after a checkpointer's conversion, by its model_type: these keep transformers' layout,
+# with pairs of dimensions half a head apart; the others place the two dimensions of a pair side by side.
 _IN_HALVES = ("QWEN2", "QWEN3", "GEMMA3", "PHI3_MINI", "PHI4")
 
-# Where builders stand that a family's checkpoints may fit, and the ones that take every size as an argument.
+# Modules with builders for a family's checkpoints, and the builders that accept every size as an argument.
 _BUILDERS = {
     "llama": ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3"),
     "mistral": ("mistral",),
@@ -56,7 +56,7 @@ _COMPONENTS = {
 
 
 class Difference(NamedTuple):
-    """A quantity of which config.json has one value and the model another."""
+    """A quantity that differs between config.json and the model."""
 
     quantity: str
     published: object
@@ -67,25 +67,26 @@ class Difference(NamedTuple):
         if theirs == ours and isinstance(self.published, Rotation) and isinstance(self.built, Rotation):
             one, other = self.published.frequencies, self.built.frequencies
             at = int(((one - other).abs() / one).argmax())
-            theirs = f"{theirs}, frequency {at} being {one[at]:.5g}"
-            ours = f"{ours}, frequency {at} being {other[at]:.5g}"
+            theirs = f"{theirs}, frequency {at} = {one[at]:.5g}"
+            ours = f"{ours}, frequency {at} = {other[at]:.5g}"
         return f"{self.quantity} is {theirs} in config.json and {ours} in the model"
 
 
 def differences(built: Built, published: Published, model_type: str | None = None) -> Iterator[Difference]:
-    """In what a model computes another function than its checkpoint's config.json says.
+    """Yields the quantities in which a model's function differs from its checkpoint's config.json.
 
-    Sliding windows that config.json has and torchtune's attention has not are no difference: see :func:`set_windows`.
+    Sliding windows in config.json that torchtune's attention lacks are no difference: see :func:`set_windows`.
 
     Args:
-        built (Built): what the model computes, of :func:`~humanline.models.measure`.
-        published (Published): what the file says.
-        model_type (str | None): the checkpointer's, if it converts from the Hugging Face format.
+        built (Built): the model, measured by :func:`~humanline.models.measure`.
+        published (Published): the content of config.json.
+        model_type (str | None): the checkpointer's model_type; None if it does not convert from the Hugging Face
+            format.
     """
     halves = None if model_type is None else model_type in _IN_HALVES
     words = {True: "1 + weight", False: "weight"}
     pairs: list[tuple[str, object, object]] = []
-    # How many layers there are the weights tell.
+    # The number of layers is checked with the weights.
     for layer, rotation in zip(built.layers, _per_layer(published.rotations, len(built.layers)), strict=True):
         pairs += [
             ("num_attention_heads", published.num_attention_heads, layer.num_heads),
@@ -102,7 +103,7 @@ def differences(built: Built, published: Published, model_type: str | None = Non
             pairs.append(("attn_logit_softcapping", published.attention_cap, layer.scores.cap))
     for norm in built.norms:
         if isinstance(norm, str):
-            pairs.append(("a norm", "of root mean squares", norm))
+            pairs.append(("the norm", "RMSNorm", norm))
         else:
             pairs.append(("rms_norm_eps", published.rms_norm_eps, norm.eps))
             pairs.append(("the scale of norms", words[published.one_plus_weight], words[norm.one_plus_weight]))
@@ -121,13 +122,14 @@ def differences(built: Built, published: Published, model_type: str | None = Non
 def check_function(
     model: Decoder, published: Published, builder: Mapping[str, Any], model_type: str | None = None
 ) -> None:
-    """Refuses a model that computes another function than its checkpoint's config.json says.
+    """Raises ConfigError if a model computes another function than its checkpoint's config.json describes.
 
     Args:
-        model (Decoder): the model, which may be on the meta device.
-        published (Published): what the file says.
+        model (Decoder): the model, possibly on the meta device.
+        published (Published): the content of config.json.
         builder (Mapping[str, Any]): the config's ``model``: ``_component_`` and its arguments, for the message.
-        model_type (str | None): the checkpointer's, if it converts from the Hugging Face format.
+        model_type (str | None): the checkpointer's model_type; None if it does not convert from the Hugging Face
+            format.
 
     Raises:
         ConfigError: with every difference, both values, and the builder that fits.
@@ -135,21 +137,23 @@ def check_function(
     found = list(differences(measure(model), published, model_type))
     if found:
         raise ConfigError(
-            f"checkpointer.checkpoint_dir: {published.path.parent} is another architecture than model "
+            f"checkpointer.checkpoint_dir: {published.path.parent} has another architecture than model "
             f"({builder.get('_component_')}): {'; '.join(map(str, found))}; {remedy(published, builder, model_type)}"
         )
 
 
 def set_windows(model: TransformerDecoder, published: Published) -> None:
-    """Gives torchtune's attention, which has no sliding windows, those of config.json: :class:`LogProbDecoder` makes a
-    mask for each window that a layer has, and so does sampling."""
+    """Adds the sliding windows of config.json to torchtune's attention, which has none.
+
+    :class:`LogProbDecoder` and sampling make a mask for each window that a layer has.
+    """
     for layer, window in zip(model.layers, published.windows, strict=False):
         if window is not None and not hasattr(layer.attn, "sliding_window"):
             layer.attn.sliding_window = window
 
 
 def remedy(published: Published, builder: Mapping[str, Any], model_type: str | None) -> str:
-    """What to set for a model that computes what config.json says; each builder that is named has been tried."""
+    """Returns the settings for a model that computes config.json's function; each builder in it has been tried."""
     name = str(builder.get("_component_"))
     prefix = next((prefix for prefix in ("qlora_", "lora_") if name.rpartition(".")[2].startswith(prefix)), "")
     wanted = None if model_type is None else _model_types(published.model_type, model_type)
@@ -165,11 +169,11 @@ def remedy(published: Published, builder: Mapping[str, Any], model_type: str | N
             changed = {key: value for key, value in arguments.items() if not same or builder.get(key) != value}
             words = ", ".join(f"model.{key}: {_said(value, plain=True)}" for key, value in changed.items())
             return f"set {words}" if same else f"set model._component_: {path}, {words}"
-    return "no builder of torchtune or humanline computes it"
+    return "no builder of torchtune or humanline computes this function"
 
 
 def fitting_builders(published: Published) -> list[str]:
-    """The builders of one size, of torchtune and humanline, that compute what config.json says."""
+    """Returns the builders of fixed size in torchtune and humanline that compute config.json's function."""
     found = []
     for module in (f"torchtune.models.{name}" for name in _BUILDERS[published.model_type]):
         names = [name for name in import_module(module).__all__ if "lora" not in name and "reward" not in name]
@@ -184,7 +188,7 @@ def _fits(path: str, published: Published, arguments: Mapping[str, Any]) -> bool
     try:
         with torch.device("meta"):
             model = getattr(import_module(module), name)(**arguments)
-    except (TypeError, AttributeError, ValueError):  # no builder, or one that wants arguments
+    except (TypeError, AttributeError, ValueError):  # not a builder, or a builder with required arguments
         return False
     if not isinstance(model, TransformerDecoder) or not hasattr(model.layers[0].mlp, "w2"):
         return False
@@ -198,7 +202,7 @@ def _fits(path: str, published: Published, arguments: Mapping[str, Any]) -> bool
 
 
 def _arguments(path: str, published: Published) -> dict[str, Any]:
-    """The arguments of a builder that takes every size, of those that it has."""
+    """Returns config.json's values for the arguments that a builder of any size has."""
     sizes, rope = published.sizes, published.rope
     arguments = {
         "vocab_size": sizes["vocab_size"],
@@ -227,13 +231,13 @@ def _arguments(path: str, published: Published) -> dict[str, Any]:
 
 
 def _with_prefix(path: str, prefix: str) -> str:
-    """The same model with an adapter, where there is a builder of it."""
+    """Returns the builder of the same model with an adapter, if there is one."""
     module, _, name = path.rpartition(".")
     return f"{module}.{prefix}{name}" if hasattr(import_module(module), prefix + name) else path
 
 
 def _model_types(family: str, given: str) -> str | None:
-    """The checkpointer's model_type for a family, if the one given lays out rows in another way."""
+    """Returns the checkpointer's model_type for a family; None if the given one has the same row layout."""
     right = {
         "qwen2": "QWEN2",
         "qwen3": "QWEN3",
@@ -248,7 +252,7 @@ def _model_types(family: str, given: str) -> str | None:
 
 
 def _per_layer(values: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
-    """A value for each layer of the model; how many layers there are is told by the weights."""
+    """Returns one value per layer of the model; the number of layers is checked with the weights."""
     return (*values, *values[-1:] * layers)[:layers]
 
 
@@ -273,7 +277,7 @@ def _said(value: object, plain: bool = False) -> str:
 
 
 def _windows_said(windows: Sequence[int | None]) -> str:
-    """The windows in words; with the layers, where not all are alike."""
+    """Describes the windows in words, with the layers if they differ."""
     if len(set(windows)) == 1:
         return _said(windows[0])
     sliding = [str(layer) for layer, window in enumerate(windows) if window is not None]

@@ -12,12 +12,12 @@ __all__ = ["check_architecture", "drop_tied_output", "fill_rotary_tables", "load
 
 
 def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], checkpoint_dir: str) -> None:
-    """Compares names and shapes of a checkpoint's weights with those of a model, which may be on the meta device.
+    """Checks that the names and shapes of a checkpoint's weights are those of a model, possibly on the meta device.
 
     Args:
-        model (nn.Module): the model that the weights are for; an adapter of its is left aside.
+        model (nn.Module): the model for the weights; its adapter, if any, is ignored.
         state_dict (Mapping[str, Tensor]): the checkpoint, in torchtune's names.
-        checkpoint_dir (str): where it came from, for the message.
+        checkpoint_dir (str): the checkpoint's folder, for the message.
 
     Raises:
         ConfigError: at the first difference.
@@ -28,7 +28,7 @@ def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], check
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise ConfigError(
-                f"checkpointer.checkpoint_dir: {checkpoint_dir} is another architecture than model: "
+                f"checkpointer.checkpoint_dir: {checkpoint_dir} has another architecture than model: "
                 f"{name} is {_shape(found.get(name))} in the checkpoint and {_shape(wanted.get(name))} in the model; "
                 f"{_remedy(name, found)}"
             )
@@ -37,19 +37,19 @@ def check_architecture(model: nn.Module, state_dict: Mapping[str, Tensor], check
 def drop_tied_output(
     model: TransformerDecoder, state_dict: dict[str, Tensor], head: Tensor | None, checkpoint_dir: str
 ) -> bool:
-    """Takes out of a checkpoint the copy of the embeddings that some have as their output layer, if the model ties it.
+    """Removes a copy of the embeddings, stored as output layer, from a checkpoint if the model ties the two.
 
     Args:
-        model (TransformerDecoder): the model that the weights are for.
+        model (TransformerDecoder): the model for the weights.
         state_dict (dict[str, Tensor]): the checkpoint, in torchtune's names; changed in place.
-        head (Tensor | None): the output layer of the files, if reading left it out of ``state_dict``.
-        checkpoint_dir (str): where it came from, for the message.
+        head (Tensor | None): the output layer in the files, if reading left it out of ``state_dict``.
+        checkpoint_dir (str): the checkpoint's folder, for the message.
 
     Returns:
-        bool: whether there was one.
+        bool: whether there was a copy.
 
     Raises:
-        ConfigError: if it is no copy of the embeddings.
+        ConfigError: if the output layer differs from the embeddings.
     """
     if not isinstance(model.output, TiedLinear):
         return False
@@ -58,8 +58,8 @@ def drop_tied_output(
         return False
     if output.shape != embeddings.shape or not torch.equal(output.to(embeddings.dtype), embeddings):
         raise ConfigError(
-            f"checkpointer.checkpoint_dir: {checkpoint_dir} has an output layer (lm_head.weight) that is no copy of "
-            "its embeddings, and the model ties the two; name a builder that does not, or set "
+            f"checkpointer.checkpoint_dir: {checkpoint_dir} has an output layer (lm_head.weight) that differs from "
+            "its embeddings, but the model ties the two; use a builder that does not, or set "
             "model.tie_word_embeddings: False and the same key of config.json"
         )
     return True
@@ -68,13 +68,13 @@ def drop_tied_output(
 def load_decoder(
     model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype
 ) -> TransformerDecoder:
-    """Gives a decoder that was built on the meta device its weights, on one device and in one dtype.
+    """Loads weights into a decoder that was built on the meta device, on one device and in one dtype.
 
     Args:
-        model (TransformerDecoder): the decoder, without memory; :func:`check_architecture` has passed it.
+        model (TransformerDecoder): the decoder, without memory; it must have passed :func:`check_architecture`.
         state_dict (Mapping[str, Tensor]): its weights, in torchtune's names.
-        device (torch.device): where they go.
-        dtype (torch.dtype): what they become.
+        device (torch.device): device of the loaded weights.
+        dtype (torch.dtype): dtype of the loaded weights.
 
     Returns:
         TransformerDecoder: the same decoder, in evaluation mode.
@@ -86,7 +86,7 @@ def load_decoder(
 
 
 def fill_rotary_tables(model: nn.Module, device: torch.device) -> None:
-    """Computes, on a device, what rotary embeddings look up: it is in no state dict."""
+    """Computes the tables of rotary embeddings on a device, since no state dict contains them."""
     with device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
@@ -99,11 +99,11 @@ _OUTPUT, _EMBEDDINGS = "output.weight", "tok_embeddings.weight"
 def _remedy(name: str, found: Mapping[str, object]) -> str:
     if name == _OUTPUT and name not in found:
         return (
-            "its embeddings are the output layer as well; name a builder that ties them (llama3_2, qwen2_5 up to 3B), "
+            "its embeddings are also the output layer; use a builder that ties them (llama3_2, qwen2_5 up to 3B), "
             "or set model.tie_word_embeddings: True"
         )
-    return "let both keys name the same model"
+    return "point both keys to the same model"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+    return "missing" if shape is None else str(list(shape))

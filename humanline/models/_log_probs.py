@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens from hidden states and the output matrix, never holding the logits of all of them."""
+"""Log-probs of chosen tokens from hidden states and the output matrix, without holding all logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at one time, as float32 elements: 256 MiB on an accelerator, 64 MiB elsewhere.
+# Most logits held at a time, as float32 elements: 256 MiB on an accelerator, 64 MiB elsewhere.
 _LOGITS = {"accelerator": 2**26, "cpu": 2**24}
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None = None) -> Tensor:
-    """``log softmax(cap(hidden @ weight.T))[targets]``, projected piece by piece and projected again in backward.
+    """Computes ``log softmax(cap(hidden @ weight.T))[targets]`` in pieces, and projects again in backward.
 
-    Between forward and backward it keeps ``hidden`` and one float a token. Softmax and its gradient are computed in
-    float32; the matrix products run in the inputs' dtype (with float32 results where the device can).
+    Between forward and backward it keeps ``hidden`` and one float per token. Softmax and its gradient are computed in
+    float32; the matrix products run in the inputs' dtype (with float32 results if the device supports it).
 
     Args:
         hidden (Tensor): final hidden states that predict the targets, ``[N, D]``.
         weight (Tensor): output embedding, ``[V, D]``.
         targets (Tensor): token ids, int64 ``[N]``.
-        soft_cap (float | None): logits become ``soft_cap * tanh(logits / soft_cap)`` (Gemma 2).
+        soft_cap (float | None): logits become ``soft_cap * tanh(logits / soft_cap)`` (Gemma 2); None leaves them.
 
     Returns:
         Tensor: log-probs in nats, float32 ``[N]``.
@@ -37,7 +37,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for piece in _pieces(hidden, weight):
             logits = _logits(hidden[piece], weight, soft_cap)
             peak = logits.amax(1, keepdim=True)
-            # Relative to the peak: beside logits of 30, the log-prob of a near certain token has no digits.
+            # Relative to the peak: next to logits of 30, the log-prob of a nearly certain token has no digits.
             log_probs[piece] = logits.sub_(peak).gather(1, targets[piece, None]).squeeze(1)
             log_sum = logits.exp_().sum(1).log_()
             log_probs[piece] -= log_sum
@@ -51,7 +51,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, normalizers = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Summed over the pieces in float32: bfloat16 would round the later pieces away.
+        # Summed over the pieces in float32, since bfloat16 would round later pieces away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for piece in _pieces(hidden, weight):
             logits = _logits(hidden[piece], weight, ctx.soft_cap)
@@ -65,14 +65,14 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[piece])
             if grad_weight is not None:
-                for part in _pieces(grad_weight, hidden.t()):  # not a second matrix of the weight's size
+                for part in _pieces(grad_weight, hidden.t()):  # avoids a second matrix of the weight's size
                     grad_weight[part] += _mm(grad_logits[:, part].t(), hidden[piece])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 @contextmanager
 def logits_as_on(device: str) -> Iterator[None]:
-    """For the length of the block the CPU holds as many logits at one time as a device of that type would."""
+    """Within the block, the CPU holds as many logits at a time as a device of this type."""
     before = _LOGITS["cpu"]
     if device != "cpu":
         _LOGITS["cpu"] = _LOGITS["accelerator"]
@@ -83,7 +83,7 @@ def logits_as_on(device: str) -> Iterator[None]:
 
 
 def _pieces(left: Tensor, right: Tensor) -> Iterator[slice]:
-    """Which rows of ``left`` to multiply at a time with ``right.t()``."""
+    """Returns slices of the rows of ``left`` to multiply with ``right.t()``, one at a time."""
     budget = _LOGITS["cpu" if left.device.type == "cpu" else "accelerator"]
     rows = max(1, budget // right.size(0))
     return (slice(i, i + rows) for i in range(0, len(left), rows))
@@ -95,7 +95,7 @@ def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``; on CUDA a bfloat16 product keeps its float32 accumulator, so that logits are not rounded to 8 bits."""
+    """Computes ``a @ b``; on CUDA a bfloat16 product keeps its float32 accumulator, so logits keep their precision."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

@@ -1,7 +1,7 @@
-"""What a config's ``model`` asks of a builder, against the model that the builder made.
+"""Checks that the arguments in a config's ``model`` took effect in the built model.
 
-torchtune's builders look a name up in ``lora_attn_modules`` and pass over what they do not look up, and a builder with
-``**kwargs`` may pass over anything.
+torchtune's builders ignore names in ``lora_attn_modules`` that they do not know, and a builder with ``**kwargs`` may
+ignore any argument.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 from humanline.errors import ConfigError
 from humanline.models._adapter import adapter_modules, has_quantized_base, rank_and_alpha
 
-# What other libraries call the layers, and what to set here.
+# Names of layers in other libraries.
 _OUTPUT_PROJ = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "attn_out", "proj")
 _FUSED = ("query_key_value", "qkv_proj", "qkv", "wqkv", "c_attn", "in_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "mlp", "fc1", "fc2", "c_fc")
@@ -25,23 +25,23 @@ _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte")
 
 
 def check_arguments(model: TransformerDecoder, builder: Mapping[str, Any]) -> None:
-    """Refuses arguments that the built model does not show.
+    """Raises ConfigError if an argument has no effect in the built model.
 
     Args:
-        model (TransformerDecoder): the model, which may be on the meta device.
+        model (TransformerDecoder): the model, possibly on the meta device.
         builder (Mapping[str, Any]): the config's ``model``: ``_component_`` and its arguments.
 
     Raises:
-        ConfigError: if an adapter of this size cannot train, if ``lora_attn_modules`` names a layer that the model has
-            not, if an argument has no effect, or if a ``lora_`` builder made a model without an adapter.
+        ConfigError: if an adapter with these arguments cannot train, if ``lora_attn_modules`` names a layer that the
+            model does not have, if an argument has no effect, or if a ``lora_`` builder built no adapter.
     """
     for key, holds, remedy in (
-        ("lora_rank", lambda rank: rank >= 1, "an adapter has 1 or more dimensions"),
-        ("lora_alpha", lambda alpha: alpha > 0, "it scales the adapter's update; give a number above 0"),
-        ("lora_dropout", lambda share: 0 <= share < 1, "it is the share of inputs left out; give one in [0, 1)"),
+        ("lora_rank", lambda rank: rank >= 1, "a rank of at least 1"),
+        ("lora_alpha", lambda alpha: alpha > 0, "a number above 0, which scales the adapter's update"),
+        ("lora_dropout", lambda share: 0 <= share < 1, "the share of dropped inputs, in [0, 1)"),
     ):
         if builder.get(key) is not None and not holds(builder[key]):
-            raise ConfigError(f"model.{key}: {builder[key]} does not work: {remedy}")
+            raise ConfigError(f"model.{key}: expected {remedy}, got {builder[key]}")
     layers = list(model.layers)
     names = builder.get("lora_attn_modules")
     if names is not None:
@@ -49,8 +49,8 @@ def check_arguments(model: TransformerDecoder, builder: Mapping[str, Any]) -> No
     for key, value, found in _shown(model, builder):
         if found != value:
             raise ConfigError(
-                f"model.{key}: {value} has no effect: {builder.get('_component_')} made a model with {found}; "
-                "take it out, or name a builder that applies it"
+                f"model.{key}: {value} has no effect: {builder.get('_component_')} built a model with {found}; "
+                "remove the key, or use a builder that applies it"
             )
     adapted = adapter_modules(model)
     asks = str(builder.get("_component_")).rpartition(".")[2].startswith(("lora_", "qlora_")) or any(
@@ -58,8 +58,8 @@ def check_arguments(model: TransformerDecoder, builder: Mapping[str, Any]) -> No
     )
     if asks and not adapted:
         raise ConfigError(
-            f"model: {builder.get('_component_')} made a model without a single adapter, so that all of its weights "
-            "would train; set lora_attn_modules, apply_lora_to_mlp: True, or name the builder without lora_"
+            f"model: {builder.get('_component_')} built a model without adapters, so all of its weights would train; "
+            "set lora_attn_modules or apply_lora_to_mlp: True, or use the builder without lora_"
         )
 
 
@@ -70,16 +70,18 @@ def _check_names(names: Any, layers: list[dict[str, nn.Module]]) -> None:
     known = list(dict.fromkeys(name for layer in layers for name in layer))
     for name, count in Counter(names).items():
         if name not in known:
-            raise ConfigError(f"{key}: {name} is no layer of this model's attention; {_instead(name, known)}")
+            raise ConfigError(f"{key}: this model's attention has no layer {name}; {_instead(name, known)}")
         if count > 1:
-            raise ConfigError(f"{key}: {name} stands there {count} times; name it once")
+            raise ConfigError(f"{key}: {name} is listed {count} times; list it once")
     for name in names:
         without = [at for at, layer in enumerate(layers) if not isinstance(layer.get(name), LoRALinear | DoRALinear)]
         if without:
-            raise ConfigError(f"{key}: {name} has no adapter in layer {without[0]}; the builder passed over it")
+            raise ConfigError(
+                f"{key}: {name} has no adapter in layer {without[0]}, since the builder ignored it; use another builder"
+            )
     for name in known:
         if name not in names and any(isinstance(layer.get(name), LoRALinear | DoRALinear) for layer in layers):
-            raise ConfigError(f"{key}: {name} is not named, and has an adapter all the same; add it")
+            raise ConfigError(f"{key}: {name} is not listed but has an adapter; add it")
 
 
 def _projections(attention: nn.Module) -> dict[str, nn.Module]:
@@ -91,26 +93,26 @@ def _projections(attention: nn.Module) -> dict[str, nn.Module]:
 def _instead(name: str, known: list[str]) -> str:
     lower = name.lower().rpartition(".")[2]
     if lower in _OUTPUT_PROJ and "output_proj" in known:
-        return f"{name} is output_proj here"
+        return "use output_proj"
     if lower in _FUSED:
-        return f"{name} is q_proj, k_proj and v_proj here"
+        return "use q_proj, k_proj and v_proj"
     if lower in _MLP:
-        return f"{name} is of the MLP: set model.apply_lora_to_mlp: True"
+        return "it belongs to the MLP: set model.apply_lora_to_mlp: True"
     if lower in _HEAD:
-        return f"{name} is the output layer: its adapter is not supported; take it out"
+        return "it is the output layer, whose adapter is not supported; remove it"
     if lower in _EMBEDDINGS:
-        return f"{name} is the embedding, which can have no adapter; take it out"
+        return "it is the embedding, which cannot have an adapter; remove it"
     if lower in ("all-linear", "all", "*"):
-        return f"name the layers, {', '.join(known)}, and set model.apply_lora_to_mlp: True"
+        return f"list the layers, {', '.join(known)}, and set model.apply_lora_to_mlp: True"
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
     close = next((letters[key] for key in letters if lower in (key, f"w{key}", f"{key}_lin")), None)
     close = close or {"query": "q_proj", "key": "k_proj", "value": "v_proj"}.get(lower.removesuffix("_proj"))
     close = close if close in known else next(iter(get_close_matches(lower, known, n=1)), None)
-    return f"{name} is {close} here" if close else f"choose of {', '.join(known)}"
+    return f"use {close}" if close else f"choose from {', '.join(known)}"
 
 
 def _shown(model: TransformerDecoder, builder: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The arguments that can be found again in the model: key, value asked for, value found."""
+    """Yields the arguments that can be read back from the model: key, value in the config, value in the model."""
     first = model.layers[0].attn
     sizes = {
         "vocab_size": model.tok_embeddings.num_embeddings,

@@ -1,7 +1,6 @@
-"""What the modules of a built decoder compute, found by calling them; not by their names or by their builder's.
+"""Measures the function of a built decoder by calling its modules; names and builders are not considered.
 
-A decoder on the meta device has no numbers, so a module is called on the host with small weights in the place of its
-own. Whatever builder made it, torchtune's, humanline's or a user's, is measured alike.
+A decoder on the meta device has no numbers, so each module is called on the host with small weights instead of its own.
 """
 
 import copy
@@ -23,21 +22,21 @@ from humanline.torchtune_seam.internals import attention_call
 
 
 class Norm(NamedTuple):
-    """A norm over the last dimension: ``x / sqrt(mean(x^2) + eps)``, times its weight or one more than it."""
+    """A norm over the last dimension: ``x / sqrt(mean(x^2) + eps)``, times its weight or ``1 + weight``."""
 
     eps: float
     one_plus_weight: bool
 
 
 class Scores(NamedTuple):
-    """The scores of attention: ``cap * tanh(q . k * scale / cap)``, or without a cap ``q . k * scale``."""
+    """The scores of attention: ``cap * tanh(q . k * scale / cap)``, or ``q . k * scale`` without a cap."""
 
     scale: float
     cap: float | None
 
 
 class Layer(NamedTuple):
-    """A layer. What could not be measured is the name of its module's type."""
+    """A layer; a string describes a part that could not be measured."""
 
     num_heads: int
     num_kv_heads: int
@@ -51,7 +50,7 @@ class Layer(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What a decoder computes of its weights."""
+    """The function that a decoder computes from its weights."""
 
     layers: list[Layer]
     norms: list[Norm | str]
@@ -61,7 +60,7 @@ class Built(NamedTuple):
 
 
 def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
-    """Measures a decoder, which may be on the meta device; modules of a kind are measured once."""
+    """Measures a decoder, possibly on the meta device; modules of one kind are measured once."""
     known: dict[Any, Any] = {}
 
     def once(of: Callable[..., Any], module: Any, *arguments: Any) -> Any:
@@ -69,10 +68,10 @@ def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
         if key not in known:
             try:
                 known[key] = of(*arguments)
-            except Exception:  # a module of a user's own may raise anything
+            except Exception:  # a user's own module may raise anything
                 known[key] = None
             if known[key] is None:
-                known[key] = f"another one ({type(module).__name__})"
+                known[key] = f"a different one ({type(module).__name__})"
         return known[key]
 
     dim = model.tok_embeddings.embedding_dim
@@ -110,7 +109,7 @@ def _where_heads_are_normed(attention: nn.Module) -> str:
 
 
 def rotation_of(module: nn.Module | None, head_dim: int) -> Rotation | None:
-    """How rotary embeddings turn queries and keys; None if they do something else than to turn pairs of dimensions."""
+    """Measures how rotary embeddings rotate queries and keys; None if they do more than rotate pairs of dimensions."""
     if module is None:
         return Rotation(torch.empty(0, dtype=torch.float64))
     with torch.device("cpu"):
@@ -127,7 +126,7 @@ def rotation_of(module: nn.Module | None, head_dim: int) -> Rotation | None:
 
 
 def _pairs(turned: Tensor, halves: bool) -> Rotation | None:
-    """The angles of a matrix that turns pairs of its first dimensions, and None if it does not."""
+    """Returns the angles of a matrix that rotates pairs of its first dimensions; None if it does something else."""
     head_dim = len(turned)
     off_diagonal = turned - turned.diagonal().diag()
     rotated = int((off_diagonal.abs().sum(1) > 0).sum())
@@ -144,9 +143,9 @@ def _pairs(turned: Tensor, halves: bool) -> Rotation | None:
 
 
 def norm_of(module: nn.Module, dim: int) -> Norm | None:
-    """How a norm scales; None if it is no norm of root mean squares."""
+    """Measures how a norm scales; None if it is not an RMS norm."""
     x = torch.zeros(1, dim)
-    x[0, ::2] = 1e-4  # small, so that eps shows, and not of mean zero
+    x[0, ::2] = 1e-4  # small, so that eps matters, and with a non-zero mean
     mean_square = float(x.double().square().mean())
 
     def call(weight: float) -> Tensor:
@@ -171,15 +170,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_of(function: Callable[[Tensor], Tensor]) -> str:
-    """The name of an activation by its values, in the words of :class:`~humanline.models._published.Published`."""
+    """Returns the name of an activation from its values, as in :class:`~humanline.models._published.Published`."""
     x = torch.linspace(-4, 4, 41)
     values = function(x.clone())
     alike = (name for name, known in _ACTIVATIONS.items() if torch.allclose(values, known(x), atol=1e-6))
-    return next(alike, f"another function ({getattr(function, '__name__', type(function).__name__)})")
+    return next(alike, f"a different function ({getattr(function, '__name__', type(function).__name__)})")
 
 
 def scores_of(attend: Callable[..., Tensor], head_dim: int) -> Scores:
-    """The scale and the soft-cap of attention's scores, from the weights it gives to two keys.
+    """Measures the scale and the soft-cap of attention's scores from the weights it gives to two keys.
 
     Args:
         attend (Callable[..., Tensor]): ``(q, k, v, *, mask, dropout_p, is_causal)``, each ``[B, H, S, D]``.
@@ -196,7 +195,7 @@ def scores_of(attend: Callable[..., Tensor], head_dim: int) -> Scores:
 
     small = 1e-2
     scale = score(small) / small
-    uncapped = 60.0  # far enough for caps to show, and within float32
+    uncapped = 60.0  # large enough to reveal caps, and within float32
     capped = score(uncapped / scale)
     if capped > 0.9999 * uncapped:
         return Scores(scale, None)
@@ -208,14 +207,14 @@ def scores_of(attend: Callable[..., Tensor], head_dim: int) -> Scores:
 
 
 def embedding_scale_of(module: nn.Module, dim: int) -> float:
-    """What embeddings are multiplied with after they are looked up."""
+    """Measures the factor that embeddings are multiplied with after the lookup."""
     with torch.device("cpu"):
         ids = torch.ones(1, 1, dtype=torch.int64)
         return float(functional_call(module, {"weight": torch.ones(2, dim)}, (ids,)).double().mean())
 
 
 def _kind(module: Any) -> tuple[Any, ...]:
-    """What modules of one type differ in, so that each kind is measured once."""
+    """Returns a key that is equal for modules of the same type and settings."""
     if not isinstance(module, nn.Module):
         return (module,)
     parts = [(type(part), *_plain(part)) for part in module.modules()]

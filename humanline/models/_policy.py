@@ -13,20 +13,20 @@ from humanline.torchtune_seam.internals import Mask
 
 
 class LogProbDecoder(nn.Module):
-    """A torchtune decoder whose output is the log-probs of chosen tokens instead of the logits of all of them.
+    """A torchtune decoder that returns the log-probs of chosen tokens instead of all logits.
 
-    It takes over the decoder's modules under their own names, so its state dict *is* the decoder's: torchtune's
+    It takes over the decoder's modules under their own names, so its state dict *is* the decoder's. torchtune's
     checkpointers, sharding conditions, activation checkpointing and per-layer compile apply unchanged.
 
     Args:
-        decoder (TransformerDecoder): the model, from a torchtune builder with torchtune's ``MultiHeadAttention`` and an
-            output layer without bias, tied or not: those of docs/models.md.
+        decoder (TransformerDecoder): the model, from a torchtune builder. It needs torchtune's ``MultiHeadAttention``
+            and an output layer without bias, tied or not (see docs/models.md).
 
     Attributes:
-        compute_dtype (torch.dtype): dtype of the forward pass, in which parameters kept in another one are cast.
+        compute_dtype (torch.dtype): dtype of the forward pass; parameters kept in another dtype are cast to it.
 
     Raises:
-        ConfigError: if the attention or the output layer is of another kind.
+        ConfigError: if the attention or the output layer is of another type.
     """
 
     def __init__(self, decoder: TransformerDecoder) -> None:
@@ -34,14 +34,14 @@ class LogProbDecoder(nn.Module):
         for layer in decoder.layers:
             if not isinstance(layer.attn, MultiHeadAttention):
                 raise ConfigError(
-                    f"model: its attention is a {type(layer.attn).__name__}, and rows need torchtune's "
-                    "MultiHeadAttention (for Gemma 2 and Qwen3, whose attention in torchtune is of another kind, name "
-                    "a builder of humanline.models.gemma2 or qwen3)"
+                    "model: expected torchtune's MultiHeadAttention, which rows need, got "
+                    f"{type(layer.attn).__name__}; for Gemma 2 and Qwen3 use a builder of humanline.models.gemma2 or "
+                    "humanline.models.qwen3"
                 )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
-                f"model: its output layer is a {type(decoder.output).__name__}; only a linear layer without bias is "
-                "supported, tied to the embeddings or not (with LoRA: apply_lora_to_output: False)"
+                f"model: expected a linear output layer without bias, got {type(decoder.output).__name__}; it may be "
+                "tied to the embeddings, and LoRA needs apply_lora_to_output: False"
             )
         rows = decoder.tok_embeddings.num_embeddings
         if not isinstance(decoder.output, TiedLinear) and decoder.output.out_features != rows:
@@ -70,11 +70,11 @@ class LogProbDecoder(nn.Module):
         """
         Args:
             tokens (Tensor): token ids, int64 ``[R, L]``.
-            masks (Mapping[int | None, Mask]): which token sees which, for each sliding window that a layer has
-                (None: without): bool ``[R, L, L]``, or a FlexAttention block mask.
+            masks (Mapping[int | None, Mask]): the attention mask for each sliding window that a layer has (None: no
+                window): bool ``[R, L, L]``, or a FlexAttention block mask.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
-            predictors (Tensor): where the hidden states that predict the targets stand, int64 ``[N]`` into the
-                flattened ``[R * L]``.
+            predictors (Tensor): indices of the hidden states that predict the targets, int64 ``[N]`` into the flattened
+                ``[R * L]``.
             targets (Tensor): the predicted token ids, int64 ``[N]``.
 
         Returns:
@@ -83,12 +83,12 @@ class LogProbDecoder(nn.Module):
         hidden = self.tok_embeddings(tokens)
         for layer, window in zip(self.layers, self.windows, strict=True):
             hidden = layer(hidden, mask=masks[window], input_pos=positions)
-        # Only the rows that predict a response token are normalised and projected.
+        # Only rows that predict a response token are normalised and projected.
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
         return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the last layer ``[B, S, D]`` to logits, float32 ``[B, S, V]``."""
+        """Computes logits, float32 ``[B, S, V]``, from hidden states of the last layer, ``[B, S, D]``."""
         logits = F.linear(self.norm(hidden), self._output_weight()).float()
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -101,7 +101,7 @@ def _is_plain_linear(module: object) -> bool:
 
 
 def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
-    """:func:`log_probs` without gradient and in evaluation mode, which turns dropout off."""
+    """Computes :func:`log_probs` without gradient and in evaluation mode, without dropout."""
     was_training = model.training
     model.eval()
     try:
@@ -112,6 +112,6 @@ def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
 
 
 def log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
-    """Log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
+    """Computes the log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
     masks = {window: rows.attention_mask(window) for window in set(model.windows)}
     return model(rows.tokens, masks=masks, positions=rows.positions, predictors=rows.predictors, targets=rows.targets)

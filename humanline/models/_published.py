@@ -1,7 +1,7 @@
-"""The function that the config.json beside a checkpoint describes, in the terms in which a built model is measured.
+"""The function described by a checkpoint's config.json, in the quantities that are measured on a built model.
 
-transformers is the authority on what a key means: its defaults per family, and the two forms in which it has written
-rotary positions (``rope_theta`` with ``rope_scaling``, and ``rope_parameters``).
+transformers defines the meaning of keys: the defaults of each family, and the two forms of rotary positions
+(``rope_theta`` with ``rope_scaling``, and ``rope_parameters``).
 """
 
 import json
@@ -22,12 +22,12 @@ FAMILIES = tuple(FAMILY_DEFAULTS)
 
 _NUMBERS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
 
-# Keys that speak of the function, whatever model they are of: one that the family does not read must be neutral.
+# Keys that affect the function in some model. If the family does not read such a key, its value must be neutral.
 _OF_THE_FUNCTION = re.compile(
     r"scal|multipl|capping|norm|rope|rotary|theta|window|attn|attention|bias|_act$|^act|activation|alibi|moe|expert"
     r"|router|qk_|residual|parallel|mask|causal|bidirection|mup|position|quant|embed|logit|pool|layer|skip|nope"
 )
-# These speak of it, but leave it as it is: the shapes and names of the weights decide them, or training or a kernel.
+# Keys that match it but do not change the function: weights' shapes and names, training or a kernel decide them.
 _HARMLESS = re.compile(
     r"attention_bias|mlp_bias|num_(hidden_layers|key_value_heads|attention_heads)|hidden_size|\w*(dropout|pdrop)"
     r"|_?attn_implementation\w*|_?experts_implementation\w*|use_flash_attn|_?flash_attn\w*|\w*flash_attention\w*"
@@ -37,10 +37,10 @@ _HARMLESS = re.compile(
     r"|is_(encoder_)?decoder|transformers\.js_config|_commit_hash|chunk_size_feed_forward|cache_implementation"
 )
 
-# Beside a vision_config: what the text model has nothing to do with.
+# Keys beside a vision_config that do not concern the text model.
 _OF_IMAGES = re.compile(r"vision_config|mm_tokens_per_image|(boi|eoi|image)_token_(index|id)")
 
-# Names under which files repeat a value that their family reads under another, as Gemma 2 9B's does.
+# Names under which files repeat a value that their family reads under another name, as Gemma 2 9B's does.
 _SECOND_NAMES = {"sliding_window_size": "sliding_window"}
 
 _ACTIVATIONS = {
@@ -51,13 +51,13 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Rotation:
-    """By what rotary embeddings turn queries and keys at position 1.
+    """The angles by which rotary embeddings rotate queries and keys at position 1.
 
     Attributes:
         frequencies (Tensor): angles in radians, float64 ``[half of the rotated dimensions]``.
-        factor (float): what sines and cosines are multiplied with.
-        halves (bool | None): whether a dimension turns with one half a head away, and not with its neighbour; None
-            where that is not known.
+        factor (float): factor of sines and cosines.
+        halves (bool | None): True if a dimension is paired with the one half a head away, False if with its neighbour;
+            None if that is unknown.
     """
 
     frequencies: Tensor
@@ -65,7 +65,7 @@ class Rotation:
     halves: bool | None = None
 
     def like(self, other: "Rotation") -> bool:
-        """Whether both turn alike, up to the rounding of float32."""
+        """Whether both rotations are equal up to float32 rounding."""
         return (
             self.frequencies.shape == other.frequencies.shape
             and torch.allclose(self.frequencies, other.frequencies, rtol=1e-5, atol=0)
@@ -78,13 +78,13 @@ class Rotation:
         if count == 0:
             return "none"
         if count == 1:
-            return f"of {2 * count} dimensions, frequency {self.frequencies[0]:.4g}"
+            return f"{2 * count} dimensions, frequency {self.frequencies[0]:.4g}"
         base = float(self.frequencies[0] / self.frequencies[1]) ** count
         plain = base ** (-torch.arange(count, dtype=torch.float64) / count)
         scaling = float(plain[-1] / self.frequencies[-1])
-        words = [f"base {base:,.6g}", f"of {2 * count} dimensions"]
+        words = [f"base {base:,.6g}", f"{2 * count} dimensions"]
         if not math.isclose(scaling, 1, rel_tol=1e-3):
-            words.append(f"the lowest frequency divided by {scaling:.4g}")
+            words.append(f"lowest frequency divided by {scaling:.4g}")
         if not math.isclose(self.factor, 1, rel_tol=1e-4):
             words.append(f"sines and cosines times {self.factor:.4g}")
         if self.halves is not None:
@@ -94,23 +94,26 @@ class Rotation:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The function that a config.json describes.
+    """The function described by a config.json.
 
     Attributes:
         path (Path): the file.
         model_type (str): the family, one of ``FAMILIES``.
-        sizes (Mapping[str, int]): layers, widths and vocabulary by the file's own names.
-        rotations (tuple[Rotation, ...]): of each layer.
-        windows (tuple[int | None, ...]): how many positions a token of each layer sees, its own included.
-        attention_scale (float): of the products of queries and keys.
-        attention_cap (float | None): the soft-cap of attention's scores.
-        logit_cap (float | None): the soft-cap of the logits.
-        embedding_scale (float): what embeddings are multiplied with.
-        one_plus_weight (bool): whether norms scale by one more than their weight.
-        head_norms (bool): whether queries and keys are normed, before positions turn them.
-        activation (str): of the MLP.
-        scaled (bool): whether rotary positions are other than plain ones.
-        remarks (tuple[str, ...]): what was passed over, to be logged.
+        sizes (Mapping[str, int]): layers, widths and vocabulary, by the file's own names.
+        rotations (tuple[Rotation, ...]): rotation of each layer.
+        windows (tuple[int | None, ...]): number of positions that a token of each layer attends to, itself included;
+            None without a sliding window.
+        attention_scale (float): scale of the products of queries and keys.
+        attention_cap (float | None): soft-cap of attention's scores; None if there is none.
+        logit_cap (float | None): soft-cap of the logits; None if there is none.
+        embedding_scale (float): factor of the embeddings.
+        one_plus_weight (bool): whether norms scale by ``1 + weight`` instead of ``weight``.
+        head_norms (bool): whether queries and keys are normed, before RoPE.
+        activation (str): activation of the MLP.
+        rope (Mapping[str, Any]): parameters of RoPE in layers without a sliding window.
+        local_rope (Mapping[str, Any]): parameters of RoPE in layers with one.
+        scaled (bool): whether rotary positions are scaled.
+        remarks (tuple[str, ...]): messages about ignored keys, to be logged.
     """
 
     path: Path
@@ -138,15 +141,15 @@ class Published:
 
 
 def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | None:
-    """Reads a checkpoint's config.json; None where it has none.
+    """Reads a checkpoint's config.json; returns None if there is none.
 
     Args:
         checkpoint_dir (str | Path): the checkpoint's folder.
-        max_seq_len (int): the longest sequence of the model that is built, which scaled positions may depend on.
+        max_seq_len (int): longest sequence of the built model, tokens; scaled positions may depend on it.
 
     Raises:
-        ConfigError: if it cannot be read, is of a family that is not known, or has a key that changes the function
-            in a way that is not known.
+        ConfigError: if the file cannot be read, has an unknown family, or has a key that changes the function in an
+            unknown way.
     """
     path = Path(checkpoint_dir) / "config.json"
     if not path.is_file():
@@ -154,21 +157,23 @@ def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | 
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpointer.checkpoint_dir: {path} cannot be read as JSON: {error}") from error
+        raise ConfigError(
+            f"checkpointer.checkpoint_dir: {path} cannot be read as JSON ({error}); download it again"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"checkpointer.checkpoint_dir: {path} is a {type(content).__name__}, not an object of keys")
+        raise ConfigError(f"checkpointer.checkpoint_dir: {path}: expected an object, got {type(content).__name__}")
     content |= content.pop("text_config", None) or {}
     family = content.get("model_type")
     if family not in FAMILY_DEFAULTS:
         raise ConfigError(
-            f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, and no builder of torchtune or humanline "
-            f"is known to compute that; known are {', '.join(FAMILIES)}"
+            f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, which no builder of torchtune or "
+            f"humanline is known to compute; expected one of {', '.join(FAMILIES)}"
         )
     return _Reader(path, family, content, max_seq_len).published()
 
 
 class _Reader:
-    """One config.json of a known family."""
+    """Reads one config.json of a known family."""
 
     def __init__(self, path: Path, family: str, content: dict[str, Any], max_seq_len: int) -> None:
         self.path, self.family, self.content, self.max_seq_len = path, family, content, max_seq_len
@@ -181,7 +186,7 @@ class _Reader:
         kv_heads = heads if self._value("num_key_value_heads") is None else self._number("num_key_value_heads")
         head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._number("head_dim")
         if self._value("head_dim") is None and sizes["hidden_size"] % heads:
-            raise self._error("hidden_size", f"{sizes['hidden_size']} does not divide into {heads} heads")
+            raise self._error("hidden_size", f"expected a multiple of {heads} heads, got {sizes['hidden_size']}")
         gemma = self.family in ("gemma", "gemma2", "gemma3_text")
         layer_types = self._layer_types(sizes["num_hidden_layers"])
         ropes = [self._rope(layer_type) for layer_type in layer_types]
@@ -233,11 +238,11 @@ class _Reader:
         return None if self._value(key) is None else float(self._number(key))
 
     def _check_keys(self) -> tuple[str, ...]:
-        """Refuses what changes the function and is not known; returns what was passed over without being known."""
+        """Raises ConfigError for unknown keys that change the function; returns remarks about other unknown keys."""
         if self.content.get("quantization_config"):
             method = self.content["quantization_config"].get("quant_method", "some method")
             raise self._error(
-                "quantization_config", f"the weights are quantised ({method}); give the checkpoint that is not"
+                "quantization_config", f"the weights are quantised ({method}); use a checkpoint that is not"
             )
         known = {*self.defaults, *_NUMBERS, "model_type", "architectures", "auto_map", "quantization_config"}
         unknown = {key: value for key, value in self.content.items() if key not in known and not _is_neutral(value)}
@@ -250,21 +255,21 @@ class _Reader:
             if _OF_THE_FUNCTION.search(key):
                 raise self._error(
                     key,
-                    f"{json.dumps(value)[:80]} changes what the model computes, and transformers' {self.family} does "
-                    "not read it; no builder computes it. Remove the key if the weights are of a plain "
+                    f"{json.dumps(value)[:80]} changes what the model computes, but transformers' {self.family} does "
+                    "not read this key and no builder supports it. Remove the key if the weights are of a plain "
                     f"{self.family}",
                 )
         remarks = []
         if self.content.get("vision_config"):
             remarks.append(f"{self.path}: of its parts the text model trains; the others stay as they are")
         if self.content.get("auto_map"):
-            remarks.append(f"{self.path}: auto_map: its own code is not run; the model is transformers' {self.family}")
+            remarks.append(f"{self.path}: auto_map: its code is not run; the model is transformers' {self.family}")
         if unknown:
-            remarks.append(f"{self.path}: not known, and taken to leave the function alone: {', '.join(unknown)}")
+            remarks.append(f"{self.path}: unknown keys, assumed not to change the function: {', '.join(unknown)}")
         return tuple(remarks)
 
     def _activation(self) -> str:
-        # Early Gemma files say gelu and mean its approximation, as transformers does.
+        # Early Gemma files say gelu but mean its approximation, as transformers does.
         name = self._value("hidden_activation") or self._value("hidden_act")
         if self.family == "gemma" and name == "gelu":
             name = "gelu_pytorch_tanh"
@@ -283,7 +288,9 @@ class _Reader:
             sliding = [layer >= first for layer in range(layers)]
         types = self._value("layer_types") or [("full", "sliding")[each] + "_attention" for each in sliding]
         if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-            raise self._error("layer_types", f"expected full_attention or sliding_attention {layers} times")
+            raise self._error(
+                "layer_types", f"expected full_attention or sliding_attention {layers} times, got {str(types)[:80]}"
+            )
         return list(types)
 
     def _windows(self, layer_types: list[str]) -> tuple[int | None, ...]:
@@ -293,13 +300,13 @@ class _Reader:
         return tuple(window if each == "sliding_attention" else None for each in layer_types)
 
     def _rope(self, layer_type: str) -> dict[str, Any]:
-        """The parameters of rotary positions, in the form that transformers 5 writes."""
+        """Returns the parameters of rotary positions, in the form that transformers 5 writes."""
         scaling, parameters = (self._value(key) or {} for key in ("rope_scaling", "rope_parameters"))
         for key, each in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if not isinstance(each, dict):
                 raise self._error(key, f"expected null or an object, got {each!r}")
         given, theta = scaling or parameters, "rope_theta"  # in transformers' order
-        if self.family == "gemma3_text":  # parameters are by the layer's type, and scaling is of global layers
+        if self.family == "gemma3_text":  # parameters per layer type; scaling applies to global layers
             is_local = layer_type == "sliding_attention"
             given = parameters.get(layer_type, {}) | ({} if is_local else scaling)
             theta = "rope_local_base_freq" if is_local else "rope_theta"
@@ -343,21 +350,21 @@ class _Reader:
             factor = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(length))
             short = torch.tensor(rope["short_factor"], dtype=torch.float64)
             return Rotation(plain / short, rope.get("attention_factor") or factor)
-        raise self._error("rope_scaling", f"rope_type {kind!r} is not known, and no builder computes it")
+        raise self._error("rope_scaling", f"rope_type {kind!r} is unknown, and no builder computes it")
 
     def _check_length(self, kind: str, limit: int) -> None:
         if self.max_seq_len > limit:
             raise self._error(
                 "rope_scaling",
-                f"rope_type {kind!r} turns by other angles once a sequence is longer than {limit:,} positions, which "
+                f"rope_type {kind!r} rotates by other angles if a sequence is longer than {limit:,} positions, which "
                 f"no builder computes; set model.max_seq_len: {limit} (the model has {self.max_seq_len})",
             )
 
 
 def _llama3(plain: Tensor, rope: dict[str, Any], length: int) -> Tensor:
-    """Llama 3.1's: waves longer than the original context are stretched, short ones are not."""
+    """Computes Llama 3.1's frequencies: wavelengths beyond the original context are stretched, short ones are not."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = length * plain / (2 * math.pi)  # of a dimension over the original context
+    turns = length * plain / (2 * math.pi)  # full turns of each dimension over the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * plain / rope["factor"] + kept * plain
 
@@ -385,5 +392,5 @@ def _yarn(plain: Tensor, base: float, rope: dict[str, Any], length: int) -> Rota
 
 
 def _is_neutral(value: Any) -> bool:
-    """Whether a key of this value says that something is not done: absent, off, empty, or a factor of one."""
+    """Whether a key with this value switches something off: absent, off, empty, or a factor of one."""
     return value is None or value is False or value in ("", [], {}) or (type(value) in (int, float) and value in (0, 1))

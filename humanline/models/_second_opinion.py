@@ -1,4 +1,4 @@
-"""transformers' own reading of a config.json, where it is installed: a second line of defence."""
+"""Compares humanline's reading of a config.json with transformers' own, if transformers is installed."""
 
 import sys
 
@@ -9,13 +9,13 @@ from humanline.models._published import Published, Rotation
 
 
 def second_opinion(published: Published) -> str | None:
-    """Compares what humanline read from a config.json with what transformers reads.
+    """Compares humanline's reading of a config.json with transformers' reading.
 
-    Importing transformers takes seconds, so plain models, of which there is little to misread, are left out unless it
-    is imported already.
+    Importing transformers takes seconds. So plain models, which are hard to misread, are skipped unless transformers is
+    already imported.
 
     Args:
-        published (Published): what humanline read.
+        published (Published): humanline's reading.
 
     Returns:
         str | None: why the two could not be compared, for the log; None if they were, or need not be.
@@ -45,9 +45,9 @@ def second_opinion(published: Published) -> str | None:
             theirs["RoPE"] = Rotation(frequencies.double(), factor)
     except ImportError:
         return None
-    except Exception as error:  # whatever a version of transformers may raise
+    except Exception as error:  # versions of transformers raise different errors
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"{published.path} could not be compared with transformers' reading of it: {words[:200]}"
+        return f"{published.path} could not be compared with transformers' reading: {words[:200]}"
     ours: dict[str, object] = {
         "rms_norm_eps": published.rms_norm_eps,
         "num_key_value_heads": published.num_key_value_heads,
@@ -60,7 +60,7 @@ def second_opinion(published: Published) -> str | None:
         alike = mine.like(value) if isinstance(mine, Rotation) and isinstance(value, Rotation) else mine == value
         if not alike:
             raise ConfigError(
-                f"checkpointer.checkpoint_dir: {published.path}: {key} is {value} as transformers reads it and {mine} "
-                "as humanline does; one of the two misreads the file, so the run is not started"
+                f"checkpointer.checkpoint_dir: {published.path}: transformers reads {key} as {value}, humanline as "
+                f"{mine}; one of them misreads the file, so the run does not start"
             )
     return None

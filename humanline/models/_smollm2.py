@@ -22,8 +22,8 @@ SHAPE: dict[str, Any] = {
 def smollm2_135m() -> TransformerDecoder:
     """Builder for SmolLM2-135M (https://arxiv.org/abs/2502.02737), the model of the demo.
 
-    It is a Llama with tied embeddings and plain rotary positions, so torchtune's Llama 3.2 builder makes it, with
-    ``scale_factor=1`` turning Llama 3.2's rescaled frequencies off. Its checkpoints load with ``model_type: LLAMA3_2``.
+    It is a Llama with tied embeddings and plain rotary positions. So torchtune's Llama 3.2 builder builds it, with
+    ``scale_factor=1`` to disable Llama 3.2's scaled frequencies. Its checkpoints load with ``model_type: LLAMA3_2``.
 
     Returns:
         TransformerDecoder: 134.5M parameters; token ids ``[B, S]`` to logits ``[B, S, 49152]``, ``S <= 8192``.
@@ -39,19 +39,20 @@ def lora_smollm2_135m(
     lora_dropout: float = 0.0,
     use_dora: bool = False,
 ) -> TransformerDecoder:
-    """Builder for SmolLM2-135M with LoRA, in the arguments of torchtune's own LoRA builders.
+    """Builder for SmolLM2-135M with LoRA, with the arguments of torchtune's LoRA builders.
 
-    The output cannot have an adapter, since its weights are those of the embeddings, and the base cannot be quantized:
+    The output layer cannot have an adapter, since its weights are the embeddings'. The base cannot be quantized, since
     attention's projections do not divide into blocks of NF4.
 
     Args:
-        lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, of ``q_proj``, ``k_proj``,
+        lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, from ``q_proj``, ``k_proj``,
             ``v_proj`` and ``output_proj``.
-        apply_lora_to_mlp (bool): whether the three projections of each MLP have one too.
+        apply_lora_to_mlp (bool): True adds adapters to the three projections of each MLP.
         lora_rank (int): rank of the adapter's update.
         lora_alpha (float): the update is scaled by ``lora_alpha / lora_rank``.
         lora_dropout (float): probability of dropping an input of the adapter in training.
-        use_dora (bool): train each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353).
+        use_dora (bool): True trains each row's magnitude separately from its direction (DoRA,
+            https://arxiv.org/abs/2402.09353).
 
     Returns:
         TransformerDecoder: as :func:`smollm2_135m`, with adapters.

@@ -10,12 +10,13 @@ from humanline.models._policy import LogProbDecoder
 
 @contextmanager
 def whole_weights(model: LogProbDecoder) -> Iterator[None]:
-    """For the length of the block each rank has the whole model in the dtype in which it computes: what FSDP2 sharded
-    is gathered once, and what is kept in another dtype is cast once. The ranks may then call it as each of them likes.
+    """Within the block, each rank holds the whole model in its compute dtype, and may call it independently.
+
+    Weights sharded by FSDP2 are gathered once; otherwise weights kept in another dtype are cast once.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if units:
-        # The root has to set itself up before its layers are called without it.
+        # The root must initialise itself before its layers are called without it.
         model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -31,12 +32,12 @@ def whole_weights(model: LogProbDecoder) -> Iterator[None]:
 
 @contextmanager
 def cast_parameters(root: nn.Module, dtype: torch.dtype, of_layers: bool = False) -> Iterator[None]:
-    """For the length of the block, replaces parameters of another dtype by casts of them.
+    """Within the block, replaces parameters of another dtype with casts.
 
     Args:
         root (nn.Module): the module.
-        dtype (torch.dtype): what to cast to.
-        of_layers (bool): whether those of a decoder's layers too.
+        dtype (torch.dtype): dtype of the casts.
+        of_layers (bool): False excludes the layers of a :class:`LogProbDecoder`.
     """
     skipped = set() if of_layers or not isinstance(root, LogProbDecoder) else set(root.layers.modules())
     replaced = []

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW with stochastic rounding, the learning rate's schedule, gradient clipping."""
+"""Updates weights: AdamW with stochastic rounding, learning-rate schedules, gradient clipping."""
 
 from humanline.optim._gradients import clip_gradients
 from humanline.optim._lr_schedule import get_constant_schedule_with_warmup, lr_schedule, rehearse_optimizer, replay

@@ -14,25 +14,26 @@ PIECE = 1 << 24  # elements; large enough to keep a GPU busy
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW whose weights and moments stay in their own dtype, bfloat16 rounded stochastically: 8 bytes a parameter
-    with its gradient.
+    """AdamW with stochastic rounding for bfloat16 weights and moments: 8 bytes per parameter, gradient included.
 
-    The update is computed in float32, a piece of a tensor at a time. Rounding up with a probability equal to the
-    fraction cut off keeps updates far below a bfloat16 step alive on average, where rounding to nearest loses them all.
-    The moments are rounded in the same way, since a second moment that changes by one part in a thousand a step would
-    otherwise never change at all. Works on FSDP2's sharded parameters, each rank on its own shard.
+    The update is computed in float32, piece by piece, and stored in the parameter's dtype. A bfloat16 value is rounded
+    up with a probability equal to the fraction cut off. Updates far below a bfloat16 step therefore survive on average;
+    rounding to nearest would lose them all. The moments are rounded in the same way: a second moment that changes by
+    one part in a thousand per step would otherwise never change. On FSDP2's sharded parameters each rank updates its
+    own shard.
 
     Args:
-        params (Iterable[Any]): parameters or parameter groups.
-        lr (float): learning rate.
-        betas (tuple[float, float]): decay of the first and second moment.
-        eps (float): added to the root of the second moment.
-        weight_decay (float): decoupled weight decay.
-        seed (int): seed of the rounding. The noise of a step depends on seed, step and shard alone, so a resumed run
-            rounds as it would have, and ranks that hold the same shard round it alike.
+        params (Iterable[Any]): parameters or parameter groups. The recipe passes them.
+        lr (float): learning rate, at least 0.
+        betas (tuple[float, float]): decay rates of the first and the second moment, each at least 0 and below 1.
+        eps (float): number added to the root of the second moment, at least 0.
+        weight_decay (float): decoupled weight decay, at least 0.
+        seed (int): seed of the rounding noise. Write ``seed: ${seed}`` to use the run's seed. The noise of a step
+            depends on seed, step and shard alone. A resumed run therefore rounds like an uninterrupted one, and ranks
+            that hold the same shard round it alike.
 
     Raises:
-        ConfigError: if a setting is out of its range.
+        ConfigError: if a setting is out of range.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class StochasticAdamW(Optimizer):
     ) -> None:
         for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
-                raise ConfigError(f"optimizer.{key}: {value} is below 0")
+                raise ConfigError(f"optimizer.{key}: expected a number of at least 0, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"optimizer.betas: {tuple(betas)} are not both in [0, 1)")
+            raise ConfigError(f"optimizer.betas: expected numbers of at least 0 and below 1, got {tuple(betas)}")
         self.seed = seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
@@ -73,7 +74,7 @@ class StochasticAdamW(Optimizer):
 
     def _noise(self, step: int, parameter: Tensor) -> torch.Generator:
         shard = 0
-        if isinstance(parameter, DTensor):  # the last dimension of the mesh shards; one before it repeats, alike
+        if isinstance(parameter, DTensor):  # the mesh's last dimension shards; an earlier one replicates
             shard = parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)
         return torch.Generator(parameter.device).manual_seed(stream_seed("rounding", self.seed, step, shard))
 
@@ -99,23 +100,22 @@ class StochasticAdamW(Optimizer):
         _store(exp_avg, first, noise)
         _store(exp_avg_sq, second, noise)
         denominator = second.div_(1 - beta2**step).sqrt_().add_(eps)
-        # The decay joins the update: a factor of 1 - lr * weight_decay is 1 in float32 where the two make 1e-8.
+        # The decay is part of the update: a factor of 1 - lr * weight_decay rounds to 1 in float32 at 1e-8.
         update = first.div_(denominator).div_(1 - beta1**step).add_(weight, alpha=weight_decay)
         _store(weight, weight.float().sub_(update, alpha=lr), noise)
 
 
 def stochastic_round(values: Tensor, noise: torch.Generator | None = None) -> Tensor:
-    """Rounds float32 to bfloat16, up with the probability of the fraction cut off, so that the mean is exact.
+    """Rounds float32 to bfloat16. Rounds up with the probability of the fraction cut off, so the mean is exact.
 
     Args:
         values (Tensor): float32, any shape; overwritten.
-        noise (torch.Generator | None): where the random bits come from; None is torch's own generator.
+        noise (torch.Generator | None): source of the random bits; None uses torch's default generator.
 
     Returns:
         Tensor: bfloat16, same shape.
     """
-    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with just that
-    # probability.
+    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries over with that probability.
     bits = values.view(torch.int32)
     random = torch.randint(1 << 16, bits.shape, generator=noise, dtype=bits.dtype, device=bits.device)
     bits.add_(random).bitwise_and_(-(1 << 16))
@@ -123,12 +123,12 @@ def stochastic_round(values: Tensor, noise: torch.Generator | None = None) -> Te
 
 
 def _store(target: Tensor, values: Tensor, noise: torch.Generator) -> None:
-    """Copies float32 values into a tensor of any dtype, rounding stochastically to bfloat16."""
+    """Copies float32 values into a tensor of any dtype, with stochastic rounding to bfloat16."""
     target.copy_(stochastic_round(values.clone(), noise) if target.dtype == torch.bfloat16 else values)
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of this rank's shard of at most about ``PIECE`` elements, rows of it: float32 copies are made of one."""
+    """Splits this rank's shard by rows into views of about ``PIECE`` elements, so that float32 copies stay small."""
     shard = torch.atleast_1d(local_shard(tensor))
     rows = PIECE * len(shard) // max(1, shard.numel())
     return shard.split(max(1, rows))

@@ -1,6 +1,6 @@
-"""Prospect theory for language models: how outcomes are valued, how their probabilities are perceived, and sampling so.
+"""Prospect theory for language models: the value of outcomes, the perception of probabilities, and humanline sampling.
 
-Only sampling takes part in training, as the losses' alternative to the clip; the rest is the theory behind both.
+Only sampling takes part in training, as the losses' alternative to the clip. The rest is the theory behind both.
 """
 
 from humanline.perception._bound import largest_kl, utility_gap_bound

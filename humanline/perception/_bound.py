@@ -2,13 +2,13 @@ import math
 
 from humanline.errors import ConfigError
 
-# Proposition 3.4 of https://arxiv.org/abs/2509.24207. People weigh outcomes by omega, training on data from Q by Q. By
-# Hoelder's inequality the two utilities differ by at most ||v||_inf * ||omega - Q||_1, and by Pinsker's
-# ||omega - Q||_1 <= sqrt(2 * KL(omega || Q)), which needs an omega that sums to 1.
+# Proposition 3.4 of https://arxiv.org/abs/2509.24207. Human utility weights outcomes by omega; training on data from Q
+# weights them by Q. Hoelder's inequality: the two utilities differ by at most ||v||_inf * ||omega - Q||_1. Pinsker's
+# inequality: ||omega - Q||_1 <= sqrt(2 * KL(omega || Q)), which requires that omega sums to 1.
 
 
 def utility_gap_bound(kl: float, max_value: float) -> float:
-    """The most by which utility under ``Q`` can differ from utility as perceived, ``||v||_inf * sqrt(2 * KL)``.
+    """Bounds the difference between the utility under ``Q`` and the perceived utility: ``||v||_inf * sqrt(2 * KL)``.
 
     Args:
         kl (float): ``KL(omega || Q)`` in nats, for an ``omega`` that sums to 1.
@@ -26,14 +26,14 @@ def utility_gap_bound(kl: float, max_value: float) -> float:
 
 
 def largest_kl(gap: float, max_value: float) -> float:
-    """The largest ``KL(omega || Q)`` that keeps the utilities within ``gap``, ``(gap / (sqrt(2) * ||v||_inf))^2``.
+    """Returns the largest ``KL(omega || Q)`` that bounds the gap: ``(gap / (sqrt(2) * ||v||_inf))^2``.
 
     Args:
-        gap (float): the paper's delta, in the unit of the values.
+        gap (float): largest allowed difference of the utilities, the paper's delta, in the unit of the values.
         max_value (float): ``||v||_inf``, the largest absolute value of any outcome.
 
     Returns:
-        float: nats; infinite where all values are 0.
+        float: nats; infinite if all values are 0.
 
     Raises:
         ConfigError: if an argument is negative.
@@ -45,5 +45,5 @@ def largest_kl(gap: float, max_value: float) -> float:
 
 def _check_not_negative(name: str, number: float) -> None:
     if not number >= 0:
-        remedy = "a KL below 0 comes of an omega that does not sum to 1" if name == "kl" else "give its size"
-        raise ConfigError(f"{name}: {number!r} is below 0; {remedy}")
+        remedy = "a KL below 0 means that omega does not sum to 1" if name == "kl" else "use the absolute value"
+        raise ConfigError(f"{name}: expected a number of at least 0, got {number!r}; {remedy}")

@@ -7,7 +7,7 @@ from humanline.errors import ConfigError
 
 
 def value(outcomes: Tensor, z0: float = 0.0, alpha: float = 0.88, loss_aversion: float = 2.25) -> Tensor:
-    """The value function ``v`` of prospect theory: what an outcome is worth beside the reference point ``z0``.
+    """Computes the value function ``v`` of prospect theory: the worth of outcomes relative to a reference point ``z0``.
 
     ``(z - z0)^alpha`` for gains, ``z >= z0``, and ``-loss_aversion * (z0 - z)^alpha`` for losses. The defaults are the
     medians of Tversky and Kahneman (1992, https://doi.org/10.1007/BF00122574).
@@ -15,8 +15,8 @@ def value(outcomes: Tensor, z0: float = 0.0, alpha: float = 0.88, loss_aversion:
     Args:
         outcomes (Tensor): ``z``, any shape; for a language model the surprisals ``log pi_theta - log pi_ref``, nats.
         z0 (float): the reference point, in the unit of ``outcomes``.
-        alpha (float): sensitivity, > 0; below 1 it diminishes with the distance from ``z0``.
-        loss_aversion (float): the paper's lambda, > 0; above 1 losses loom larger than gains.
+        alpha (float): sensitivity, > 0; below 1 it decreases with the distance from ``z0``.
+        loss_aversion (float): the paper's lambda, > 0; above 1 losses weigh more than gains.
 
     Returns:
         Tensor: values, shape of ``outcomes``.
@@ -31,11 +31,11 @@ def value(outcomes: Tensor, z0: float = 0.0, alpha: float = 0.88, loss_aversion:
 
 
 def capacity(a: Tensor, gamma: float) -> Tensor:
-    """The capacity ``Omega+(a; gamma) = a^gamma / (a^gamma + (1 - a)^gamma)^(1 / gamma)``: how likely ``a`` feels.
+    """Computes the capacity ``Omega+(a; gamma) = a^gamma / (a^gamma + (1 - a)^gamma)^(1 / gamma)``.
 
-    For ``gamma`` in (0, 1) an inverted S: small probabilities are overweighted, large ones underweighted; 1 is the
-    identity. It falls on a stretch of ``[0, 1]`` when ``gamma`` is below 0.2793, where weights derived from it can be
-    negative.
+    It maps a probability to its perceived size. For ``gamma`` in (0, 1) it is an inverted S: small probabilities are
+    overweighted and large ones underweighted; with ``gamma`` 1 it is the identity. Below 0.2793 it decreases on a part
+    of ``[0, 1]``, so weights derived from it can be negative.
 
     Args:
         a (Tensor): probabilities, any shape.
@@ -49,7 +49,7 @@ def capacity(a: Tensor, gamma: float) -> Tensor:
     """
     _check_positive("gamma", gamma, "0.61 for gains and 0.69 for losses")
     if outside := a[~((a >= 0) & (a <= 1))].tolist():
-        raise ConfigError(f"a: {outside[0]} is outside [0, 1]; a capacity is of a probability")
+        raise ConfigError(f"a: expected probabilities in [0, 1], got {outside[0]}; correct them")
     felt, felt_not = a**gamma, (1 - a) ** gamma
     return felt / (felt + felt_not) ** (1 / gamma)
 
@@ -57,24 +57,25 @@ def capacity(a: Tensor, gamma: float) -> Tensor:
 def weighting(
     outcomes: Tensor, probabilities: Tensor, z0: float = 0.0, gamma_gains: float = 0.61, gamma_losses: float = 0.69
 ) -> Tensor:
-    """The weighting ``omega`` of discrete outcomes: their probabilities as they are perceived.
+    """Computes the weighting ``omega`` of discrete outcomes: their perceived probabilities.
 
-    Weights are increments of the capacity along the ranked outcomes. A gain (``z >= z0``, as for :func:`value`) weighs
-    ``Omega+(P(at least as good)) - Omega+(P(better))``, a loss ``Omega-(P(at least as bad)) - Omega-(P(worse))``, the
-    same function with a gamma of its own. So unlikely outcomes at either end weigh more than their probability.
-    Outcomes of the same value share the weight of their union in proportion to their probabilities.
+    Weights are increments of the capacity along the ranked outcomes. The weight of a gain (``z >= z0``, as for
+    :func:`value`) is ``Omega+(P(at least as good)) - Omega+(P(better))``. The weight of a loss is
+    ``Omega-(P(at least as bad)) - Omega-(P(worse))``, where ``Omega-`` is the same function with its own gamma. So
+    unlikely outcomes at either end get more weight than their probability. Outcomes of equal value share the weight of
+    their union in proportion to their probabilities.
 
-    The weights of gains alone, or of losses alone, sum to 1. Those of gains and losses together do not in general,
-    even with equal gammas, because each side is ranked from its own end; divide by the sum where a distribution is
-    needed. An outcome of exactly ``z0`` has no value, so that it is counted among the gains matters to no utility.
+    If all outcomes are gains, or all are losses, the weights sum to 1. With both they generally do not, even with equal
+    gammas, because each side is ranked from its own end; divide by the sum to get a distribution. An outcome of exactly
+    ``z0`` counts as a gain; since its value is 0, this changes no utility.
 
     Args:
         outcomes (Tensor): ``z``, ``[N]``, in any order.
-        probabilities (Tensor): of each outcome, ``[N]``; at least 0, and 1 in sum to within 1e-4 (the rest is taken for
-            rounding).
+        probabilities (Tensor): one per outcome, ``[N]``, at least 0; their sum may differ from 1 by 1e-4, which is
+            treated as rounding.
         z0 (float): the reference point, in the unit of ``outcomes``.
-        gamma_gains (float): of the capacity of gains, > 0.
-        gamma_losses (float): of the capacity of losses, > 0.
+        gamma_gains (float): gamma of the capacity for gains, > 0.
+        gamma_losses (float): gamma of the capacity for losses, > 0.
 
     Returns:
         Tensor: weights, ``[N]``, dtype of ``probabilities``; ``(weights * value(outcomes)).sum()`` is the utility.
@@ -95,33 +96,33 @@ def weighting(
 
 
 def _increments(chances: Tensor, gamma: float) -> Tensor:
-    """Increments of the capacity over outcomes ranked from the most extreme inwards, ``[N]``."""
+    """Returns increments of the capacity over outcomes ranked from the most extreme inwards, ``[N]``."""
     nothing = chances.new_zeros(1)
     cumulated = chances.cumsum(0)
     rest = torch.cat([chances.flip(0).cumsum(0).flip(0)[1:], nothing]) / cumulated[-1]
-    # The capacity is infinitely steep at 1, where a rounding error would show: the last quotient is 1 exactly.
+    # The capacity is infinitely steep at 1, so a rounding error there would matter: the last quotient is exactly 1.
     reached = cumulated / cumulated[-1]
     increments = capacity(reached, gamma).diff(prepend=nothing)
-    # Beyond the middle by what is missing to 1, since 1 - 1e-17 is 1.
+    # Beyond 1/2, use the distance to 1, since 1 - 1e-17 rounds to 1.
     missing = _missing(rest.clamp(max=0.5), gamma)
     beyond = torch.cat([nothing, reached[:-1]]) >= 0.5
     return torch.where(beyond, -missing.diff(prepend=missing[:1]), increments)
 
 
 def _missing(rest: Tensor, gamma: float) -> Tensor:
-    """``1 - Omega+(1 - rest; gamma)`` with all its digits, for a ``rest`` of at most 1/2."""
+    """Computes ``1 - Omega+(1 - rest; gamma)`` in full precision, for a ``rest`` of at most 1/2."""
     log_a = torch.log1p(-rest)
     return -torch.expm1(gamma * log_a - torch.log1p(torch.expm1(gamma * log_a) + rest**gamma) / gamma)
 
 
 def _check_positive(name: str, number: float, found: str) -> None:
     if not 0 < number < math.inf:
-        raise ConfigError(f"{name}: {number!r} is not a positive number; Tversky and Kahneman (1992) found {found}")
+        raise ConfigError(f"{name}: expected a positive number, got {number!r}; Tversky and Kahneman found {found}")
 
 
 def _check_distribution(probabilities: Tensor) -> None:
     total = probabilities.double().sum().item()
     if refused := probabilities[~(probabilities >= 0)].tolist():
-        raise ConfigError(f"probabilities: {refused[0]} is not a probability; give numbers of at least 0")
+        raise ConfigError(f"probabilities: expected numbers of at least 0, got {refused[0]}; correct them")
     if not abs(total - 1) <= 1e-4:
-        raise ConfigError(f"probabilities: their sum is {total}, not 1; divide by it to normalise them")
+        raise ConfigError(f"probabilities: expected a sum of 1, got {total}; divide them by their sum")

@@ -14,38 +14,38 @@ def humanline_sample(
     gamma_R: float | None,
     draws: Tensor | None = None,
 ) -> Tensor:
-    """Detaches the token log-ratios that humanline sampling rejects, Eq. 5 of https://arxiv.org/abs/2509.24207.
+    """Detaches the token log-ratios that humanline sampling rejects (Eq. 5 of https://arxiv.org/abs/2509.24207).
 
-    With ``B_P ~ Beta(gamma_P, 1)`` and ``B_R ~ Beta(gamma_R, 1)`` drawn for every token, a token is rejected when
-    ``exp(l_t) < M_P * B_P`` or ``exp(-l_t) < M_R * B_R``, where ``M_P = exp(log_eps_P) / E[B_P]``,
-    ``M_R = exp(-log_eps_R) / E[B_R]`` and ``E[Beta(g, 1)] = g / (g + 1)``. As ``Beta(g, 1) = U^(1/g)`` for a uniform
-    ``U``, the accepted tokens are those inside an interval with random ends,
+    ``B_P ~ Beta(gamma_P, 1)`` and ``B_R ~ Beta(gamma_R, 1)`` are drawn for every token. A token is rejected when
+    ``exp(l_t) < M_P * B_P`` or ``exp(-l_t) < M_R * B_R``. Here ``M_P = exp(log_eps_P) / E[B_P]``,
+    ``M_R = exp(-log_eps_R) / E[B_R]`` and ``E[Beta(g, 1)] = g / (g + 1)``. Since ``Beta(g, 1) = U^(1/g)`` for a uniform
+    ``U``, the accepted tokens are those inside an interval with random ends:
 
-    ``log_eps_P + log((g_P + 1) / g_P) + log(U_P) / g_P <= l_t <= log_eps_R - log((g_R + 1) / g_R) - log(U_R) / g_R``,
+    ``log_eps_P + log((g_P + 1) / g_P) + log(U_P) / g_P <= l_t <= log_eps_R - log((g_R + 1) / g_R) - log(U_R) / g_R``
 
-    which become the clip's fixed ends as the gammas grow (Theorem 4.3). One bound alone is the one-sided form of
-    Proposition 4.1.
+    As the gammas grow, the ends converge to the clip's bounds (Theorem 4.3). With one bound only, this is the one-sided
+    form of Proposition 4.1.
 
     Args:
         log_ratio (Tensor): ``l_t`` in nats, any shape.
-        log_eps_P (float | None): the bound, nats, that the lower end scatters around; None leaves that side open.
-        log_eps_R (float | None): the bound, nats, that the upper end scatters around; None leaves that side open.
-        gamma_P (float | None): how tightly the lower end keeps to its bound, > 0; unused without ``log_eps_P``.
-        gamma_R (float | None): the same for the upper end.
+        log_eps_P (float | None): bound around which the lower end is drawn, nats; None sets no lower end.
+        log_eps_R (float | None): bound around which the upper end is drawn, nats; None sets no upper end.
+        gamma_P (float | None): concentration of the lower end at its bound, > 0; unused without ``log_eps_P``.
+        gamma_R (float | None): concentration of the upper end at its bound, > 0; unused without ``log_eps_R``.
         draws (Tensor | None): uniforms in ``[0, 1)``, ``[2, *log_ratio.shape]``, first ``U_P``, then ``U_R``; None
-            takes them from torch's default generator of ``log_ratio``'s device.
+            draws them from torch's default generator of ``log_ratio``'s device.
 
     Returns:
-        Tensor: the values of ``log_ratio``, unchanged; those of rejected tokens carry no gradient.
+        Tensor: the unchanged values of ``log_ratio``; rejected tokens carry no gradient.
 
     Raises:
-        ConfigError: if a bound's gamma is missing, or not a positive finite number.
+        ConfigError: if the gamma of a bound is missing, or is not a positive finite number.
     """
     if log_eps_P is None and log_eps_R is None:
         return log_ratio
     if draws is None:
         draws = torch.rand((2, *log_ratio.shape), device=log_ratio.device)
-    # A draw of zero has the logarithm -inf and puts its end at infinity: the token is accepted, as it is for B = 0.
+    # A draw of 0 has the logarithm -inf and moves its end to infinity, so the token is accepted, as for B = 0.
     log_U_P, log_U_R = draws.log()
     accepted = torch.ones_like(log_ratio, dtype=torch.bool)
     if log_eps_P is not None:
@@ -64,24 +64,24 @@ def acceptance_probability(
     gamma_P: float | None,
     gamma_R: float | None,
 ) -> Tensor:
-    """The probability with which :func:`humanline_sample` leaves a token its gradient, in closed form.
+    """Computes the probability that :func:`humanline_sample` keeps a token's gradient, in closed form.
 
-    ``min(1, exp(l_t) / M_P)^gamma_P * min(1, exp(-l_t) / M_R)^gamma_R``; a side without a bound counts 1.
+    ``min(1, exp(l_t) / M_P)^gamma_P * min(1, exp(-l_t) / M_R)^gamma_R``; the factor of a side without a bound is 1.
 
     Args:
         log_ratio (Tensor): ``l_t`` in nats, any shape.
-        log_eps_P (float | None): lower bound, nats.
-        log_eps_R (float | None): upper bound, nats.
-        gamma_P (float | None): > 0; unused without ``log_eps_P``.
-        gamma_R (float | None): > 0; unused without ``log_eps_R``.
+        log_eps_P (float | None): lower bound, nats; None sets no lower bound.
+        log_eps_R (float | None): upper bound, nats; None sets no upper bound.
+        gamma_P (float | None): shape of ``B_P``, > 0; unused without ``log_eps_P``.
+        gamma_R (float | None): shape of ``B_R``, > 0; unused without ``log_eps_R``.
 
     Returns:
         Tensor: probabilities, shape of ``log_ratio``.
 
     Raises:
-        ConfigError: if a bound's gamma is missing, or not a positive finite number.
+        ConfigError: if the gamma of a bound is missing, or is not a positive finite number.
     """
-    exact = log_ratio.double()  # a large gamma multiplies what rounding leaves of the distance to the bound
+    exact = log_ratio.double()  # a large gamma multiplies the rounding error of the distance to the bound
     log_probability = torch.zeros_like(exact)
     if log_eps_P is not None:
         gamma = _check_gamma(gamma_P, "loss.gamma_P")
@@ -95,7 +95,7 @@ def acceptance_probability(
 def _check_gamma(gamma: float | None, key: str) -> float:
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
         raise ConfigError(
-            f"{key}: {gamma!r} is not a positive number; sampling needs one wherever there is a bound "
-            "(its limit of infinity is perception: clip)"
+            f"{key}: expected a positive finite number, got {gamma!r}; sampling needs a gamma for each bound "
+            "(for the limit of infinity set perception: clip)"
         )
     return gamma

@@ -1,4 +1,4 @@
-"""What a config needs, known before a GPU is touched."""
+"""Estimates the memory and time that a config needs, without a GPU."""
 
 from humanline.config import with_overrides
 from humanline.planning._plan import LABELS, report

@@ -1,4 +1,4 @@
-"""What many equal layers take, from runs with a few of them."""
+"""Extrapolates the memory of many equal layers from runs with a few of them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ _LONGEST_PERIOD = 6  # layers; of Gemma 3's every sixth is another, of Gemma 2's
 
 
 def depths(layers: nn.ModuleList) -> tuple[int, int, int] | None:
-    """With how many layers to run instead, twice, and how many times the difference is missing then.
+    """Returns the numbers of layers for two short runs, and how often to add their difference.
 
-    A run has a moment for each layer at either end and one for all between (see :func:`moment`). What is held at a
-    moment then is a linear function of the number of layers, and so is its peak: two runs give it exactly.
+    A run has a moment for each layer at either end and one for all layers between (see :func:`moment`). The memory
+    held at a moment, and so its peak, is a linear function of the number of layers. Two runs determine it exactly.
 
     Args:
         layers (nn.ModuleList): the model's layers.
 
     Returns:
-        tuple[int, int, int] | None: fewer layers, more layers, and how many times their difference is to be added to
-            the second run; None if the layers do not repeat, or are too few for it to save anything.
+        tuple[int, int, int] | None: the smaller and the larger number of layers, and how often their difference is
+            added to the larger run; None if the layers do not repeat, or are too few for this to save work.
     """
     kinds = [_kind(layer) for layer in layers]
     for period in range(1, _LONGEST_PERIOD + 1):
@@ -36,20 +36,20 @@ def depths(layers: nn.ModuleList) -> tuple[int, int, int] | None:
 
 
 def moment(index: int, count: int, period: int) -> Moment:
-    """Where a layer stands: counted from the beginning, from the end, or anywhere between."""
+    """Returns the place of a layer: counted from the beginning, from the end, or anywhere between."""
     if index < period:
         return "first", index
     return ("last", count - index) if count - index <= period else ("between", index % period)
 
 
 def with_layers(model: TransformerDecoder, count: int) -> TransformerDecoder:
-    """The model with the first so many of its layers."""
+    """Cuts the model to its first ``count`` layers and returns it."""
     model.layers = nn.ModuleList(list(model.layers)[:count])
     return model
 
 
 def extrapolated(fewer: Peaks, more: Peaks, times: int) -> dict[Moment, Counter[str]]:
-    """The peak of each moment after adding the difference of two runs so many times to the second."""
+    """Returns the peak of each moment: the second run's, plus ``times`` the difference of the two runs."""
     return {
         moment: Counter(
             {

@@ -1,4 +1,4 @@
-"""Counts what tensors take and what operations cost, of fake tensors and of real ones alike."""
+"""Counts the memory of tensors and the floating-point operations, for fake and real tensors."""
 
 import weakref
 from collections import Counter
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torchtune.modules.common_utils import NF4Tensor
 
-_BLOCK = 512  # bytes; allocators give whole blocks
+_BLOCK = 512  # bytes; allocators round up to blocks
 
 aten = torch.ops.aten
-FLOPS = flop_registry | {  # torch does not count the flash kernel of CPUs
+FLOPS = flop_registry | {  # torch does not count the CPU's flash kernel
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
@@ -27,15 +27,15 @@ FLOPS = flop_registry | {  # torch does not count the flash kernel of CPUs
 
 
 class Meter(TorchDispatchMode):
-    """Within it, every new storage counts under the label of the moment until it is freed.
+    """A mode that counts every new storage under the current label until the storage is freed.
 
     Args:
-        vocabulary (int): tensors of so many columns count as logits.
+        vocabulary (int): matrices with this number of columns count as logits.
 
     Attributes:
-        moment (tuple[Any, ...]): a name for what happens now.
-        peaks (dict[tuple[Any, ...], Counter[str]]): for each moment, bytes by label when all together were the most.
-        flops (int): floating-point operations of matrix products and attention, of which each token counts with each.
+        moment (tuple[Any, ...]): name of the current phase of the step.
+        peaks (dict[tuple[Any, ...], Counter[str]]): for each moment, bytes by label when their total was largest.
+        flops (int): floating-point operations of matrix products and attention. Attention counts all pairs of tokens.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -51,7 +51,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(each, "__tensor_flatten__") and not issubclass(each, FakeTensor) for each in types):
-            return NotImplemented  # it comes back with what the subclass is made of
+            return NotImplemented  # called again with the tensors inside the subclass
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in FLOPS:
@@ -62,7 +62,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def __enter__(self) -> "Meter":
-        def resized(storage: Any, size: int) -> Any:  # how FSDP gives the memory of gathered weights back
+        def resized(storage: Any, size: int) -> Any:  # FSDP frees the memory of gathered weights in this way
             done = self._storage_resize(storage, size)
             self._resize(storage, "gathered weights")
             return done
@@ -77,12 +77,12 @@ class Meter(TorchDispatchMode):
 
     @property
     def peak(self) -> Counter[str]:
-        """Bytes by label at the moment at which all together were the most."""
+        """Bytes by label at the moment with the largest total."""
         return max(self.peaks.values(), key=Counter.total, default=Counter())
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
-        """New storages count under another name."""
+        """Counts new storages under another label."""
         before, self._label = self._label, name
         try:
             yield
@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
             self._label = before
 
     def relabel(self, tensor: Tensor, name: str) -> None:
-        """Counts a tensor's storages under another name."""
+        """Moves a tensor's storages to another label."""
         for part in _parts(tensor):
             entry = self._labels.get(part.untyped_storage())
             if entry is not None:
@@ -99,7 +99,7 @@ class Meter(TorchDispatchMode):
                 entry[0] = name
 
     def forget_peak(self) -> None:
-        """Begins to look for the peak, and to count operations, anew."""
+        """Resets the peaks and the count of operations."""
         self.peaks, self.flops = {}, 0
         self._watch()
 
@@ -136,7 +136,7 @@ class Meter(TorchDispatchMode):
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of."""
+    """Yields the plain tensors inside a tensor."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
@@ -146,12 +146,12 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
 
 
 def blank(tensor: Any, device: torch.device) -> Any:
-    """A tensor like another, of undefined values, on a device; of a wrapper subclass too."""
-    if not isinstance(tensor, Tensor):  # such as the mesh of a DTensor
+    """Returns a tensor like another one, on a device and with undefined values. Wrapper subclasses work too."""
+    if not isinstance(tensor, Tensor):  # for example the mesh of a DTensor
         return tensor
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
-        if isinstance(tensor, NF4Tensor):  # it has its device in writing
+        if isinstance(tensor, NF4Tensor):  # it also stores its device in its metadata
             context = context | {"tensor_meta": replace(context["tensor_meta"], device=device)}
         parts = {name: blank(getattr(tensor, name), device) for name in names}
         return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())

@@ -1,4 +1,4 @@
-"""``humanline plan``: does a config fit, and what would make it fit."""
+"""The report of ``humanline plan``: the needs of a config, whether it fits, and changes that make it fit."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -12,23 +12,23 @@ from humanline.errors import ConfigError
 from humanline.planning._rehearsal import Estimate, rehearse
 
 LABELS = ("weights", "gradients", "optimizer", "reference", "gathered weights", "activations", "logits")
-SPARE = 0.08  # of a device's memory, for its context, the communication's buffers and the allocator's gaps
+SPARE = 0.08  # share of a device's memory for its context, communication buffers and gaps of the allocator
 
 
 def report(
     cfg: DictConfig, ranks: int, device_memory: float, tflops: float, tell: Callable[[str], None] = lambda _: None
 ) -> str:
-    """What the config takes on each of so many ranks, whether it fits, and if not, what would make it fit.
+    """Reports the needs of a config on each rank, whether it fits, and if not, changes that make it fit.
 
     Args:
         cfg (DictConfig): the config.
-        ranks (int): processes.
+        ranks (int): number of processes.
         device_memory (float): memory of a device, GB (10^9 bytes).
-        tflops (float): what a device computes, 10^12 operations a second.
-        tell (Callable[[str], None]): is told what is being estimated, which may take a while.
+        tflops (float): rate of a device, 10^12 floating-point operations per second.
+        tell (Callable[[str], None]): called with a description of each estimate before it starts.
 
     Raises:
-        ConfigError: if the config cannot work.
+        ConfigError: if the config is invalid.
     """
     tell("estimating the config as it is")
     estimate = rehearse(cfg, ranks)
@@ -38,7 +38,7 @@ def report(
     lines += [
         "",
         f"a pass: {estimate.tokens:,} tokens, {estimate.flops / 1e12:.1f} TFLOP a rank",
-        f"a step: {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} if a group takes a row, "
+        f"a step: {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} if each group needs one row, "
         f"{flops / 1e12:.1f} TFLOP a rank, "
         f"{flops / 1e12 / tflops:.2f} s at {tflops:g} TFLOP/s",
         f"on disk: an export {estimate.export / 1e9:.2f} GB, a checkpoint {estimate.checkpoint / 1e9:.2f} GB",
@@ -46,12 +46,12 @@ def report(
         verdict(cfg, ranks, device_memory, estimate, tell),
     ]
     if cfg.get("source") is not None:
-        lines.append("Not counted: a reward model on the same device, and what sampling takes between steps.")
+        lines.append("Not counted: a reward model on the same device, and the memory of sampling between steps.")
     return "\n".join(lines)
 
 
 class Change(NamedTuple):
-    """What saves memory: overrides of the config, on so many times as many ranks. Of two of a kind the last counts."""
+    """A change that saves memory: overrides, on ``times`` as many ranks. Of two of one kind the last counts."""
 
     kind: str
     overrides: list[str]
@@ -59,11 +59,13 @@ class Change(NamedTuple):
 
 
 def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimate, tell: Callable[[str], None]) -> str:
-    """Whether it fits; if not, the first of the changes, in the order of their price, that make it fit, without those
-    that it does not need."""
+    """Returns a sentence that says whether the config fits.
+
+    If it does not, the sentence names the cheapest changes that make it fit, without changes that are not needed.
+    """
     room = device_memory * (1 - SPARE)
     if estimate.total / 1e9 <= room:
-        return f"It fits {device_memory:g} GB, of which {room:.1f} GB are counted on."
+        return f"It fits into {device_memory:g} GB, of which {room:.1f} GB count as usable."
     stages: list[list[Change]] = []
     for change in changes(cfg, ranks):
         stages.append([other for other in (stages[-1] if stages else []) if other.kind != change.kind] + [change])
@@ -76,22 +78,22 @@ def verdict(cfg: DictConfig, ranks: int, device_memory: float, estimate: Estimat
             totals[said] = _gigabytes(cfg, ranks, made)
         return totals[said]
 
-    # Each stage takes less than the one before, but for those that are refused; so the last tells whether any fits.
+    # Each stage needs less memory than the one before, unless it is invalid. So the last valid one tells if any fits.
     possible = list(stages)
     while possible and total(possible[-1]) == inf:
         possible.pop()
     if not possible or total(possible[-1]) > room:
-        return f"It does not fit {device_memory:g} GB, not even by {_said(stages[-1], ranks)}: {_last_resort(cfg)}."
+        return f"It does not fit into {device_memory:g} GB, even with {_said(stages[-1], ranks)}; {_last_resort(cfg)}."
     made = possible[bisect_left(possible, True, hi=len(possible) - 1, key=lambda stage: total(stage) <= room)]
     for other in made[:-1]:
         rest = [each for each in made if each is not other]
         if total(rest) <= room:
             made = rest
-    return f"It does not fit {device_memory:g} GB. It would, with {total(made):.2f} GB, by {_said(made, ranks)}."
+    return f"It does not fit into {device_memory:g} GB. It fits with {_said(made, ranks)}: {total(made):.2f} GB."
 
 
 def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
-    """What saves memory, cheapest first."""
+    """Yields the changes that save memory, the cheapest first."""
     if cfg.get("data_parallel_replicate_dim", 1) > 1:
         yield Change("replicas", ["data_parallel_replicate_dim=1"])
     if cfg.reference._component_.endswith("ModelReference") and cfg.get("dataset") is not None:
@@ -107,12 +109,12 @@ def changes(cfg: DictConfig, ranks: int) -> Iterator[Change]:
         unknown = [f"~optimizer.{key}" for key in ("fused", "foreach") if key in cfg.optimizer]
         yield Change("master", ["master_dtype=bf16", "optimizer=humanline.training.StochasticAdamW", *unknown])
     groups = cfg.get("batch_size", 8)
-    for times in (2, 4, 8):  # the batch of all ranks stays, where it can
+    for times in (2, 4, 8):  # keeps the global batch where the number divides
         yield Change("ranks", [f"batch_size={groups // times}"] if groups % times == 0 else [], times)
 
 
 def _gigabytes(cfg: DictConfig, ranks: int, made: list[Change]) -> float:
-    """The peak of a rank after the changes; infinite if the run would be refused."""
+    """Returns the peak of a rank after the changes, GB; infinite if the changed config is invalid."""
     overrides = [override for change in made for override in change.overrides]
     try:
         return rehearse(with_overrides(cfg, overrides), ranks * prod(change.times for change in made)).total / 1e9
@@ -128,5 +130,5 @@ def _said(made: list[Change], ranks: int) -> str:
 def _last_resort(cfg: DictConfig) -> str:
     builder = cfg.model._component_.rpartition(".")[2]
     if "qlora" in builder or cfg.model.get("quantize_base"):
-        return "take a smaller model"
-    return "take QLoRA" if "lora" in builder else "take an adapter (LoRA, QLoRA)"
+        return "use a smaller model"
+    return "use QLoRA" if "lora" in builder else "use an adapter (LoRA, QLoRA)"

@@ -1,4 +1,4 @@
-"""One optimizer step of a recipe on fake tensors, as one of N ranks: what it takes, without taking it."""
+"""Rehearses optimizer steps of a recipe on fake tensors, as one of N ranks, and measures what they need."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -45,17 +45,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank needs.
+    """The needs of one rank.
 
     Attributes:
-        peak (dict[str, int]): bytes by what they are for, at the moment at which all together are the most.
-        flops (int): floating-point operations of a pass, forward and backward, with what is recomputed and the
-            reference's forward.
-        passes (int): passes of a step if each group takes a row.
+        peak (dict[str, int]): bytes by use, at the moment with the largest total.
+        flops (int): floating-point operations of a pass: forward, backward, recomputation and the reference's forward.
+        passes (int): passes of a step if each group needs one row.
         tokens (int): tokens of a pass.
-        export (int): bytes of the weights that the run hands out at the end of an epoch, where weights that do not
-            train are in bfloat16, as in most checkpoints.
-        checkpoint (int): bytes of a checkpoint of the training's state, without a window of log-probs.
+        export (int): bytes of the weights that the run exports at the end of an epoch. Weights that do not train are
+            assumed to be bfloat16, as in most checkpoints.
+        checkpoint (int): bytes of a training checkpoint, without a window of log-probs.
     """
 
     peak: dict[str, int]
@@ -67,26 +66,26 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes of the peak, of all labels together."""
+        """Bytes of the peak, summed over all labels."""
         return sum(self.peak.values())
 
 
 def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
-    """Runs two steps of the recipe that a config is for, the first to fill the optimizer, as rank 0 of several.
+    """Runs two steps of a config's recipe as rank 0 of ``ranks``. The first step fills the optimizer.
 
-    The passes are full: rows of ``tokens_per_row`` tokens, one group each. There are two in the second step, so that
-    the second meets the gradients of the first. On CUDA attention is FlexAttention or a flash kernel; here, where there
-    may be none, it is the flash kernel of CPUs, which keeps as much for backward.
+    The passes are full: rows of ``tokens_per_row`` tokens, one group each. The second step has two passes, so that the
+    second pass meets the gradients of the first. On CUDA, attention is FlexAttention or a flash kernel. Here it is the
+    flash kernel of CPUs, which keeps as much for backward.
 
-    Of a deep model a few layers run, twice, and what the others take is added: layers are alike, so that the figures
-    are those of all of them.
+    Of a deep model, only a few layers run, twice, and the other layers are extrapolated. Layers are alike, so the
+    result equals a run of all layers.
 
     Args:
         cfg (DictConfig): the config.
-        ranks (int): ranks of the run; 1 is a ``_single_device`` recipe.
+        ranks (int): ranks of the run; 1 stands for a ``_single_device`` recipe.
 
     Raises:
-        ConfigError: if the config cannot work.
+        ConfigError: if the config is invalid.
     """
     cfg = OmegaConf.merge(cfg, {"enable_activation_offloading": False})  # type: ignore[assignment]
     settings = Settings.from_config(cfg)
@@ -109,7 +108,7 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
 
 
 class _Taken(NamedTuple):
-    """What two steps took: the peak of each moment, and operations; and the bytes of what is written of the model."""
+    """The measurements of two steps: the peak of each moment, operations, and bytes of an export and a checkpoint."""
 
     peaks: Peaks
     flops: int
@@ -118,7 +117,7 @@ class _Taken(NamedTuple):
 
 
 def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int) -> _Taken:
-    """Runs the two steps with so many of the model's layers, which repeat after ``period`` of them."""
+    """Runs the two steps with ``layers`` of the model's layers, which repeat after ``period`` layers."""
     settings = Settings.from_config(cfg)
     mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(vocabulary)
     with _ranks(ranks), logits_as_on(settings.device):
@@ -138,9 +137,9 @@ def _extrapolated(fewer: _Taken, more: _Taken, times: int) -> _Taken:
 
 
 class _Rehearsal:
-    """What a recipe's loop uses, in fake tensors, and its step.
+    """The objects of a recipe's loop in fake tensors, and its step.
 
-    The loss itself is left out: it has a few numbers a response token, and a model thousands.
+    The loss itself is left out: it needs a few numbers per response token, the model thousands.
 
     Args:
         cfg (DictConfig): the whole config.
@@ -185,7 +184,7 @@ class _Rehearsal:
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))
 
     def model(self, cfg: DictConfig, param_dtype: torch.dtype, checkpointing: bool) -> LogProbDecoder:
-        """The recipe's model in fake tensors."""
+        """Builds the recipe's model in fake tensors."""
         with unset_fake_temporarily():
             model = design_model(
                 lambda: with_layers(build_decoder(cfg), self.layers),
@@ -195,7 +194,7 @@ class _Rehearsal:
                 activation_checkpointing=checkpointing,
             )
             with training.set_default_dtype(DTYPES[self.settings.dtype]):
-                fill_rotary_tables(model, CPU)  # which computes with values
+                fill_rotary_tables(model, CPU)  # needs real values
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -211,7 +210,7 @@ class _Rehearsal:
         return model
 
     def _name_moments(self, layer: nn.Module, index: int) -> None:
-        """Tells the meter which layer is at work, in which pass; what it recomputes belongs to its backward."""
+        """Tells the meter which layer runs, in which pass. Recomputation belongs to the layer's backward."""
         where = moment(index, self.layers, self.period)
 
         def begins_forward(*_: Any) -> None:
@@ -233,7 +232,7 @@ class _Rehearsal:
         layer.register_forward_hook(ends_forward)
 
     def export_bytes(self) -> int:
-        """Bytes of ``epoch_N``, with an adapter in both its formats."""
+        """Returns the bytes of ``epoch_N``, with any adapter in both formats."""
         settings, trained = self.settings, trainable_parameters(self.policy)
         has_adapter = bool(adapter_modules(self.policy))
         adapter = 2 * sum(4 * parameter.numel() for parameter in trained.values()) if has_adapter else 0
@@ -247,12 +246,12 @@ class _Rehearsal:
         return adapter + sum(each.numel() * dtypes[name].itemsize for name, each in whole.items())
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of ``checkpoints/step_N``."""
+        """Returns the bytes of ``checkpoints/step_N``."""
         state = [trainable_parameters(self.policy), dict(self.optimizer.state), self.reference.state_dict()]
         return sum(each.numel() * each.element_size() for each in tree_leaves(state) if isinstance(each, Tensor))
 
     def take_step(self, step: int, passes: int) -> None:
-        """What the recipe's loop does in a step of so many passes."""
+        """Runs a step of the recipe's loop with ``passes`` passes."""
         self.forwards = 0
         self.meter.moment = ("begin",)
         microbatch = self.passes.groups(passes)
@@ -271,17 +270,17 @@ class _Rehearsal:
         try:
             with self.meter.label("optimizer"):
                 self.optimizer.step()
-        except Exception as error:  # it may compute with values, which fake tensors do not have, or compile
+        except Exception as error:  # it may need values, which fake tensors do not have, or compile
             raise ConfigError(
-                f"optimizer: {type(self.optimizer).__name__} cannot be rehearsed with fake tensors; plan with "
-                "torch.optim.AdamW, and allow for its states"
+                f"optimizer: {type(self.optimizer).__name__} does not run on fake tensors; plan with torch.optim.AdamW "
+                "and correct the result for the size of the optimizer's states"
             ) from error
         self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Models like the policy, for a reference."""
+    """Builds models like the policy, for a reference."""
 
     rehearsal: _Rehearsal
     cfg: DictConfig
@@ -298,7 +297,7 @@ class _Models:
 
 
 class _FakePasses(Passes):
-    """Full passes, in fake tensors."""
+    """Full passes in fake tensors."""
 
     def __init__(self, rehearsal: _Rehearsal, budget: RowBudget) -> None:
         limits = TokenBudget(max_tokens=budget.tokens_per_row, max_prompt_tokens=None)
@@ -306,12 +305,15 @@ class _FakePasses(Passes):
         self.rehearsal = rehearsal
 
     def of(self, microbatch: list[Group], step: int, index: int) -> Iterator[tuple[Rows, int, Tensor | None]]:
-        """The passes without humanline sampling's draws, which are of the loss."""
+        """Yields the passes without the draws of humanline sampling, which only the loss uses."""
         return ((rows, weight, None) for rows, weight in self.over(self.share(microbatch)))
 
     def groups(self, passes: int) -> list[Group]:
-        """A microbatch of all ranks that makes so many passes, or two if KTO would have nobody to pair its only group
-        with: a prompt of a fifth of a row, and two responses that fill it."""
+        """Returns a microbatch of all ranks that makes ``passes`` passes.
+
+        A group is a prompt of a fifth of a row and two responses that fill the row. KTO gets at least two groups,
+        because its KL pairs need two prompts.
+        """
         length = self.budget.tokens_per_row
         prompt = max(1, length // 5)
         responses = tuple([1] * ((length - prompt) // 2 + 1) for _ in range(2))
@@ -335,7 +337,7 @@ class _FakePasses(Passes):
         fake = replace(rows, **tensors)
         if self.rehearsal.settings.device == "cuda":
             masks: dict[int | None, Any] = fake._masks
-            masks.update(dict.fromkeys({None, *self.rehearsal.policy.windows}))  # blocks, and few of them
+            masks.update(dict.fromkeys({None, *self.rehearsal.policy.windows}))  # CUDA's block masks are small
         return fake
 
     def label_gradients(self) -> None:
@@ -345,7 +347,7 @@ class _FakePasses(Passes):
 
 
 class _Window(Reference):
-    """A ``WindowedReference`` whose table, in host memory, is left out; what fills it is a forward a pass."""
+    """A ``WindowedReference`` without its table, which is in host memory. Filling the table is one forward per pass."""
 
     def __init__(self, policy: LogProbDecoder, sync_every: int | None) -> None:
         super().__init__(sync_every)
@@ -366,7 +368,7 @@ def _flash(scale: float | None) -> Any:
 
 @contextmanager
 def _ranks(count: int) -> Iterator[None]:
-    """A process group in which this process is rank 0, and nobody else is there."""
+    """Opens a process group in which this process is rank 0 and the other ranks do not exist."""
     if dist.is_initialized():
         raise RuntimeError("plan needs a process without a process group")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)

@@ -1,16 +1,19 @@
-"""What the recipes that do not train share: sampling, scoring, and files that a killed program continues."""
+"""Shared parts of the recipes that do not train: sampling, scoring, and output that an interrupted program resumes."""
 
 from humanline.checkpoint import read_weights
 from humanline.config import check_keys, component, load_config, one_of, with_overrides
 from humanline.launch import check_one_process, common_end, hide_known_warnings, parse
 from humanline.programs._output_file import write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
-from humanline.programs._sampler import Sampler
-from humanline.programs._scored_rows import score_sources, scored_rows
+from humanline.programs._sampler import Sampler, SamplerSettings
+from humanline.programs._scored_rows import check_facts, score_sources, scored_rows
+from humanline.programs._whole_number import whole_number, whole_numbers
 
 __all__ = [
     "PartialFile",
     "Sampler",
+    "SamplerSettings",
+    "check_facts",
     "check_keys",
     "check_one_process",
     "common_end",
@@ -22,6 +25,8 @@ __all__ = [
     "read_weights",
     "score_sources",
     "scored_rows",
+    "whole_number",
+    "whole_numbers",
     "with_overrides",
     "write_json",
     "write_jsonl",

@@ -6,12 +6,12 @@ from typing import Any
 
 
 def write_json(output: str | Path, value: Any) -> None:
-    """Writes a value as JSON, for people to read as well. A file of this name is whole or not there."""
+    """Writes a value as indented JSON. The file gets its name only once it is complete."""
     _write(output, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
 
 
 def write_jsonl(output: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows as JSON Lines. A file of this name is whole or not there."""
+    """Writes rows as JSON Lines. The file gets its name only once it is complete."""
     _write(output, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""Rows that are written down as they are made: a program that was cut short goes on with those that it lacks."""
+"""Rows that are written one by one, so that an interrupted program resumes with the missing rows."""
 
 import fcntl
 import hashlib
@@ -11,16 +11,16 @@ from humanline.errors import ConfigError
 
 
 class PartialFile:
-    """The rows of an output that is not whole yet, in a file beside it, which one process at a time may hold.
+    """The rows of an incomplete output, in a file beside it. Only one process at a time may hold the file.
 
     Args:
-        output (str | Path): the output.
-        made_of (Any): all that the rows depend on, as JSON has it. The file's name has a digest of it, so that rows of
-            anything else are not taken over.
+        output (str | Path): the path of the output.
+        made_of (Any): everything that the rows depend on, as JSON values. The file's name has its digest, so that rows
+            made of anything else are not reused.
 
     Attributes:
-        path (Path): the file.
-        rows (list[Any]): within the block, what an earlier run has left.
+        path (Path): the partial file.
+        rows (list[Any]): within the block, the rows that an earlier run has written.
     """
 
     def __init__(self, output: str | Path, made_of: Any) -> None:
@@ -29,24 +29,27 @@ class PartialFile:
         self.path = output.with_name(f"{output.name}.{digest}.partial")
 
     def __enter__(self) -> "PartialFile":
-        """
+        """Opens and locks the file, and reads its complete rows.
+
         Raises:
             ConfigError: if another process holds the file, or it cannot be written or locked.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with the process, however that ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process, however it ends
         except BlockingIOError:
             self._file.close()
             raise ConfigError(
-                f"output: {self.path} is being written by another run; wait for it, or name another"
+                f"output: {self.path} is being written by another run; wait for it, or use another output"
             ) from None
         except OSError as error:
-            raise ConfigError(f"output: {self.path} cannot be written or locked ({error}); name another") from None
+            raise ConfigError(
+                f"output: {self.path} cannot be written or locked ({error}); use another output"
+            ) from None
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # behind it is a line that was being written
+        whole = content[: content.rfind(b"\n") + 1]  # without a partly written last line
         self._file.truncate(len(whole))
         self.rows = [json.loads(line) for line in whole.splitlines()]
         return self
@@ -55,6 +58,6 @@ class PartialFile:
         self._file.close()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rows behind those that are there."""
+        """Appends rows to the file."""
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self._file.flush()

@@ -1,9 +1,9 @@
-"""A model from its folder, and what it answers to the prompts of a file: what the recipes that sample share."""
+"""Loads a model and samples its responses to the prompts of a file, for the recipes that sample."""
 
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,51 +24,83 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def _decides(file: Path) -> bool:
-    """Whether a file of a checkpoint decides what its model computes: its weights, and config.json's windows."""
+    """Returns whether a checkpoint's file affects its model's output: weights, and config.json with its windows."""
     return file.suffix in _WEIGHTS or file.name == "config.json"
+
+
+class SamplerSettings:
+    """The keys of a config about sampling, checked before anything is read.
+
+    Args:
+        cfg (DictConfig): the whole config; this class reads the keys in ``REQUIRED`` and ``OPTIONAL``.
+
+    Keys:
+        prompts (str): a .jsonl, .json or .parquet file with ``prompt`` (text or messages) or ``instruction``, a .txt
+            file with one prompt a line, or a hub dataset.
+        split (str): the split of a hub dataset; of any source also a slice, such as ``train[:100]``.
+        column_map (dict | None): the source's name for each field that it calls otherwise, such as
+            ``{prompt: problem}``.
+        system_prompt (str | None): stands before each prompt. Give the one that the model was trained with.
+        device (str): ``cuda`` or ``cpu``.
+        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
+        batch_size (int): responses drawn at a time. The KV cache has room for each, at the longest prompt's length plus
+            ``max_new_tokens``.
+        output_dir (str | None): a folder for ``output`` and ``checkpointer.output_dir`` to refer to.
+
+    Attributes:
+        params (SamplingParams): the sampling settings.
+        settings (dict[str, Any]): the settings that responses depend on, besides model and prompts, with defaults.
+
+    Raises:
+        ConfigError: if a setting is invalid.
+    """
+
+    REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
+    PARAMS = tuple(field.name for field in fields(SamplingParams))
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "split": "train",
+        "column_map": None,
+        "system_prompt": None,
+        "device": "cuda",
+        "dtype": "bf16",
+        "batch_size": 64,
+    }
+    OPTIONAL = (*PARAMS, *DEFAULTS)
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.params = SamplingParams(**{key: cfg[key] for key in self.PARAMS if key in cfg})
+        given = {key: cfg.get(key, default) for key, default in self.DEFAULTS.items()}
+        self.dtype = one_of(cfg, "dtype", DTYPES, default=self.DEFAULTS["dtype"])
+        try:
+            self.device = utils.get_device(given["device"])
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"device: {given['device']!r} cannot be used here ({error}); try cpu") from error
+        self.batch_size = given["batch_size"]
+        self.settings = asdict(self.params) | {"device": self.device.type, "dtype": given["dtype"]}
+
+    def read(self, cfg: DictConfig) -> list[Prompt]:
+        """Reads the prompts; see :func:`~humanline.rollout.read_prompts`."""
+        return read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
 
 
 class Sampler:
     """Samples from a model in one process, on one device.
 
-    Args:
-        cfg (DictConfig): the whole config. The keys that are read here are ``REQUIRED`` and ``OPTIONAL``.
+    It encodes the prompts, then loads the model, so that an invalid prompt is reported first.
 
-    Attributes:
-        params (SamplingParams): how responses are drawn.
-        settings (dict[str, Any]): what the responses depend on besides model and prompts, defaults filled in.
+    Args:
+        cfg (DictConfig): the whole config, of which model, checkpointer, tokenizer and system prompt are read.
+        settings (SamplerSettings): its settings.
+        prompts (list[Prompt]): the prompts.
+        output (str | Path): the program's output; a file beside it keeps the responses of an interrupted run.
 
     Raises:
-        ConfigError: if a setting cannot work.
+        ConfigError: if model, tokenizer and weights do not match.
+        DataError: if a prompt leaves no room for ``max_new_tokens``; the message names it.
     """
 
-    REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
-    PARAMS = tuple(field.name for field in fields(SamplingParams))
-    OPTIONAL = (*PARAMS, "split", "column_map", "system_prompt", "device", "dtype", "batch_size")
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.params = SamplingParams(**{key: cfg[key] for key in self.PARAMS if key in cfg})
-        self.dtype = one_of(cfg, "dtype", DTYPES, default="bf16")
-        try:
-            self.device = utils.get_device(cfg.get("device", "cuda"))
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"device: {cfg.get('device', 'cuda')!r} cannot be used here ({error}); try cpu"
-            ) from error
-        self.settings = asdict(self.params) | {"device": self.device.type, "dtype": cfg.get("dtype", "bf16")}
-
-    def read(self, cfg: DictConfig) -> list[Prompt]:
-        """The prompts; see :func:`~humanline.rollout.read_prompts`."""
-        self.prompts = read_prompts(cfg.prompts, cfg.get("split", "train"), cfg.get("column_map"))
-        return self.prompts
-
-    def setup(self, cfg: DictConfig) -> None:
-        """Encodes the prompts that were read, then loads the model: what is wrong with a prompt shows at once.
-
-        Raises:
-            ConfigError: if the model, its tokenizer and its weights are not those of one model.
-            DataError: if a prompt leaves no room for ``max_new_tokens``, naming it.
-        """
+    def __init__(self, cfg: DictConfig, settings: SamplerSettings, prompts: list[Prompt], output: str | Path) -> None:
+        self.params, self.prompts = settings.params, prompts
         system = [{"role": "system", "content": cfg.system_prompt}] if cfg.get("system_prompt") else []
         self.tokenizer = component(cfg, "tokenizer")
         self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
@@ -76,55 +108,54 @@ class Sampler:
             model = build_decoder(cfg)
         if adapter_modules(model):
             raise ConfigError(
-                f"model: {cfg.model._component_} makes a model with an adapter; sampling reads whole weights: name the "
-                "builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
+                f"model: {cfg.model._component_} builds a model with an adapter, but sampling needs whole weights; use "
+                "the builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
                 "(save_adapter_weights_only: False)"
             )
         self._check_fit(model)
         _, weights = read_decoder_weights(cfg, model)
-        if warning := rounding_on_load(cfg, weights, "dtype", self.dtype):
+        if warning := rounding_on_load(cfg, weights, "dtype", settings.dtype):
             log.warning(warning)
         self.engine = TorchtuneEngine(
-            load_decoder(model, weights, device=self.device, dtype=self.dtype),
+            load_decoder(model, weights, device=settings.device, dtype=settings.dtype),
             stop_tokens=self.tokenizer.stop_tokens,
-            batch_size=cfg.get("batch_size", 64),
+            batch_size=settings.batch_size,
             token_ids=token_ids(self.tokenizer),
         )
-        self.made_of = [
+        made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
-            *(self.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
+            *(settings.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
             [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
             [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
             code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
+        self.partial = PartialFile(output, made_of)
 
     def _check_fit(self, model: TransformerDecoder) -> None:
         rows = model.tok_embeddings.num_embeddings
         if self.tokenizer.vocab_size > rows:
             raise ConfigError(
                 f"tokenizer.path: its vocabulary of {self.tokenizer.vocab_size} is larger than the model's of {rows}; "
-                "let tokenizer.path and model name the same model"
+                "use the same model for tokenizer.path and model"
             )
         for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True):
             if len(ids) + self.params.max_new_tokens > model.max_seq_len:
                 raise DataError(
                     f"{prompt.where}: the prompt's {len(ids)} tokens and max_new_tokens: {self.params.max_new_tokens} "
-                    f"are more than the model's max_seq_len of {model.max_seq_len}; shorten the one or lower the other"
+                    f"exceed the model's max_seq_len of {model.max_seq_len}; shorten the prompt or lower max_new_tokens"
                 )
 
-    def sample(self, output: str | Path) -> list[dict[str, Any]]:
-        """Draws the responses of every prompt, with a progress bar.
+    def sample(self) -> list[dict[str, Any]]:
+        """Samples the responses to every prompt, with a progress bar.
 
-        A prompt with all its responses is written down, in a file beside ``output``. A run that was cut short goes on
-        with the prompts that it lacks; :meth:`forget` removes the file.
+        A prompt with all its responses is written to a file beside the output. An interrupted run resumes with the
+        missing prompts; :meth:`forget` removes the file.
 
         Returns:
-            list[dict[str, Any]]: for each prompt all that its file says of it, with its responses under
-            ``all_generated_responses``, and for each of these under ``finish_reasons`` whether it ended by itself
-            ("stop") or at ``max_new_tokens`` ("length"), and under ``response_lengths`` its tokens, the end of turn
-            included.
+            list[dict[str, Any]]: for each prompt all fields of its line, and three lists with a value for each
+            response: ``all_generated_responses``; ``finish_reasons``, "stop" after a stop token or "length" at
+            ``max_new_tokens``; and ``response_lengths``, in tokens, including the end of turn.
         """
-        self.partial = PartialFile(output, self.made_of)
         with self.partial as partial:
             rows = {done["index"]: done["row"] for done in partial.rows}
             if rows:
@@ -133,7 +164,7 @@ class Sampler:
         return [rows[i] for i in range(len(self.prompts))]
 
     def _sample_rest(self, rows: dict[int, dict[str, Any]], partial: PartialFile) -> None:
-        """Adds the rows that are not there, by the prompt's index."""
+        """Adds the missing rows, by the prompt's index."""
         count = self.params.samples_per_prompt
         rest = [i for i in range(len(self.prompts)) if i not in rows]
         completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
@@ -142,7 +173,7 @@ class Sampler:
         with tqdm(
             total=len(self.prompts) * count, initial=len(rows) * count, unit="response", dynamic_ncols=True
         ) as bar:
-            # Its own index seeds a prompt, whatever else is left.
+            # The seed is the prompt's own index, whichever prompts are left.
             stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
             for place, sample, completion in stream:
                 i = rest[place]
@@ -162,11 +193,11 @@ class Sampler:
         )
 
     def forget(self) -> None:
-        """Removes what :meth:`sample` has written down."""
+        """Removes the partial file of :meth:`sample`."""
         self.partial.path.unlink(missing_ok=True)
 
     def _row(self, prompt: Prompt, samples: list[Completion]) -> dict[str, Any]:
-        # Scores that the line may have come with are those of other responses.
+        # Scores in the prompt's line belong to other responses.
         kept = {key: value for key, value in prompt.fields.items() if key != "all_rm_scores"}
         return kept | {
             "all_generated_responses": [self.tokenizer.decode(sample.tokens) for sample in samples],

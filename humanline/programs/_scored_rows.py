@@ -6,14 +6,34 @@ from torchtune import utils
 from tqdm import tqdm
 
 from humanline.checkpoint import code_digest, named_files
+from humanline.errors import DataError
 from humanline.programs._partial_file import PartialFile
 from humanline.rollout import Prompt, Reward, checked_scores
 
 log = utils.get_logger("INFO")
 
 
+def check_facts(prompt: Prompt, count: int) -> None:
+    """Checks that a line of samples has one length and one finish reason for each response, or none for all.
+
+    Args:
+        prompt (Prompt): the line.
+        count (int): the number of its responses.
+
+    Raises:
+        DataError: if ``response_lengths`` or ``finish_reasons`` is anything else.
+    """
+    for key, kind in (("response_lengths", int), ("finish_reasons", str)):
+        values = prompt.fields.get(key)
+        if values is not None and (not isinstance(values, list) or [type(v) for v in values] != [kind] * count):
+            raise DataError(
+                f"{prompt.where}: field '{key}': expected one {kind.__name__} for each of the {count} responses; "
+                "correct it, or remove it"
+            )
+
+
 def score_sources(reward: DictConfig) -> list[Any]:
-    """What scores depend on besides the responses: the reward's settings, its code, and the files that it names.
+    """Returns what scores depend on, besides the responses: the reward's settings, code, and the files that it names.
 
     Args:
         reward (DictConfig): the config's ``reward``.
@@ -25,14 +45,14 @@ def score_sources(reward: DictConfig) -> list[Any]:
 def scored_rows(
     reward: Reward, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], partial: PartialFile, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Samples with their scores, of which those that an earlier run has left are not scored again.
+    """Scores samples, except those that an earlier run has scored.
 
     Args:
-        reward (Reward): scores them.
+        reward (Reward): scores the responses.
         prompts (Sequence[Prompt]): the prompts.
-        rows (Sequence[dict[str, Any]]): for each, its line with the responses in ``all_generated_responses``.
-        partial (PartialFile): where lines are written as they are scored; it is open.
-        batch_size (int): prompts scored at a time, and written.
+        rows (Sequence[dict[str, Any]]): for each prompt its line, with the responses in ``all_generated_responses``.
+        partial (PartialFile): the open file to which scored rows are written.
+        batch_size (int): prompts that are scored, and then written, at a time.
 
     Returns:
         list[dict[str, Any]]: the rows with the scores in ``all_rm_scores``.

@@ -1,7 +1,7 @@
-"""Where the reference log-probs come from, and when the reference becomes the policy.
+"""The reference: how its log-probs are computed, and when it becomes the policy.
 
-The rule of syncing is :class:`Reference`. A config names a :class:`Strategy`, whose ``build(context)`` makes the run's
-reference: it adds ``log_probs(rows)``, ``become_policy(step)`` and what a checkpoint needs of it.
+:class:`Reference` holds the rule of syncing. A config names a :class:`Strategy`, whose ``build(context)`` returns the
+run's reference, which implements ``log_probs(rows)``, ``become_policy(step)`` and the state for checkpoints.
 """
 
 from humanline.reference._adapter_reference import AdapterReference

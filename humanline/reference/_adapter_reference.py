@@ -15,21 +15,22 @@ from humanline.reference._run_context import RunContext
 
 @dataclass(frozen=True)
 class AdapterReference(Strategy):
-    """The reference of a LoRA or QLoRA policy: it shares the frozen base, and only the adapter is kept twice.
+    """The reference of a LoRA or QLoRA policy: both share the frozen base, and the reference has its own adapter.
 
-    The reference starts as the policy's own adapter. A fresh adapter leaves the base model's function as it is, so the
-    reference is then the base model; a run that continues an adapter starts from that adapter. Syncing copies
-    the adapter, in place.
+    The reference starts as the policy's adapter. A fresh adapter does not change the base model's function, so the
+    reference is then the base model. If the run continues an existing adapter, the reference starts as that adapter.
+    Syncing copies the adapter in place.
 
-    For its log-probs the two adapters change places for the length of one forward pass, in evaluation mode, so that
-    LoRA dropout is off. That is before the policy's own forward pass, or after its backward: between the two autograd
-    would find its adapter changed.
+    For the reference's log-probs the two adapters are swapped during one forward pass in evaluation mode, without LoRA
+    dropout. This happens before the policy's forward or after its backward: in between, autograd would find the
+    policy's adapter changed.
 
     Args:
-        sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
+        sync_every (int | None): optimizer steps between two syncs, at least 1; null never syncs (an ordinary frozen
+            reference).
 
     Raises:
-        ConfigError: if ``sync_every`` is not a positive whole number or None.
+        ConfigError: if ``sync_every`` is neither a positive integer nor None.
     """
 
     def build(self, context: RunContext) -> "SyncedAdapter":
@@ -39,8 +40,8 @@ class AdapterReference(Strategy):
         """
         if not adapter_modules(context.policy):
             raise ConfigError(
-                "reference._component_: AdapterReference needs a model with an adapter (a lora_ or qlora_ builder); a "
-                "model that trains as a whole takes humanline.reference.ModelReference"
+                "reference._component_: AdapterReference needs a model with an adapter (a lora_ or qlora_ builder); "
+                "for full fine-tuning use humanline.reference.ModelReference"
             )
         return SyncedAdapter(context.policy, self.sync_every)
 
@@ -60,7 +61,7 @@ class SyncedAdapter(Reference):
         self.adapter = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     def log_probs(self, rows: Rows) -> Tensor:
-        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
+        """Returns log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
         with self._swapped():
             return fixed_log_probs(self.policy, rows)
 
@@ -70,11 +71,11 @@ class SyncedAdapter(Reference):
         torch._foreach_copy_(_shards(self.adapter), _shards(self.trained))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the reference's adapter and the step of the last sync."""
+        """Returns the reference's adapter and the step of the last sync."""
         return super().state_dict() | {"adapter": self.adapter}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the adapter and the step of the last sync from what :meth:`state_dict` gave."""
+        """Restores the adapter and the step of the last sync from :meth:`state_dict`."""
         super().load_state_dict(state)
         torch._foreach_copy_(_shards(self.adapter), _shards(state["adapter"]))
 
@@ -95,5 +96,5 @@ class SyncedAdapter(Reference):
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, in the order of their names."""
+    """Returns this rank's part of each tensor, in the order of their names."""
     return [local_shard(tensors[name]) for name in sorted(tensors)]

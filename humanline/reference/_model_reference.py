@@ -13,16 +13,17 @@ from humanline.reference._run_context import RunContext
 
 @dataclass(frozen=True)
 class ModelReference(Strategy):
-    """The reference as a second model, sharded like the policy; syncing copies each rank's own shards, without
-    communication.
+    """The reference as a second model, sharded like the policy.
 
-    The copy is kept in the dtype in which the model computes, since its log-probs depend on nothing finer.
+    Syncing copies each rank's own shards, without communication. The copy is kept in the model's compute dtype, since
+    its log-probs do not depend on more precision.
 
     Args:
-        sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
+        sync_every (int | None): optimizer steps between two syncs, at least 1; null never syncs (an ordinary frozen
+            reference).
 
     Raises:
-        ConfigError: if ``sync_every`` is not a positive whole number or None.
+        ConfigError: if ``sync_every`` is neither a positive integer nor None.
     """
 
     def build(self, context: RunContext) -> "SyncedModel":
@@ -34,7 +35,7 @@ class SyncedModel(Reference):
 
     Args:
         policy (LogProbDecoder): the policy.
-        model (LogProbDecoder): a model like it, whose trainable weights are replaced by the policy's.
+        model (LogProbDecoder): a model with the policy's architecture; its trainable weights are overwritten.
         sync_every (int | None): optimizer steps between two syncs; None never syncs.
     """
 
@@ -45,24 +46,24 @@ class SyncedModel(Reference):
         self.become_policy(0)
 
     def log_probs(self, rows: Rows) -> Tensor:
-        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
+        """Returns log-probs of the response tokens under the reference, nats, float32 ``[N]``."""
         return fixed_log_probs(self.model, rows)
 
     def become_policy(self, step: int) -> None:
-        """Copies what trains in the policy, each rank its own shards."""
+        """Copies the policy's trainable weights, each rank its own shards."""
         self._copy(trainable_parameters(self.policy))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the weights of the reference that a sync changes, and the step of the last sync."""
+        """Returns the reference's weights that a sync changes, and the step of the last sync."""
         return super().state_dict() | {"model": self._weights()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the weights and the step of the last sync from what :meth:`state_dict` gave."""
+        """Restores the weights and the step of the last sync from :meth:`state_dict`."""
         super().load_state_dict(state)
         self._copy(state["model"])
 
     def _weights(self) -> dict[str, Tensor]:
-        """The reference's copies of what trains in the policy."""
+        """Returns the reference's copies of the policy's trainable weights."""
         weights = self.model.state_dict()
         return {name: weights[name] for name in trainable_parameters(self.policy)}
 

@@ -7,30 +7,30 @@ from humanline.models import LogProbDecoder
 
 
 class ModelBuilder(Protocol):
-    """What a run starts from, as far as a reference needs it."""
+    """Builds reference models from the weights that a run starts from."""
 
     def reference_model(self) -> LogProbDecoder:
-        """A model like the policy, placed on devices like it; its trainable weights are undefined."""
+        """Returns a model with the policy's architecture and placement; its trainable weights are undefined."""
 
     def fingerprint(self) -> str:
-        """A digest of the weights that the run starts from and of the function that they make; a collective."""
+        """Returns a digest of the weights that the run starts from and of the model's function; a collective."""
 
     def computation(self) -> str:
-        """A digest of what computes that function: code, device, precision. Other code may give other log-probs."""
+        """Returns a digest of everything besides the weights that affects log-probs: code, device and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a run's reference is built from.
+    """The parts of a run that its reference is built from.
 
     Attributes:
         policy (LogProbDecoder): the policy, with the weights that the run starts from.
-        model (ModelBuilder): builds models like it.
-        passes (Callable[[int], Iterable[Rows]] | None): the passes for which this rank will ask the reference at an
-            optimizer step, given before the step; all ranks make the same number. None where the source has a step's
-            groups only when the step comes.
+        model (ModelBuilder): builds models like the policy.
+        passes (Callable[[int], Iterable[Rows]] | None): the passes whose log-probs this rank will need at an optimizer
+            step, known before the step; every rank yields the same number. None if the source knows a step's groups
+            only at the step.
         total_steps (int): optimizer steps of the whole run.
-        resumes (bool): whether a checkpoint is about to be loaded.
+        resumes (bool): whether a checkpoint will be loaded.
     """
 
     policy: LogProbDecoder

@@ -32,27 +32,28 @@ _OTHER_RULE = "for syncs at other steps set reference._component_: humanline.ref
 
 @dataclass(frozen=True)
 class WindowedReference(Strategy):
-    """The reference without a model: at a sync the policy *is* the reference, so its log-probs are taken right then.
+    """The reference without a second model: at a sync the policy *is* the reference, so its log-probs are stored then.
 
-    At a sync, in passes without gradient and in evaluation mode, the policy gives the log-probs of every response that
-    the steps up to the next sync will ask for. They are kept on the host, 4 bytes a token. The first window is taken
-    from the weights that the run starts from.
+    At a sync the policy computes, without gradient and in evaluation mode, the log-probs of all responses up to the
+    next sync. They are kept in host memory, 4 bytes per token. The first window uses the weights that the run starts
+    from.
 
-    A response's log-probs are a function of its prompt and itself, so they are kept under a digest of the two:
-    whatever asks for them, in whatever order and packing, finds them, and none are taken twice.
+    A response's log-probs depend only on its prompt and itself, so they are stored under a digest of both. Lookups
+    therefore work in any order and packing, and nothing is computed twice.
 
-    With ``sync_every: null`` the one window is the whole run. It is also kept on disk, under a fingerprint of the model
-    and of what computes it (this package's code, torchtune's, torch, the device, the precision). Later runs with the
-    same fingerprint read what they need from there, whatever their data and tokenizer. In bf16 a response that another
-    run packed into other rows may differ by rounding.
+    With ``sync_every: null`` the window covers the whole run. It is also cached on disk, under a fingerprint of the
+    model and of the code (this package and torchtune), torch, device and precision. Later runs with the same
+    fingerprint reuse it, with any data and tokenizer. In bf16 a cached response may differ by rounding, if another run
+    packed it into other rows.
 
     Args:
-        sync_every (int | None): optimizer steps between two syncs; None never syncs (the ordinary frozen reference).
-        cache_dir (str | None): where the log-probs of frozen references are kept on disk; None is
-            ``$XDG_CACHE_HOME/humanline`` or ``~/.cache/humanline``.
+        sync_every (int | None): optimizer steps between two syncs, at least 1; null never syncs (an ordinary frozen
+            reference).
+        cache_dir (str | None): folder for the log-probs of frozen references (``sync_every: null``); null uses
+            ``$XDG_CACHE_HOME/humanline``, or ``~/.cache/humanline`` if that variable is not set.
 
     Raises:
-        ConfigError: if ``sync_every`` is not a positive whole number or None.
+        ConfigError: if ``sync_every`` is neither a positive integer nor None.
     """
 
     cache_dir: str | None = None
@@ -60,26 +61,26 @@ class WindowedReference(Strategy):
     def build(self, context: RunContext) -> "Window":
         """
         Raises:
-            ConfigError: if the source samples groups after the sync whose reference they belong to.
+            ConfigError: if the source samples groups after the sync at which their log-probs would be computed.
         """
         if context.passes is None:
             raise ConfigError(
-                "reference._component_: WindowedReference takes log-probs at a sync for all steps up to the next, and "
-                "this source samples their groups later; take humanline.reference.ModelReference, or AdapterReference "
-                "for a model with an adapter"
+                "reference._component_: WindowedReference computes log-probs at a sync for all steps up to the next, "
+                "but this source samples their groups later; use humanline.reference.ModelReference, or "
+                "AdapterReference for a model with an adapter"
             )
         cache = self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "humanline"
         return Window(context, context.passes, self.sync_every, Path(cache).expanduser())
 
 
 class Window(Reference):
-    """The reference of :class:`WindowedReference`, with the window of the first steps, or of all if it never syncs.
+    """The reference of :class:`WindowedReference`, with the first window (or the only one, if it never syncs).
 
     Args:
         context (RunContext): the run.
         passes (Callable[[int], Iterable[Rows]]): the passes of an optimizer step.
         sync_every (int | None): optimizer steps between two syncs; None never syncs.
-        cache_dir (Path): where the log-probs of frozen references are kept on disk.
+        cache_dir (Path): folder for the log-probs of frozen references.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class Window(Reference):
             self.become_policy(0)
 
     def log_probs(self, rows: Rows) -> Tensor:
-        """Log-probs of the response tokens under the reference, nats, float32 ``[N]``.
+        """Returns log-probs of the response tokens under the reference, nats, float32 ``[N]``.
 
         Raises:
-            TrainingError: if a sync came later than ``sync_every`` says.
+            TrainingError: if a sync came later than ``sync_every`` requires.
         """
         try:
             return torch.cat([self.window[key] for key in _keys(rows.groups)]).to(rows.targets.device)
@@ -112,42 +113,42 @@ class Window(Reference):
             raise TrainingError(f"reference: its window ends with step {self.until}; {_OTHER_RULE}") from None
 
     def become_policy(self, step: int) -> None:
-        """Takes the window of the steps after this one, up to the next sync."""
+        """Computes the window for the steps after this one, up to the next sync."""
         if self.sync_every is None:
             raise TrainingError(f"reference: sync_every: null keeps one window for the whole run; {_OTHER_RULE}")
         self.window.clear()
         self._take(range(step + 1, step + self.sync_every + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: the window (of a frozen reference only whose it is), and the step of the last sync.
+        """Returns the window (empty for a frozen reference), the model's fingerprint, and the step of the last sync.
 
-        Every rank gives its own part of the window.
+        Every rank returns its own part of the window.
         """
         window = {} if self.sync_every is None else dict(self.window)
         return super().state_dict() | {"window": window, "until": self.until, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the window and the step of the last sync from what :meth:`state_dict` gave.
+        """Restores the window and the step of the last sync from :meth:`state_dict`.
 
         Raises:
-            ConfigError: if a frozen reference was of other weights, or the window ends before this run does.
+            ConfigError: if a frozen reference had other weights, or the window ends before this run does.
         """
         if state["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                "resume_from_checkpoint: its frozen reference was of other weights than checkpointer and model give; "
-                "point them to what that run started from"
+                "resume_from_checkpoint: its frozen reference had other weights than checkpointer and model provide; "
+                "point them to the weights that run started from"
             )
         if self.sync_every is not None:
             if state["until"] < min(state["last_sync"] + self.sync_every, self.total_steps):
                 raise ConfigError(
-                    f"resume_from_checkpoint: its window of reference log-probs ends with step {state['until']}, "
-                    "the last of that run; a longer one (more epochs) starts anew, or takes ModelReference"
+                    f"resume_from_checkpoint: its window of reference log-probs ends with step {state['until']}, the "
+                    "last step of that run; for more epochs use ModelReference, or start a new run"
                 )
             self.window, self.until = dict(state.get("window", {})), state["until"]
         super().load_state_dict(state)
 
     def _take(self, steps: Iterable[int], known: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Adds to the window what the steps will ask for: what is known, and what the policy says now."""
+        """Adds the log-probs that the steps need to the window: known ones, or computed with the current policy."""
         for step in steps:
             if step > self.total_steps:
                 return
@@ -161,7 +162,7 @@ class Window(Reference):
             self.until = step
 
     def _take_all(self, cache: Path) -> None:
-        """The window of the whole run, from the cache and for it; what is taken is written down every few minutes."""
+        """Fills the window of the whole run from the cache, and writes new log-probs to it every few minutes."""
         known = _read(cache)
         written, start = set(known), time.monotonic()
         steps = range(1, self.total_steps + 1)
@@ -173,7 +174,7 @@ class Window(Reference):
 
 
 def _keys(groups: Sequence[Group]) -> Iterator[str]:
-    """A digest for each response of the groups, of its prompt and itself."""
+    """Yields for each response of the groups a digest of its prompt and itself."""
     for group in groups:
         prompt = blake2b(len(group.prompt).to_bytes(4, "little"), digest_size=16)
         prompt.update(array("i", group.prompt))
@@ -184,18 +185,18 @@ def _keys(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    """All log-probs in a folder; a file that cannot be read is as good as none."""
+    """Returns all log-probs in a folder; unreadable files are skipped with a warning."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             found |= load_file(file)
         except (OSError, SafetensorError) as error:
-            log.warning(f"{file}: {error}; its log-probs are taken anew")
+            log.warning(f"{file}: {error}; its log-probs are recomputed")
     return found
 
 
 def _write(folder: Path, log_probs: dict[str, Tensor]) -> None:
-    """Adds log-probs to a folder. Runs and ranks do not get into each other's way: each write is a file of its own."""
+    """Adds log-probs to a folder. Each write creates a new file, so runs and ranks do not disturb each other."""
     if not log_probs:
         return
     file = folder / uuid.uuid4().hex
@@ -204,4 +205,4 @@ def _write(folder: Path, log_probs: dict[str, Tensor]) -> None:
         save_file(log_probs, file.with_suffix(".partial"))
         file.with_suffix(".partial").rename(file.with_suffix(".safetensors"))
     except (OSError, SafetensorError) as error:
-        log.warning(f"{folder}: {error}; the next run will take the reference's log-probs anew")
+        log.warning(f"{folder}: {error}; the next run will recompute the reference's log-probs")

@@ -1,7 +1,7 @@
-"""Rewards: what scores the responses to prompts, by rule, by a reward model or by a judge.
+"""Rewards: they score responses by rule, with a reward model, or with a judge.
 
-All have the interface of `humanline.rollout.Reward`: called with prompts and with the texts of the responses to each,
-they give a score for every text, higher is better. With no responses to score, a call only checks the prompts.
+All implement `humanline.rollout.Reward`: called with prompts and the texts of each prompt's responses, they return one
+score per text, higher is better. A call without responses only checks the prompts.
 """
 
 from humanline.rewards._format import FormatReward, TagCountReward

@@ -1,4 +1,4 @@
-"""Whether a response has the form ``<think>...</think> <answer>...</answer>``, in open-r1's two degrees."""
+"""Rewards for the form ``<think>...</think> <answer>...</answer>``, as in open-r1: all of it, or each tag."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
 class FormatReward:
-    """1 for a response that is a thought and an answer and nothing else, each tag occurring once; else 0."""
+    """Scores 1 for a response that is a thought followed by an answer, with each tag exactly once; else 0."""
 
     highest_score = 1.0
 
@@ -21,7 +21,7 @@ class FormatReward:
 
 
 class TagCountReward:
-    """A quarter for each of the four tags that occurs exactly once."""
+    """Scores a quarter for each of the four tags that occurs exactly once."""
 
     highest_score = 1.0
 

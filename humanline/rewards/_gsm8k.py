@@ -1,4 +1,4 @@
-"""GSM8K: answers that are one number, compared exactly."""
+"""GSM8K: answers that are a single number, compared exactly."""
 
 import re
 from collections.abc import Sequence
@@ -11,25 +11,27 @@ from humanline.rollout import Prompt
 __all__ = ["GSM8KReward"]
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-# A minus that something stands before is no sign: 16-3 ends with 3.
+# A minus sign after a letter, digit or parenthesis is a subtraction, not a sign: 16-3 ends with 3.
 _NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-# In Markdown the mark is a heading's too: any number may come later in that, and its own, as in #### 2. Money, is none.
+# In Markdown #### also starts a heading. No number in a heading counts, nor the heading's own, as in #### 2. Money.
 _MARKED = re.compile(rf"####[ \t$*]*{_NUMBER.pattern}(?!\.?[0-9]|,[0-9]|[.)][ \t]+\S)")
 
 
 class GSM8KReward:
-    """1 where a response's number is the answer's, else 0. Currency signs, thousands' commas and final zeros and dots
-    do not count; a percent sign and other units are not looked at.
+    """Scores 1 if a response's number equals the answer's, else 0.
 
-    The answer is the number after ``####`` in the prompt's ``answer_field``, or the field's only number. A response's
-    number is, by the first of these marks that it has:
+    Currency signs, thousands separators, trailing zeros and trailing dots make no difference. Percent signs and other
+    units are ignored.
 
-    1. ``####`` with a number directly behind it, but for ``$`` and ``*``, that is not a heading's: the last such one;
-    2. ``\\boxed{}``: the only number in the last of them, so that a fraction there is no number;
+    The answer is the number after ``####`` in the prompt's ``answer_field``, or the only number in it. A response's
+    number comes from the first of these rules that applies:
+
+    1. ``####`` with a number directly after it (``$`` and ``*`` may come between), not in a heading: the last one;
+    2. ``\\boxed{}``: the only number in the last box; a box with several, such as a fraction, has none;
     3. neither: the last number.
 
     Args:
-        answer_field (str): the field of the prompt file that holds the answer.
+        answer_field (str): field of the prompt file with the answer.
     """
 
     highest_score = 1.0
@@ -40,7 +42,7 @@ class GSM8KReward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if a prompt's answer is no number, naming its line.
+            DataError: if a prompt's answer is not a number; the message names its line.
         """
         answers = [self._answer(prompt) for prompt in prompts]
         return [
@@ -54,7 +56,7 @@ class GSM8KReward:
         number = marked[-1] if marked else _only_number(text)
         if number is None:
             raise DataError(
-                f"{prompt.where}: field '{self._answer_field}' holds no number after ####, and is no number; "
+                f"{prompt.where}: field '{self._answer_field}' has no number after #### and is not a single number; "
                 "correct it, or use humanline.rewards.MathReward"
             )
         return number
@@ -82,7 +84,7 @@ def _numbers(text: str, form: re.Pattern[str] = _NUMBER) -> list[Decimal]:
 
 
 def _braced(text: str) -> str:
-    """What stands before the brace that closes the one before ``text``; all of it where none does."""
+    """Returns the text up to the brace that closes the one before ``text``; all of it if there is none."""
     depth = 1
     for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace[0] == "{" else -1

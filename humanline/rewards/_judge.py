@@ -1,4 +1,4 @@
-"""A language model as a judge, over an OpenAI-compatible chat API."""
+"""A language model as judge, over an OpenAI-compatible chat API."""
 
 import json
 import logging
@@ -35,26 +35,26 @@ _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
 
 
 class JudgeReward:
-    """The rating that a language model gives a response, divided by the highest.
+    """Scores a response by a language model's rating, divided by the highest rating.
 
-    Where its reply has no rating from 0 to ``scale``, the response scores 0, and they are counted in the log. While the
-    server is away, the run waits for it, as it does for that of :class:`~humanline.rollout.HTTPEngine`.
+    If the model's reply has no rating from 0 to ``scale``, the response scores 0; a warning counts such responses.
+    While the server is unreachable, the run waits for it, as with :class:`~humanline.rollout.HTTPEngine`.
 
     Args:
-        base_url (str): where the API is, such as ``http://localhost:8000/v1``.
-        model (str): the model's name there.
-        template (str): what the judge is asked, with ``{prompt}`` and ``{response}``.
+        base_url (str): address of the API, such as ``http://localhost:8000/v1``.
+        model (str): name of the model at the server.
+        template (str): the question to the judge, with ``{prompt}`` and ``{response}`` in it.
         pattern (str): regular expression whose only group is the rating; its last match in a reply counts.
-        scale (float): the highest rating.
-        api_key_env (str): environment variable with the API key; without it, none is sent.
-        temperature (float | None): the judge's sampling temperature; None leaves it to the server.
-        timeout (float): seconds an answer of the server may take.
-        retries (int): how often a request that failed, or was lost with its server, is repeated.
-        max_concurrency (int): the most requests at a time.
-        wait (float | None): seconds to wait for a server that is gone; None waits for ever.
+        scale (float): the highest rating, > 0.
+        api_key_env (str): environment variable with the API key; if it is not set, no key is sent.
+        temperature (float | None): sampling temperature of the judge; null uses the server's default.
+        timeout (float): most seconds for a reply of the server.
+        retries (int): most repetitions of a request that failed or was lost with its server.
+        max_concurrency (int): most requests at a time.
+        wait (float | None): seconds to wait for an unreachable server; null waits without limit.
 
     Raises:
-        ConfigError: if a value cannot work.
+        ConfigError: if a value is invalid.
     """
 
     highest_score = 1.0
@@ -75,25 +75,25 @@ class JudgeReward:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(
-                f"reward.base_url: {base_url!r} is no web address; give one such as http://localhost:8000/v1"
+                f"reward.base_url: expected an address such as http://localhost:8000/v1, got {base_url!r}"
             )
         if set(_PLACEHOLDER.findall(template)) != {"prompt", "response"}:
-            raise ConfigError("reward.template: lacks {prompt} or {response}, which stand for what is judged; add both")
+            raise ConfigError("reward.template: must contain {prompt} and {response}, at least one is missing; add it")
         try:
             self._pattern = re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"reward.pattern: {pattern!r} is no regular expression ({error})") from error
+            raise ConfigError(f"reward.pattern: {pattern!r} is not a regular expression ({error})") from error
         if self._pattern.groups != 1:
             raise ConfigError(
-                f"reward.pattern: {pattern!r} has {self._pattern.groups} groups; the rating must be the only"
+                f"reward.pattern: expected one group, the rating, got {self._pattern.groups} groups in {pattern!r}"
             )
         for key, value in (("scale", scale), ("timeout", timeout)):
             check_number(key, value)
         check_count("max_concurrency", max_concurrency)
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise ConfigError(f"reward.retries: {retries!r} is not a whole number of at least 0")
+            raise ConfigError(f"reward.retries: expected an integer of at least 0, got {retries!r}")
         if wait is not None and (isinstance(wait, bool) or not isinstance(wait, int | float) or wait < 0):
-            raise ConfigError(f"reward.wait: {wait!r} is not a number of seconds of at least 0; null waits for ever")
+            raise ConfigError(f"reward.wait: expected seconds of at least 0, or null for no limit, got {wait!r}")
         headers = {"Content-Type": "application/json"}
         if os.environ.get(api_key_env):
             headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
@@ -112,8 +112,8 @@ class JudgeReward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            ConfigError: if the server refuses the request, or, with no response to score, does not answer.
-            TrainingError: if the server stays away, or fails again and again.
+            ConfigError: if the server rejects the request or, in a call without responses, does not answer.
+            TrainingError: if the server stays unreachable, or fails repeatedly.
         """
         questions = [self._question(prompt, text) for prompt, text in pairs(prompts, responses)]
         if not questions:
@@ -132,7 +132,7 @@ class JudgeReward:
         return regroup(((rating or 0.0) / self._scale for rating in ratings), responses)
 
     def stop(self) -> None:
-        """Ends all waiting for the server, for good: who waits raises :class:`~humanline.rollout.Stopped`."""
+        """Ends all waiting for the server for good; waiting calls raise :class:`~humanline.rollout.Stopped`."""
         self._server.stop()
 
     def _greet(self) -> None:
@@ -142,7 +142,7 @@ class JudgeReward:
             raise ConfigError(f"reward.base_url: {self._url} does not answer ({gone}); start the server") from None
 
     def _rating(self, question: str) -> float | None:
-        """The judge's rating; None if its reply has none."""
+        """Returns the judge's rating; None if its reply has none."""
         try:
             found = self._pattern.findall(self._server.persist(lambda: self._reply(question)))
         except Refused as error:
@@ -160,35 +160,35 @@ class JudgeReward:
             conversation = prompt.messages[0]["content"]
         else:
             conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
-        # In one pass: a response may hold a placeholder's name.
+        # In one pass, because a response may contain the name of a placeholder.
         parts = {"prompt": conversation, "response": response}
         return _PLACEHOLDER.sub(lambda placeholder: parts[placeholder[1]], self._template)
 
     def _reply(self, question: str) -> str:
-        """What the judge says, asked once."""
+        """Asks the judge once and returns its reply."""
         body: dict[str, Any] = {"model": self._model, "messages": [{"role": "user", "content": question}]}
         answer = self._server.exchange(f"{self._url}/chat/completions", body | self._temperature)
         try:
             content = json.loads(answer)
         except ValueError:
-            raise Refused(500, "what it answers is no JSON") from None
+            raise Refused(500, "its answer is not JSON") from None
         try:
             reply = content["choices"][0]["message"]["content"]
         except (LookupError, TypeError):
             raise ConfigError(
-                f"reward.base_url: {self._url} is no chat API: its answer has no choices[0].message.content, but is "
-                f"{str(content)[:100]}"
+                f"reward.base_url: {self._url} is not a chat API: expected choices[0].message.content in its answer, "
+                f"got {str(content)[:100]}"
             ) from None
         if not isinstance(reply, str | None):
             raise ConfigError(
-                f"reward.base_url: {self._url} answers choices[0].message.content with {str(reply)[:100]}, expected a "
-                "string or null"
+                f"reward.base_url: {self._url}: expected a string or null in choices[0].message.content, got "
+                f"{str(reply)[:100]}"
             )
         return reply or ""
 
     def _refusal(self, error: Refused) -> str:
         if error.status in (401, 403):
-            return f"reward.api_key_env: {self._url} refuses the key in ${self._api_key_env} ({error})"
+            return f"reward.api_key_env: {self._url} rejects the key in ${self._api_key_env} ({error}); correct it"
         if error.status == 404:
-            return f"reward.model: {self._url} has no model '{self._model}', or is no chat API ({error})"
-        return f"reward: {self._url} refuses the request ({error}); correct its settings"
+            return f"reward.model: {self._url} has no model '{self._model}', or is not a chat API ({error}); correct it"
+        return f"reward: {self._url} rejects the request ({error}); correct the reward's settings"

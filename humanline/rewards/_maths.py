@@ -1,4 +1,4 @@
-"""Maths answers, checked with math-verify in processes of their own."""
+"""A reward for maths answers, checked by math-verify in worker processes."""
 
 import importlib.util
 import json
@@ -25,22 +25,22 @@ _WORKER = Path(__file__).with_name("_maths_worker.py")
 
 
 class MathReward:
-    """1 where math-verify finds a response's final answer equal to the prompt's, else 0.
+    """Scores 1 if math-verify finds a response's final answer equal to the prompt's, else 0.
 
-    The final answer is the last ``\\boxed{}`` behind the thought (``</think>``, where there is one), or else the last
-    formula or number there. math-verify takes boxes close to each other for one answer of several parts. Fractions
-    equal decimals, units do not count, and a percentage equals both its number and its hundredth.
+    The final answer is the last ``\\boxed{}`` after the thought (``</think>``, if there is one), or else the last
+    formula or number there. math-verify reads adjacent boxes as one answer of several parts. Fractions equal decimals,
+    units are ignored, and a percentage equals both its number and its hundredth.
 
-    Expressions that a model writes can take any time and memory to evaluate. So each check runs in a worker process
-    with a limit on both; a response whose check meets it scores 0, and they are counted in the log.
+    Expressions that a model writes can need unlimited time and memory. So each check runs in a worker process with
+    limits on both. A response whose check exceeds a limit scores 0; a warning counts such responses.
 
     Args:
-        answer_field (str): the field of the prompt file that holds the answer, LaTeX or plain, without working.
-        timeout (float): seconds a check may take.
-        workers (int): worker processes.
+        answer_field (str): field of the prompt file with the answer, LaTeX or plain, without its derivation.
+        timeout (float): most seconds for a check.
+        workers (int): number of worker processes.
 
     Raises:
-        ConfigError: if a value cannot work, or math-verify is not installed.
+        ConfigError: if a value is invalid, or math-verify is not installed.
     """
 
     highest_score = 1.0
@@ -50,7 +50,7 @@ class MathReward:
         check_count("workers", workers)
         if importlib.util.find_spec("math_verify") is None:
             raise ConfigError(
-                "reward: math-verify, which checks the answers, is missing; pip install -c constraints.txt -e '.[math]'"
+                "reward: math-verify, which checks answers, is missing; pip install -c constraints.txt -e '.[math]'"
             )
         self._answer_field = answer_field
         self._timeout = timeout
@@ -63,11 +63,11 @@ class MathReward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if a prompt has no answer, naming its line.
+            DataError: if a prompt has no answer; the message names its line.
         """
         answers = [known_answer(prompt, self._answer_field) for prompt in prompts]
         checks = [(answer, text) for answer, texts in zip(answers, responses, strict=True) for text in texts]
-        with ThreadPool(self._workers) as threads:  # its threads end with the process, whatever is left to check
+        with ThreadPool(self._workers) as threads:  # its threads end with the process, even if checks remain
             verdicts = list(threads.imap(self._check, checks))
         unfinished = verdicts.count(None)
         if unfinished:
@@ -78,7 +78,7 @@ class MathReward:
         return regroup(map(float, map(bool, verdicts)), responses)
 
     def stop(self) -> None:
-        """Ends checking for good: what is under way raises :class:`~humanline.rollout.Stopped` at its next check."""
+        """Ends checking for good; a call in progress raises :class:`~humanline.rollout.Stopped` at its next check."""
         self._stopped = True
 
     def _check(self, check: tuple[str, str]) -> bool | None:
@@ -92,7 +92,7 @@ class MathReward:
 
 
 class _Worker:
-    """A process that checks one answer at a time. It starts with its first check, and ends with this object."""
+    """A process that checks one answer at a time; it starts with its first check and ends with this object."""
 
     _end: "weakref.finalize[..., _Worker]"
 
@@ -101,8 +101,10 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def check(self, answer: str, response: str) -> bool | None:
-        """Whether the response has the answer; None if the process did not live to tell, twice or by its alarm: once
-        may have been a signal that was meant for the whole run."""
+        """Returns whether the response has the answer; None if the check ended its process.
+
+        If the process died by anything but its alarm, such as a signal to the whole run, the check is repeated once.
+        """
         for _ in range(2):
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
@@ -124,7 +126,7 @@ class _Worker:
             self._end()
         command = [sys.executable, str(_WORKER), str(self._timeout)]
         pipe = subprocess.PIPE
-        # In a session of its own, since signals to the run's process group are not meant for it.
+        # In a new session, since signals to the run's process group must not reach it.
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
         )
@@ -133,8 +135,8 @@ class _Worker:
         if not process.stdout.readline():
             self._end()
             raise ConfigError(
-                "reward: math-verify, which checks the answers, cannot be imported; see what "
-                f"`{sys.executable} -c 'import math_verify'` says"
+                "reward: math-verify, which checks answers, cannot be imported; run "
+                f"`{sys.executable} -c 'import math_verify'` to see why"
             )
         return process
 

@@ -1,8 +1,8 @@
-"""Checks answers with math-verify: lines of ``[answer, response]`` in, ``true`` or ``false`` out.
+"""Checks answers with math-verify: reads lines of ``[answer, response]``, writes ``true`` or ``false``.
 
-A program of its own, started by `_maths.py`. A check that takes too long is ended by the kernel's alarm, together with
-this process: math-verify's own timeouts raise an exception in a signal handler, which waits until Python has its turn,
-and sympy can spend hours in one power. The alarm needs no turn, and no parent that is still there.
+A separate program, started by `_maths.py`. If a check takes too long, the kernel's alarm ends this process.
+math-verify's own timeouts raise an exception in a signal handler, which runs only between Python instructions, and
+sympy can spend hours in a single power. The alarm needs neither Python nor a living parent.
 """
 
 import json
@@ -14,7 +14,7 @@ import signal
 import sys
 from functools import lru_cache
 
-import sympy.physics.units  # noqa: F401 - imported by simplify otherwise, and made by evaluating its own text
+import sympy.physics.units  # noqa: F401 - simplify would import it later, and its import evaluates its own text
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Float, Integer, Number
 from sympy.parsing import sympy_parser
@@ -22,7 +22,7 @@ from sympy.parsing import sympy_parser
 MEMORY = 4 << 30  # bytes of address space
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-# A formula in dollars follows pandoc's rule, or every second price would end one.
+# Dollar formulas follow pandoc's rule, or every second price would end one.
 FORMULA_OR_NUMBER = re.compile(
     r"(?:\$\$.+?\$\$|\$(?!\s)[^$\n]+?(?<!\s)\$(?!\d)|\$\s[^$\n]+\s\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])\s?(?:\\?%)?"
     r"|(?P<bare>-?\d*\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
@@ -34,7 +34,7 @@ NUMBER_CODE = re.compile(r"Integer \((\d+) \)|Float \('([\d.]+)' \)")
 
 
 def read_number(code: str, *_: object) -> Number:
-    """Stands in for sympy's evaluation of Python, to which math-verify gives each number of a formula, as text."""
+    """Replaces sympy's evaluation of Python code, to which math-verify passes each number of a formula as text."""
     match = NUMBER_CODE.fullmatch(code.strip())
     if match is None:
         raise ValueError("not a number")
@@ -46,11 +46,11 @@ sympy_parser.eval_expr = read_number
 
 def main(timeout: float) -> None:
     verdicts = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no verdict
+    os.dup2(2, 1)  # so that output printed by libraries is not read as a verdict
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY or MEMORY < most:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them as well, and its end is the end here
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them too, and this process ends with it
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
@@ -64,7 +64,7 @@ def main(timeout: float) -> None:
 
 
 def final_answer(response: str) -> str:
-    """The part of a response that math-verify is to look at, as LaTeX."""
+    """Returns the part of a response that math-verify should check, as LaTeX."""
     conclusion = response.rpartition("</think>")[2]
     if r"\boxed" in conclusion:
         return conclusion
@@ -75,13 +75,13 @@ def final_answer(response: str) -> str:
     return last[0] if last["bare"] is None else boxed(last["bare"])
 
 
-@lru_cache(maxsize=1)  # the responses to a prompt come one after the other
+@lru_cache(maxsize=1)  # the responses to a prompt are checked one after the other
 def answer_expressions(answer: str) -> list:
     return expressions(answer if r"\boxed" in answer else boxed(answer.strip().removeprefix("$").removesuffix("$")))
 
 
 def expressions(text: str) -> list:
-    # LaTeX only, which has a grammar: plain expressions would go to sympy to be evaluated as Python.
+    # LaTeX only, because it is parsed by a grammar: sympy would evaluate plain expressions as Python.
     latex = LatexExtractionConfig(boxed_match_priority=0)
     return parse(text, [latex], extraction_mode="first_match", parsing_timeout=None)
 

@@ -1,4 +1,4 @@
-"""The rewards of open-r1's maths recipe, added up."""
+"""The weighted sum of rewards in open-r1's maths recipe."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,15 @@ class OpenR1Reward:
     """A weighted sum of :class:`MathReward`, :class:`FormatReward` and :class:`TagCountReward`.
 
     Args:
-        accuracy (float): weight of the right answer.
-        format (float): weight of the whole form, ``<think>...</think> <answer>...</answer>``.
-        tag_count (float): weight of its tags, a quarter each.
-        answer_field (str): see :class:`MathReward`, as for the rest.
-        timeout (float): seconds a check of an answer may take.
-        workers (int): worker processes that check answers.
+        accuracy (float): weight of the right answer (:class:`MathReward`).
+        format (float): weight of the complete form, ``<think>...</think> <answer>...</answer>``.
+        tag_count (float): weight of the form's four tags; each tag counts a quarter.
+        answer_field (str): field of the prompt file with the answer, LaTeX or plain, without its derivation.
+        timeout (float): most seconds for the check of an answer.
+        workers (int): number of worker processes that check answers.
 
     Raises:
-        ConfigError: if a value cannot work, or math-verify is not installed.
+        ConfigError: if a value is invalid, or math-verify is not installed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class OpenR1Reward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if a prompt has no answer, naming its line.
+            DataError: if a prompt has no answer; the message names its line.
         """
         return [
             [

@@ -1,4 +1,4 @@
-"""What several rewards do with prompts and responses before and after they score."""
+"""Handling of prompts and responses that several rewards share."""
 
 from collections.abc import Iterable, Sequence
 from reprlib import repr as short_repr
@@ -10,27 +10,27 @@ __all__ = ["known_answer", "pairs", "regroup"]
 
 
 def known_answer(prompt: Prompt, field: str) -> str:
-    """The answer that the prompt's file gives, as text.
+    """Returns the answer in the prompt's line, as text.
 
     Raises:
-        DataError: if the field is absent, empty, or neither text nor a number.
+        DataError: if the field is missing, empty, or neither text nor a number.
     """
     value = prompt.fields.get(field)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        problem = "is absent" if value is None else f"is {short_repr(value)}"
+        problem = "is missing" if value is None else f"is {short_repr(value)}"
         raise DataError(
-            f"{prompt.where}: field '{field}' {problem}; give the right answer there, as text or a number, or name its "
-            "field in reward.answer_field"
+            f"{prompt.where}: field '{field}' {problem}; it must hold the right answer as text or a number, or set "
+            "reward.answer_field to the field that does"
         )
     return str(value)
 
 
 def pairs(prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[tuple[Prompt, str]]:
-    """Every response beside its prompt."""
+    """Returns every response with its prompt."""
     return [(prompt, text) for prompt, texts in zip(prompts, responses, strict=True) for text in texts]
 
 
 def regroup(scores: Iterable[float], responses: Sequence[Sequence[str]]) -> list[list[float]]:
-    """The scores of :func:`pairs`, prompt by prompt again."""
+    """Groups the scores of :func:`pairs` by prompt again."""
     flat = iter(scores)
     return [[next(flat) for _ in texts] for texts in responses]

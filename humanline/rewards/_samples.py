@@ -10,7 +10,7 @@ _TABLES = (".jsonl", ".json", ".parquet")
 
 
 def read_samples(path: str) -> tuple[list[Prompt], list[list[str]]]:
-    """Reads prompts with the responses that were sampled to them, as ``recipes/humanline_sample.py`` writes them.
+    """Reads prompts with their sampled responses, as ``recipes/humanline_sample.py`` writes them.
 
     Args:
         path (str): a .jsonl, .json or .parquet file of objects with ``prompt`` and ``all_generated_responses``.
@@ -19,13 +19,13 @@ def read_samples(path: str) -> tuple[list[Prompt], list[list[str]]]:
         The prompts in the order of the file, and the responses to each.
 
     Raises:
-        ConfigError: if there is no such file, or it is of another kind.
-        DataError: if a line cannot be used, naming it.
+        ConfigError: if the file does not exist or has an unsupported type.
+        DataError: if a line cannot be used; the message names it.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"samples: there is no file '{path}' (looked for from {Path.cwd()}); correct the path")
+        raise ConfigError(f"samples: file '{path}' not found (working directory {Path.cwd()}); correct the path")
     if file.suffix not in _TABLES:
-        raise ConfigError(f"samples: '{path}' is of no known kind; convert it to one of {', '.join(_TABLES)}")
+        raise ConfigError(f"samples: '{path}' has an unsupported type; convert it to one of {', '.join(_TABLES)}")
     prompts = read_prompts(path)
     return prompts, [Record(p.where, p.fields, {}).texts("all_generated_responses") for p in prompts]

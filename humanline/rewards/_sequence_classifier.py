@@ -1,4 +1,4 @@
-"""A reward model: a transformers model that gives a whole chat a number."""
+"""A reward model: a transformers sequence classifier that scores a whole chat."""
 
 import logging
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class SequenceClassifierReward:
-    """The score that a sequence classifier in Hugging Face's format gives to prompt and response, as a chat.
+    """Scores a prompt with its response, as a chat, by a sequence classifier in Hugging Face's format.
 
-    The chat is laid out by the model's own chat template. Of a longer one than ``max_tokens`` the first token and the
-    end stay.
+    The model's own chat template renders the chat. A chat longer than ``max_tokens`` keeps its first token and its end.
 
     Args:
-        path (str): a folder with an ``AutoModelForSequenceClassification`` and its tokenizer.
-        head (int | None): the output that is the score. None takes the only one, or what a model of its own code calls
-            its ``score`` (as ArmoRM does); a number takes that one of its ``rewards``, or else of its logits.
-        batch_size (int): the most chats in a pass. A model whose config has no padding token takes one at a time.
-        device (str): ``cuda`` (which falls back to the CPU where there is no GPU) or ``cpu``.
-        dtype (str): what the model computes in, ``bf16`` or ``fp32``.
-        max_tokens (int | None): the most tokens of a chat; None takes as many as the model has positions.
+        path (str): folder with an ``AutoModelForSequenceClassification`` and its tokenizer.
+        head (int | None): index of the output that is the score, in the model's ``rewards`` if it returns them, else in
+            its logits. null uses ``score`` if a model with its own code returns one (as ArmoRM does), else the only
+            output.
+        batch_size (int): most chats in a pass; 1 is used if the model's config has no padding token.
+        device (str): ``cuda``, which falls back to the CPU if there is no GPU, or ``cpu``.
+        dtype (str): dtype of the computation, ``bf16`` or ``fp32``.
+        max_tokens (int | None): most tokens of a chat; null uses the model's number of positions.
         trust_remote_code (bool): True runs the Python code in the folder, which some models need. Read it first.
 
     Raises:
-        ConfigError: if a value cannot work, the folder holds no such model, or transformers is not installed.
+        ConfigError: if a value is invalid, the folder has no such model, or transformers is not installed.
     """
 
     def __init__(
@@ -55,23 +55,21 @@ class SequenceClassifierReward:
         if max_tokens is not None:
             check_count("max_tokens", max_tokens)
         if head is not None and (isinstance(head, bool) or not isinstance(head, int) or head < 0):
-            raise ConfigError(f"reward.head: {head!r} is not the number of an output; give 0 or more, or null")
+            raise ConfigError(f"reward.head: expected the index of an output, 0 or more, or null, got {head!r}")
         if dtype not in _DTYPES:
-            raise ConfigError(f"reward.dtype: {dtype!r} is not supported; choose {' or '.join(_DTYPES)}")
+            raise ConfigError(f"reward.dtype: expected {' or '.join(_DTYPES)}, got {dtype!r}")
         if trust_remote_code not in (True, False):
-            raise ConfigError(f"reward.trust_remote_code: {trust_remote_code!r} is neither true nor false")
+            raise ConfigError(f"reward.trust_remote_code: expected true or false, got {trust_remote_code!r}")
         self._path = Path(path).expanduser()
         self._head = head
         self._load(device, dtype, trust_remote_code)
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if max_tokens is not None and positions is not None and max_tokens > positions:
-            raise ConfigError(
-                f"reward.max_tokens: {max_tokens} is more than the model's {positions} positions; lower it"
-            )
+            raise ConfigError(f"reward.max_tokens: {max_tokens} exceeds the model's {positions} positions; lower it")
         self._max_tokens = max_tokens or positions
         self._pad_id = self._model.config.pad_token_id
         self._batch_size = 1 if self._pad_id is None else batch_size
-        # One chat shows whether template and head work: here, and not behind hours of sampling.
+        # One chat tests template and head now, and not after hours of sampling.
         try:
             self._scores([self._encode([{"role": "user", "content": "Hello?"}], "Hello.")])
         except DataError as error:
@@ -87,8 +85,8 @@ class SequenceClassifierReward:
             ) from error
         if not self._path.is_dir():
             raise ConfigError(
-                f"reward.path: there is no folder '{self._path}' (looked for from {Path.cwd()}); download the model "
-                "first, and give its folder"
+                f"reward.path: folder '{self._path}' not found (working directory {Path.cwd()}); download the model "
+                "first, and set this key to its folder"
             )
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         try:
@@ -105,7 +103,7 @@ class SequenceClassifierReward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if the model's chat template refuses a prompt, naming its line.
+            DataError: if the model's chat template rejects a prompt; the message names its line.
         """
         chats = []
         for prompt, text in pairs(prompts, responses):
@@ -116,7 +114,7 @@ class SequenceClassifierReward:
         chats, cut = self._within_limit(chats)
         if cut:
             log.warning(f"SequenceClassifierReward: {cut:,} of {len(chats):,} chats cut to {self._max_tokens} tokens")
-        # Chats of like length share a pass, the longest first: a lack of memory shows at once.
+        # Chats of similar length share a pass. The longest come first, so that a lack of memory shows at once.
         order = sorted(range(len(chats)), key=lambda i: -len(chats[i]))
         scores = [0.0] * len(chats)
         for start in range(0, len(order), self._batch_size):
@@ -126,7 +124,7 @@ class SequenceClassifierReward:
         return regroup(scores, responses)
 
     def _encode(self, messages: list[dict[str, str]], response: str) -> list[int]:
-        """The token ids of a chat."""
+        """Returns the token ids of a chat."""
         chat = [*messages, {"role": "assistant", "content": response}]
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False)
@@ -136,7 +134,7 @@ class SequenceClassifierReward:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _within_limit(self, chats: list[list[int]]) -> tuple[list[list[int]], int]:
-        """The chats, and how many had to be cut."""
+        """Cuts chats to the limit; returns them and the number of chats that were cut."""
         limit = self._max_tokens
         if limit is None:
             return chats, 0
@@ -144,7 +142,7 @@ class SequenceClassifierReward:
         return [chat if len(chat) <= limit else [chat[0], *chat[len(chat) - limit + 1 :]] for chat in chats], cut
 
     def _scores(self, chats: list[list[int]]) -> list[float]:
-        """One pass, padded on the right."""
+        """Scores chats in one pass, padded on the right."""
         length = max(map(len, chats))
         ids = torch.full((len(chats), length), self._pad_id or 0)
         mask = torch.zeros_like(ids)
@@ -156,17 +154,17 @@ class SequenceClassifierReward:
         return self._column(output).float().tolist()
 
     def _column(self, output: Any) -> torch.Tensor:
-        """The scores ``[B]`` in a model's output."""
+        """Returns the scores ``[B]`` in a model's output."""
         if self._head is None and getattr(output, "score", None) is not None:
             return output.score.reshape(-1)
         rewards = getattr(output, "rewards", None)
         outputs = output.logits if rewards is None else rewards
         if self._head is None and outputs.size(-1) > 1:
             raise ConfigError(
-                f"reward.head: {self._path} has {outputs.size(-1)} outputs; say which of them is the score"
+                f"reward.head: {self._path} has {outputs.size(-1)} outputs; set this key to the index of the score"
             )
         if self._head is not None and self._head >= outputs.size(-1):
             raise ConfigError(
-                f"reward.head: {self._head} is no output of {self._path}, whose last is {outputs.size(-1) - 1}"
+                f"reward.head: expected an output of {self._path}, 0 to {outputs.size(-1) - 1}, got {self._head}"
             )
         return outputs[:, self._head or 0]

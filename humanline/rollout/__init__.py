@@ -1,4 +1,4 @@
-"""Engines that sample completions, and the prompts they complete."""
+"""Sampling from the policy: engines, prompts, rewards, and rounds of sampled groups."""
 
 from humanline.errors import Stopped
 from humanline.rollout._connection import Connection, Gone, Refused

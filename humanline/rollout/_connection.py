@@ -1,4 +1,4 @@
-"""A server with the API of OpenAI, which may fail: requests that are repeated, and waited with while it is gone."""
+"""Requests to a server with OpenAI's API: failed requests are retried, and all wait while the server is down."""
 
 import http.client
 import itertools
@@ -20,13 +20,13 @@ from humanline.errors import Stopped, TrainingError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_NO_SERVER = (502, 503, 504)  # how a proxy says that there is none behind it
+_NO_SERVER = (502, 503, 504)  # a proxy's codes when the server behind it is down
 _POLL_SECONDS = 10.0
-_SECONDS_BETWEEN_LOOKS = 0.5  # at whether waiting has ended
+_SECONDS_BETWEEN_LOOKS = 0.5  # how often a waiting thread checks whether to stop
 
 
 class Gone(Exception):
-    """No server answered, or it went away while it did; or, ``busy``, one that is there had no time."""
+    """The server did not answer, or closed the connection; ``busy``: it is up but overloaded (HTTP 503)."""
 
     def __init__(self, message: str, busy: bool = False) -> None:
         super().__init__(message)
@@ -34,24 +34,24 @@ class Gone(Exception):
 
 
 class Refused(Exception):
-    """The server answered otherwise than asked."""
+    """The server answered with an error, or with a reply that does not match the request."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-        self.passes = status in (408, 409, 425, 429) or status >= 500  # what another attempt may change
+        self.passes = status in (408, 409, 425, 429) or status >= 500  # a retry may succeed
 
 
 class Connection:
-    """The requests of many threads to one server.
+    """Sends the requests of many threads to one server.
 
     Args:
-        url (str): the API's address, whose ``/models`` is asked whether the server is there.
-        headers (dict[str, str]): of every request.
-        timeout (float): seconds after which a request without an answer has failed.
-        retries (int): how often a request that failed, or was lost with its server, is repeated.
-        wait (float | None): seconds to wait for a server that is gone; None waits for ever.
-        introduce (Callable[[], None]): tells a server that has started anew what it has to know.
+        url (str): the API's base URL; a request to ``/models`` under it shows whether the server is up.
+        headers (dict[str, str]): HTTP headers of every request.
+        timeout (float): seconds after which a request without an answer fails.
+        retries (int): the maximum number of retries of a failed request.
+        wait (float | None): seconds to wait for a server that is down; None waits without limit.
+        introduce (Callable[[], None]): prepares a server that may have restarted, such as by announcing weights.
     """
 
     def __init__(
@@ -66,32 +66,32 @@ class Connection:
     ) -> None:
         self._url, self._headers, self._introduce = url, headers, introduce
         self._timeout, self._retries, self._wait = timeout, retries, wait
-        self._gate = threading.Lock()  # closed while the server is gone
+        self._gate = threading.Lock()  # held while the server is down
         self._outages = 0
-        # Plain flags, which need no lock: who waits looks at them twice a second.
+        # Plain flags need no lock; waiting threads check them twice a second.
         self._given_up = False
-        self._stopped = False  # never taken back
+        self._stopped = False  # permanent
         self.is_introduced = True
 
     def start(self) -> None:
-        """Lets requests wait again after :meth:`give_up`; after :meth:`stop` none does."""
+        """Lets requests wait again after :meth:`give_up`; it does not undo :meth:`stop`."""
         self._given_up = False
 
     def give_up(self) -> None:
-        """Ends all waiting for the moment: those who wait raise :class:`Stopped`."""
+        """Ends all current waits: the waiting threads raise :class:`Stopped`."""
         self._given_up = True
 
     def stop(self) -> None:
-        """Ends all waiting for good."""
+        """Ends all waits permanently."""
         self._stopped = True
 
     def check(self) -> None:
-        """Raises :class:`Stopped` once waiting has ended."""
+        """Raises :class:`Stopped` after :meth:`give_up` or :meth:`stop`."""
         if self._stopped or self._given_up:
             raise Stopped("sampling was stopped")
 
     def heeding(self, call: Callable[[], T]) -> T:
-        """The result of a call that may take long in one request, made in a thread which ends with the process.
+        """Returns the result of a slow call. The call runs in a daemon thread, so that waiting for it can be ended.
 
         Raises:
             Stopped: if waiting is ended first.
@@ -104,10 +104,10 @@ class Connection:
             pool.terminate()
 
     def next_of(self, results: Any) -> Any:
-        """The next result of a pool's ``imap``, unless waiting is ended first.
+        """Returns the next result of a pool's ``imap``.
 
         Raises:
-            Stopped: if it is.
+            Stopped: if waiting is ended first.
         """
         while True:
             try:
@@ -116,11 +116,12 @@ class Connection:
                 self.check()
 
     def persist(self, attempt: Callable[[], T]) -> T:
-        """Repeats a request until it is answered, its retries are spent, or the answer will not change.
+        """Sends a request until it succeeds, its retries are used up, or a retry cannot help.
 
         Raises:
-            Refused: if the answer stays another than asked.
-            TrainingError: if the server stays away, is lost again and again, or waiting has been stopped.
+            Refused: if the last reply is an error, or does not match the request.
+            Stopped: if waiting is ended first.
+            TrainingError: if the server stays down, or is lost at every retry.
         """
         for tries in itertools.count():
             self.check()
@@ -137,17 +138,21 @@ class Connection:
                 self._pause(tries)
             except Gone as gone:
                 if tries == self._retries:
-                    raise TrainingError(f"{self._url} failed {tries + 1} times at one request ({gone})") from None
+                    raise TrainingError(
+                        f"{self._url}: one request failed {tries + 1} times ({gone}); check the server"
+                    ) from None
                 if not self._was_away(outages, gone.busy):
                     self._pause(tries)
         raise AssertionError("unreachable")
 
     def _was_away(self, outages: int, busy: bool) -> bool:
-        """Whether the server is gone, or has been since there were ``outages``. Returns once it is back; one caller
-        asks, the others wait. One that is there at once may yet have started anew, unless it was ``busy``."""
+        """Waits until the server is up; returns whether it was down now, or has been since there were ``outages``.
+
+        One thread polls and the others wait. A server that is up at once may have restarted, unless it was ``busy``.
+        """
         with self._gate:
             self.check()
-            if self._outages != outages:  # another has seen to it meanwhile
+            if self._outages != outages:  # another thread has handled this outage
                 return True
             deadline = None if self._wait is None else time.monotonic() + self._wait
             for tries in itertools.count():
@@ -157,11 +162,11 @@ class Connection:
                 except Gone as gone:
                     if tries == 0:
                         log.warning(
-                            f"{self._url} is gone ({gone}); what is finished is kept, and the rest goes on when it is "
-                            "back"
+                            f"{self._url} is down ({gone}); finished requests are kept, and the others resume when it "
+                            "is back"
                         )
                     if deadline is not None and time.monotonic() >= deadline:
-                        raise TrainingError(f"{self._url} has been gone for {self._wait:g} s; start it again") from None
+                        raise TrainingError(f"{self._url} has been down for {self._wait:g} s; restart it") from None
                     self._pause(min(tries, 4))
             if tries == 0 and busy:
                 return False
@@ -172,7 +177,7 @@ class Connection:
             return tries > 0
 
     def _pause(self, tries: int) -> None:
-        """Exponential back-off, spread so that not all come back at once."""
+        """Waits with exponential back-off, randomised so that threads do not retry at the same time."""
         until = time.monotonic() + min(0.5 * 2 ** min(tries, 6), 30) * random.uniform(0.5, 1)
         while (rest := until - time.monotonic()) > 0:
             self.check()
@@ -180,7 +185,7 @@ class Connection:
         self.check()
 
     def greet(self, timeout: float | None = None) -> None:
-        """Raises :class:`Gone` if the server does not answer; any answer will do."""
+        """Raises :class:`Gone` if the server does not answer; any answer counts."""
         try:
             self.exchange(f"{self._url}/models", timeout=timeout)
         except Refused as error:
@@ -188,15 +193,15 @@ class Connection:
                 raise Gone(str(error)) from None
 
     def exchange(self, url: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
-        """One request, with a body a POST; the answer's body.
+        """Sends one request, a POST if it has a body, and returns the body of the reply.
 
         Raises:
-            Gone: if no server answers.
-            Refused: if it answers with an error.
+            Gone: if the server does not answer.
+            Refused: if the server answers with an error.
         """
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
         for name, value in self._headers.items():
-            request.add_unredirected_header(name, value)  # the key is for this server alone
+            request.add_unredirected_header(name, value)  # a redirect must not receive the API key
         seconds = timeout or self._timeout
         try:
             with urllib.request.urlopen(request, timeout=seconds) as reply:
@@ -213,7 +218,7 @@ class Connection:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What a server says of an error, in one line of moderate length."""
+    """Returns a server's error text as one line of at most 300 characters."""
     try:
         text = error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):

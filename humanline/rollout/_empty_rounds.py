@@ -1,4 +1,4 @@
-"""Rounds without signal: how many of them there were, and whether that is because the policy has nothing to learn."""
+"""Counts rounds without a training signal, and tells whether the policy has solved its prompts."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from typing import Any
 
 @dataclass
 class EmptyRounds:
-    """Rounds whose groups teach the objective nothing, such as those whose responses are all right, or all wrong.
+    """Counts rounds whose groups teach the objective nothing, such as rounds with all responses right, or all wrong.
 
     Attributes:
-        highest_score (float | None): the highest score that the reward can give; None where that is not known. Then it
-            is the highest that the run has seen, if the run has seen a lower one too, or nothing else but it above 0.
-        desirable_above (float | None): with labels, the score that only desirable responses exceed.
+        highest_score (float | None): the highest score that the reward can return. None if unknown: then it is the
+            highest score seen so far, if a lower one was seen too, or if it is above 0 and no other was seen.
+        desirable_above (float | None): responses with a higher score are labelled desirable; None without labels.
         total (int): empty rounds of the whole run.
-        in_a_row (int): how many of them the last rounds were.
-        last (int): the last round that was noted.
+        in_a_row (int): consecutive empty rounds up to the last one.
+        last (int): the number of the last round counted.
         seen (tuple[float, float]): the lowest and the highest score of all rounds.
-        scores (tuple[float, float]): the lowest and the highest score of the last empty rounds in a row.
+        scores (tuple[float, float]): the lowest and the highest score of the last consecutive empty rounds.
     """
 
     highest_score: float | None = None
@@ -30,7 +30,7 @@ class EmptyRounds:
     scores: tuple[float, float] = (math.inf, -math.inf)
 
     def note(self, round: int, scores: Sequence[float], empty: bool) -> None:
-        """Counts a round, unless a run that resumes within it has counted it before."""
+        """Counts a round, unless it is counted already: a run may resume within a round."""
         if round <= self.last:
             return
         self.last = round
@@ -43,11 +43,11 @@ class EmptyRounds:
             self.scores = _wider(self.scores, scores)
 
     def begin_again(self) -> None:
-        """Lets a run that resumes have as many in a row as one that starts."""
+        """Resets the consecutive count, so that a resumed run is allowed as many empty rounds as a new one."""
         self.in_a_row = 0
 
     def are_all_right(self, scores: Sequence[float]) -> bool:
-        """Whether each of some scores is the best there is."""
+        """Returns whether every score is the best possible one."""
         if not scores:
             return False
         low, high = min(scores), max(scores)
@@ -55,33 +55,33 @@ class EmptyRounds:
             return low > self.desirable_above
         if self.highest_score is not None:
             return low >= self.highest_score or math.isclose(low, self.highest_score)
-        # Nobody knows the highest: it is what beats all else that was seen, or without anything else what is above 0.
+        # The highest score is unknown: it has to exceed another score seen, or 0 if no other was seen.
         return low == high >= self.seen[1] and (self.seen[0] < low or low > 0)
 
     @property
     def is_solved(self) -> bool:
-        """Whether every response of the last empty rounds is right."""
+        """Whether every response of the last consecutive empty rounds is right."""
         return self.scores[0] <= self.scores[1] and self.are_all_right(self.scores)
 
     def why(self) -> str:
-        """What the last empty rounds have in common, and what would change it."""
+        """Returns a description of the last consecutive empty rounds, and the remedy."""
         low, high = self.scores
         if self.is_solved:
             known = self.highest_score is not None or self.desirable_above is not None or self.seen[0] < low
-            of_what = "" if known else ", the only one seen; a reward that can give more has to say so by highest_score"
+            of_what = "" if known else ", the only one seen; if the reward can return more, set its highest_score"
             return (
                 f"all right: every response has the highest score ({high:g}{of_what}), so the policy has solved its "
                 "prompts"
             )
         if low > high:
-            found = "no response at all: the engine gave none that has a token; see its log"
+            found = "no responses: the engine returned none that has a token; see its log"
         elif low == high:
             found = f"all wrong: every response scored {low:g}"
         else:
-            found = f"each prompt's responses are worth the same, at scores from {low:g} to {high:g}"
+            found = f"each prompt's responses are equally good, at scores from {low:g} to {high:g}"
         return (
-            f"{found}; give easier prompts, more source.generations or a higher source.temperature, which a run that "
-            "resumes may change"
+            f"{found}; use easier prompts, more source.generations or a higher source.temperature (a resumed run may "
+            "change them)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from humanline.rollout._torchtune_engine import TorchtuneEngine
 
 @dataclass(frozen=True)
 class InProcessEngine(EngineSettings):
-    """Samples from the policy itself, by :class:`TorchtuneEngine`; each rank has the whole weights while it does.
+    """Samples from the policy itself with :class:`TorchtuneEngine`. Meanwhile each rank holds the whole weights.
 
     Args:
-        batch_size (int): the most completions that a rank draws at a time.
+        batch_size (int): the maximum number of completions that a rank samples at a time.
     """
 
     in_process: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class PolicyEngine(Engine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """The completions of each prompt, which are this rank's; all ranks call it together, and one may have none."""
+        """Returns the completions of this rank's prompts. All ranks call it together; a rank may have no prompts."""
         with whole_weights(self.policy):
             return self.engine.generate(prompts, params, seeds)
 

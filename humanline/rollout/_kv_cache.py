@@ -1,8 +1,9 @@
-"""Keys and values of a batch whose rows start, grow and end at different times.
+"""A KV cache for a batch whose rows start, grow and end at different times.
 
-Each attention layer has slots, one a row, with room for the longest sequence. The model sees two kinds of pass: prompts
-that fill slots, and steps that add one token to every row. torchtune's own ``KVCache`` has one position for all rows,
-has every step attend over the whole allocated length, and has each key copied for every query head that shares it.
+Each attention layer has one slot per row, with room for the longest sequence. The model runs two kinds of pass:
+prefills that fill slots with prompts, and steps that add one token to every row. torchtune's own ``KVCache`` has one
+position for all rows, attends over the whole allocated length in every step, and copies each key for every query head
+that shares it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ __all__ = ["KVCache", "Prefill", "Step", "attached"]
 
 
 class Pass(Protocol):
-    """What one pass of the model does with a layer's slots, ``[slots, kv heads, capacity, head dim]``."""
+    """One pass of the model: how it uses a layer's slots, ``[slots, kv heads, capacity, head dim]``."""
 
     def store(self, slots: Tensor, new: Tensor) -> None:
         """Writes the new keys or values, ``[B, kv heads, S, head dim]``."""
@@ -30,17 +31,19 @@ class Pass(Protocol):
     def attend(
         self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """A layer's attention of ``queries``, ``[B, heads, S, head dim]``, given keys and values: the new ones, and the
-        slots."""
+        """Returns a layer's attention output for ``queries``, ``[B, heads, S, head dim]``.
+
+        It reads either the new keys and values, or those in the slots.
+        """
 
 
 class Prefill:
-    """Whole prompts, padded on the right, where causal attention does not look.
+    """A pass over whole prompts. They are padded on the right, where causal attention does not look.
 
     Args:
-        copies (Sequence[int]): which prompt of the batch each of the slots gets.
-        first_slot (int): the first of these slots.
-        device (torch.device): the model's.
+        copies (Sequence[int]): for each slot to fill, the index of its prompt in the batch.
+        first_slot (int): the first slot to fill; the others follow it.
+        device (torch.device): the model's device.
     """
 
     def __init__(self, copies: Sequence[int], first_slot: int, device: torch.device) -> None:
@@ -61,11 +64,11 @@ class Prefill:
 
 
 class Step:
-    """One token for each of the first ``B`` slots.
+    """A pass that adds one token to each of the first ``B`` slots.
 
     Args:
-        positions (Sequence[int]): where each row's token stands in its sequence, ``[B]``.
-        device (torch.device): the model's.
+        positions (Sequence[int]): the position of each row's token in its sequence, ``[B]``.
+        device (torch.device): the model's device.
     """
 
     def __init__(self, positions: Sequence[int], device: torch.device) -> None:
@@ -75,7 +78,7 @@ class Step:
         self._visible = cache(self._visible_in)
 
     def _visible_in(self, window: int | None) -> Tensor:
-        """Which slots each row's token sees, ``[B, 1, 1, used]``."""
+        """Returns which cached positions each row's token attends to, bool ``[B, 1, 1, used]``."""
         distance = self.positions[:, None] - torch.arange(self._used, device=self.positions.device)
         return ((distance >= 0) & (distance < (window or self._used)))[:, None, None]
 
@@ -86,36 +89,36 @@ class Step:
         self, layer: "_LayerCache", queries: Tensor, new: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor]
     ) -> Tensor:
         keys, values = (cached[: len(self._rows), :, : self._used] for cached in slots)
-        # The heads that share a key stand as several queries of one head: each key is read once, and never copied.
+        # Query heads that share a key become several queries of one head, so each key is read once and never copied.
         grouped = queries.view(keys.size(0), keys.size(1), -1, keys.size(3))
         return layer.attention(grouped, keys, values, attn_mask=self._visible(layer.window)).view_as(queries)
 
 
 class KVCache:
-    """All layers' keys and values.
+    """The keys and values of all layers.
 
     Args:
-        attentions (Sequence[nn.Module]): the model's.
-        slots (int): the most rows of a step.
+        attentions (Sequence[nn.Module]): the model's attention modules.
+        slots (int): the maximum number of rows in a step.
         capacity (int): tokens in the longest sequence.
     """
 
     def __init__(self, attentions: Sequence[nn.Module], slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self.layers = [_LayerCache(self, attention) for attention in attentions]
-        self.current: Pass  # the pass under way, set before the model is called
+        self.current: Pass  # set before the model is called
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies slots onto others."""
+        """Copies the ``sources`` slots onto the ``targets`` slots."""
         for layer in self.layers:
             layer.keys[targets] = layer.keys[sources]
             layer.values[targets] = layer.values[sources]
 
 
 class _LayerCache(nn.Module):
-    """One layer's slots. Stands in for torchtune's ``KVCache`` (``update``) and its attention function (``attend``).
+    """One layer's slots. Replaces torchtune's ``KVCache`` (``update``) and its attention function (``attend``).
 
-    A module only because ``KVCache`` is one: where one has been, torch lets nothing else be.
+    It is a module because ``KVCache`` is one: torch lets only a module replace a module.
     """
 
     keys: Tensor
@@ -128,8 +131,8 @@ class _LayerCache(nn.Module):
         self.window: int | None = getattr(attention, "sliding_window", None)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values, ``[B, kv heads, S, head dim]``, and returns just these, for :meth:`attend`."""
-        if not hasattr(self, "keys"):  # allocated here, where the dtype and the shape of a head are known
+        """Stores new keys and values, ``[B, kv heads, S, head dim]``, and returns only these, for :meth:`attend`."""
+        if not hasattr(self, "keys"):  # here the dtype and the shape of a head are known
             shape = (self._cache.slots, keys.size(1), self._cache.capacity, keys.size(3))
             self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
         self._cache.current.store(self.keys, keys)
@@ -142,7 +145,7 @@ class _LayerCache(nn.Module):
 
 @contextmanager
 def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: int) -> Iterator[KVCache]:
-    """A cache that the model's attention uses, in evaluation mode, until the context ends; then all is as before."""
+    """Gives the model's attention a KV cache, in evaluation mode; restores the model when the context ends."""
     attentions = [layer.attn for layer in model.layers]
     before = [(attn.kv_cache, attn.cache_enabled, attention_call(attn)) for attn in attentions]
     was_training = model.training
@@ -157,5 +160,5 @@ def attached(model: TransformerDecoder | LogProbDecoder, slots: int, capacity: i
         for attn, (kv_cache, cache_enabled, call) in zip(attentions, before, strict=True):
             attn.kv_cache, attn.cache_enabled = kv_cache, cache_enabled
             set_attention_call(attn, call)
-        cache.layers.clear()  # they name the cache, and the cache them: a ring that would keep its tensors for a while
+        cache.layers.clear()  # breaks a reference cycle that would keep the tensors alive
         model.train(was_training)

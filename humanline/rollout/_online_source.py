@@ -1,4 +1,4 @@
-"""What a config says of groups that the policy samples: online at one round a step, sparse at one in many."""
+"""The settings of groups that the policy samples: online with one round per step, sparse with one round for many."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,47 +12,48 @@ from humanline.rollout._sampling import SamplingParams
 
 
 class OnlineSource:
-    """Groups that the policy samples in rounds: a round serves ``every`` optimizer steps.
+    """Samples groups from the policy in rounds; a round serves ``every`` optimizer steps.
 
-    At the first step of a round the policy as it is then answers the round's prompts, and a reward scores the answers.
+    At the first step of a round the current policy answers the round's prompts, and a reward scores the responses.
     ``every: 1`` is online training; the paper's sparse setting is 64 (https://arxiv.org/abs/2509.24207).
 
-    Groups whose responses are all scored equal say nothing. They are dropped, or their prompts sampled again
-    (``equal_scores``); so are others of which the objective can make nothing, such as a best and a worst response of
-    the same tokens. A round that then has fewer groups than its steps take goes through them again, and has fewer of
-    them in a step than it should if that would take one twice: where many are dropped, give it more prompts
-    (``groups_per_round``). With ``desirable_above`` each response has a label of its own, and KTO drops no group.
+    A group whose scores are all equal has no training signal. It is dropped, or its prompt is sampled again
+    (``equal_scores``). The same holds for other groups that the objective cannot use, such as a best and a worst
+    response with the same tokens. A round with fewer groups than its steps need repeats its groups. Its steps have
+    fewer groups if they would otherwise contain one twice. If many groups are dropped, raise ``groups_per_round``. With
+    ``desirable_above`` each response has its own label, and KTO drops no group.
 
-    A round without any usable group is empty: its steps leave the weights as they are, and the next round has other
+    A round without any usable group is empty: its steps leave the weights unchanged, and the next round has other
     prompts and draws.
 
-    A round is a file, ``output_dir/rounds/round_N.jsonl`` in the format of ``humanline.data.encoded_groups``, with the
-    log-probs that the engine gave each token (``logps``; null where it gave none). A resumed run reads it, and samples
-    only what is not there yet or was sampled later than the checkpoint that it resumes from.
-    A round that cannot be written is trained on all the same.
+    A round is a file, ``output_dir/rounds/round_N.jsonl``, in the format of ``humanline.data.encoded_groups``. It also
+    has the engine's log-probs of each token (``logps``; null if the engine has none). A resumed run reads the files,
+    and samples rounds that are missing or were sampled after the checkpoint that it resumes from. If a round's file
+    cannot be written, training continues with the round.
 
     Args:
-        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset.
-        max_new_tokens (int): a response ends here if no stop token came before.
-        generations (int): responses a prompt.
-        every (int): optimizer steps a round.
-        groups_per_round (int | None): prompts of a round; None takes as many as its steps take groups.
-        temperature (float): divides the logits.
-        top_p (float): draw from the smallest set of most probable tokens that holds this mass.
-        equal_scores (str): ``drop`` or ``resample`` prompts whose responses are all scored equal.
-        desirable_above (float | None): label responses by whether their score is above it; None compares them within
-            their group.
-        overlap (bool): sample the next round while training goes on with this one, by an engine outside of this
-            process. A step's groups are then sampled by a policy at most ``2 * every - 1`` steps older than the one
-            that trains on them, else at most ``every - 1``.
-        max_prompt_tokens (int | None): longer prompts are left out; None takes all.
-        system_prompt (str | None): stands before each prompt.
+        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset ``owner/name``.
+        max_new_tokens (int): the maximum number of tokens in a response.
+        generations (int): responses sampled for each prompt, at least 2.
+        every (int): optimizer steps that one round serves.
+        groups_per_round (int | None): prompts in a round; None uses one for each group that the round's steps need.
+        temperature (float): divides the logits; above 0.
+        top_p (float): samples from the smallest set of most probable tokens whose probabilities sum to this; 1 samples
+            from all tokens.
+        equal_scores (str): "drop" or "resample" prompts whose responses all have the same score.
+        desirable_above (float | None): labels a response desirable if its score is above this; None uses no labels,
+            and compares the scores within a group.
+        overlap (bool): samples the next round while training uses the current one; needs an engine outside this
+            process. A step's groups then come from a policy at most ``2 * every - 1`` optimizer steps old, else at
+            most ``every - 1``.
+        max_prompt_tokens (int | None): leaves out prompts with more tokens; None keeps all.
+        system_prompt (str | None): the system message before each prompt; None adds none.
         split (str): the split of the prompts, with an optional slice such as "train[:95%]".
-        column_map (Mapping[str, str] | None): the source's name for each field that it calls otherwise, such as
-            ``{prompt: problem, answer: solution}``.
+        column_map (Mapping[str, str] | None): the source's column for each field that has another name there, such as
+            ``{prompt: problem, answer: solution}``; None renames nothing.
 
     Raises:
-        ConfigError: if a value cannot work.
+        ConfigError: if a value is invalid.
     """
 
     def __init__(
@@ -75,15 +76,15 @@ class OnlineSource:
     ) -> None:
         for key, value in (("every", every), ("groups_per_round", 1 if groups_per_round is None else groups_per_round)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"source.{key}: {value!r} is not a whole number of at least 1")
+                raise ConfigError(f"source.{key}: expected a whole number of at least 1, got {value!r}")
         if generations < 2:
-            raise ConfigError(f"source.generations: {generations!r} makes no group to compare in; give 2 or more")
+            raise ConfigError(f"source.generations: expected 2 or more responses to compare, got {generations!r}")
         if equal_scores not in ("drop", "resample"):
-            raise ConfigError(f"source.equal_scores: {equal_scores!r} is not known; choose drop or resample")
+            raise ConfigError(f"source.equal_scores: expected drop or resample, got {equal_scores!r}")
         if isinstance(desirable_above, bool) or not isinstance(desirable_above, int | float | None):
-            raise ConfigError(f"source.desirable_above: {desirable_above!r} is no score; give a number, or null")
+            raise ConfigError(f"source.desirable_above: expected a number or null, got {desirable_above!r}")
         if not isinstance(overlap, bool):
-            raise ConfigError(f"source.overlap: {overlap!r} is neither true nor false")
+            raise ConfigError(f"source.overlap: expected true or false, got {overlap!r}")
         self.all_prompts = read_prompts(prompts, split, column_map)
         self.system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.every = every
@@ -93,7 +94,7 @@ class OnlineSource:
         )
         if temperature == 0:
             raise ConfigError(
-                "source.temperature: 0 gives every prompt equal responses, which teach nothing; give one above 0"
+                "source.temperature: expected a number above 0, got 0; at 0 all responses to a prompt are equal"
             )
         self.equal_scores = equal_scores
         self.desirable_above = desirable_above
@@ -101,15 +102,15 @@ class OnlineSource:
         self.max_prompt_tokens = max_prompt_tokens
 
     def plan(self, tokenizer: Any, steps: Steps) -> RoundPlan:
-        """The prompts encoded, and which steps each round of them serves.
+        """Encodes the prompts, and assigns them to rounds and steps.
 
         Raises:
-            ConfigError: if the prompts do not fill a round.
+            ConfigError: if there are too few prompts for one round.
         """
         return RoundPlan(self, tokenizer, steps)
 
     def labelled(self, group: Group) -> Group:
-        """The group with labels in the place of its scores, where ``desirable_above`` asks for them."""
+        """Returns the group with labels instead of scores if ``desirable_above`` is set, else unchanged."""
         if self.desirable_above is None:
             return group
         return replace(group, scores=None, labels=tuple(score > self.desirable_above for score in group.scores or ()))

@@ -13,12 +13,12 @@ _TABLES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as its file holds it.
+    """One prompt of a prompt file.
 
     Attributes:
-        where (str): the place a user can look up, such as "prompts.jsonl line 7".
+        where (str): the prompt's file and line, such as "prompts.jsonl line 7".
         messages (list[Message]): the chat to answer; the last message is the user's.
-        fields (Mapping[str, Any]): all that the file says of it, with the prompt itself under ``prompt``.
+        fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt itself under ``prompt``.
     """
 
     where: str
@@ -31,23 +31,23 @@ def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] 
 
     Args:
         path (str): a .jsonl, .json (an array) or .parquet file of objects whose ``prompt`` (or ``instruction``, as in
-            AlpacaEval) is the user's text, or messages; a .txt file with one prompt a line; or a hub dataset
-            ``owner/name``.
-        split (str): the split, with an optional slice such as "train[:95%]"; files hold one split, "train".
-        column_map (Mapping[str, str] | None): the source's name for each field that it calls otherwise, such as
-            ``{prompt: problem}``.
+            AlpacaEval) is the user's text, or a list of messages; a .txt file with one prompt per line; or a hub
+            dataset ``owner/name``.
+        split (str): the split, with an optional slice such as "train[:95%]"; files have one split, "train".
+        column_map (Mapping[str, str] | None): the source's column for each field that has another name there, such as
+            ``{prompt: problem}``; None renames nothing.
 
     Returns:
         list[Prompt]: the prompts, in the order of the source.
 
     Raises:
-        ConfigError: if the file does not exist, is of another kind, or holds no prompt.
-        DataError: if a line cannot be used, naming it.
+        ConfigError: if the file does not exist, has an unsupported type, or holds no prompt.
+        DataError: if a line is invalid; the message names it.
     """
     file = Path(path).expanduser()
     on_hub = not file.exists() and not file.suffix and len(file.parts) == 2
     if not file.is_file() and not on_hub:
-        raise ConfigError(f"prompts: there is no file '{path}' (looked for from {Path.cwd()}); correct the path")
+        raise ConfigError(f"prompts: file '{path}' not found (from {Path.cwd()}); correct the path")
     if file.suffix in _TABLES or on_hub:
         _, records = read_records(path if on_hub else str(file), split, None, column_map or {})
         prompts = [_from_record(record, column_map or {}) for record in records]
@@ -55,9 +55,9 @@ def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] 
         lines = ((prompt.where, prompt) for prompt in _from_lines(file))
         prompts = [prompt for _, prompt in take(split, lines)]
     else:
-        raise ConfigError(f"prompts: '{path}' is of no known kind; convert it to one of {', '.join(_TABLES)}, .txt")
+        raise ConfigError(f"prompts: expected a file of type {', '.join(_TABLES)} or .txt, got '{path}'; convert it")
     if not prompts:
-        raise ConfigError(f"prompts: '{path}' holds no prompt; give a file with at least one")
+        raise ConfigError(f"prompts: expected at least one prompt, got none in '{path}'; use another file")
     return prompts
 
 
@@ -76,6 +76,8 @@ def _from_lines(file: Path) -> Iterator[Prompt]:
             try:
                 text = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
-                raise DataError(f"{file} line {number}: is not UTF-8 ({error.reason}); convert the file") from error
+                raise DataError(
+                    f"{file} line {number}: expected UTF-8 text ({error.reason}); convert the file"
+                ) from error
             if text:
                 yield Prompt(f"{file} line {number}", [{"role": "user", "content": text}], {"prompt": text})

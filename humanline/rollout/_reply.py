@@ -1,4 +1,4 @@
-"""What a server answers to a request for one completion, checked field by field."""
+"""Reads a server's reply to a completion request, and checks each field."""
 
 import json
 import math
@@ -11,15 +11,15 @@ from humanline.rollout._connection import Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A completion as OpenAI's ``/completions`` gives it, and what vLLM adds.
+    """One completion in the format of OpenAI's ``/completions``, with the fields that vLLM adds.
 
     Attributes:
-        text (str): the completion; empty where the server gives ids instead.
-        finish_reason (Literal["stop", "length"]): whether it ended by itself, or at the most tokens.
-        token_ids (list[int] | None): the ids that were sampled; None if the server speaks text only.
-        logps (list[float] | None): their log-probs, nats.
-        prompt_ids (list[int] | None): the prompt's ids.
-        prompt_tokens (int | None): how many tokens the prompt has.
+        text (str): the completion; empty if the server returns ids instead.
+        finish_reason (Literal["stop", "length"]): whether it ended with a stop token, or at the token limit.
+        token_ids (list[int] | None): the sampled ids; None if the server returns only text.
+        logps (list[float] | None): the log-probs of ``token_ids``, nats; None if they are missing or invalid.
+        prompt_ids (list[int] | None): the prompt's ids; None if missing.
+        prompt_tokens (int | None): the number of tokens in the prompt; None if missing.
     """
 
     text: str
@@ -31,16 +31,16 @@ class Reply:
 
 
 def read_reply(answer: bytes) -> Reply:
-    """Reads the body of an answer.
+    """Reads the body of a reply.
 
     Raises:
-        Refused: if it is no JSON, has another number of choices than one, or a field is missing or of another kind,
-            which is named; or if the completion was broken off.
+        Refused: if it is not JSON, does not have exactly one choice, or a field is missing or invalid (the message
+            names it); or if the completion was aborted.
     """
     try:
         content = json.loads(answer)
     except (ValueError, RecursionError):
-        raise Refused(200, f"it is no JSON: {short_repr(answer)}") from None
+        raise Refused(200, f"expected JSON, got {short_repr(answer)}") from None
     choices = content.get("choices") if isinstance(content, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         found = short_repr(content) if choices is None else f"{len(choices)} choices" if type(choices) is list else ""
@@ -48,12 +48,12 @@ def read_reply(answer: bytes) -> Reply:
     choice: dict[str, Any] = choices[0]
     reason = choice.get("finish_reason")
     if "finish_reason" not in choice:
-        raise _wrong("choices[0].finish_reason", "missing", '"stop" or "length"')
-    if reason not in ("stop", "length"):  # such as "abort", of a server that is shutting down
+        raise _wrong("choices[0].finish_reason", "nothing", '"stop" or "length"')
+    if reason not in ("stop", "length"):  # such as "abort", from a server that is shutting down
         raise Refused(500, f"finish_reason {reason!r}")
     ids, text = _ids(choice, "token_ids"), choice.get("text")
     if ids is None and not _is_text(text):
-        raise _wrong("choices[0].text", short_repr(text), "a string, or token_ids beside it")
+        raise _wrong("choices[0].text", short_repr(text), "a string (or token_ids)")
     prompt_ids, usage = _ids(choice, "prompt_token_ids"), content.get("usage")
     count = len(prompt_ids) if prompt_ids is not None else usage.get("prompt_tokens") if type(usage) is dict else None
     if count is not None and type(count) is not int:
@@ -76,7 +76,7 @@ def _ids(choice: dict[str, Any], field: str) -> list[int] | None:
 
 
 def _logps(choice: dict[str, Any], ids: list[int] | None) -> list[float] | None:
-    """One finite number for each id, or nothing: they are a courtesy of the server."""
+    """Returns one finite log-prob for each id, or None: a server need not send them."""
     logps = choice["logprobs"].get("token_logprobs") if isinstance(choice.get("logprobs"), dict) else None
     if ids is None or not isinstance(logps, list) or len(logps) != len(ids):
         return None
@@ -84,9 +84,9 @@ def _logps(choice: dict[str, Any], ids: list[int] | None) -> list[float] | None:
 
 
 def _is_text(text: Any) -> bool:
-    """Whether it is a string without half a character, which JSON can escape and tokenizers refuse."""
+    """Returns whether ``text`` is a string without lone surrogates, which JSON can escape but tokenizers reject."""
     return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _wrong(field: str, found: str, expected: str) -> Refused:
-    return Refused(200, f"{field} is {found}, expected {expected}")
+    return Refused(200, f"{field}: expected {expected}, got {found}")

@@ -1,4 +1,4 @@
-"""What scores responses."""
+"""The interface of rewards, and the check of their scores."""
 
 import logging
 import math
@@ -12,47 +12,47 @@ log = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
-    """What scores the responses to prompts, higher is better.
+    """Scores the responses to prompts; higher is better.
 
-    One that may wait for long can have a method ``stop()``, which is called in another thread when the run has been
-    asked to end: what is under way then raises :class:`Stopped` soon. One with a highest possible score can name it in
-    ``highest_score``: a run whose responses all have it has nothing left to learn, and ends well.
+    A slow reward can have a method ``stop()``. It is called from another thread when the run must end, and the call in
+    progress then raises :class:`Stopped` soon. A reward with a highest possible score can set it as ``highest_score``.
+    A run in which all responses have this score has solved its prompts, and ends successfully.
     """
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Scores responses; with no response to any of the prompts it only checks them, before anything is sampled.
+        """Scores responses. Before sampling it is called without any response, to check the prompts.
 
         Args:
-            prompts (Sequence[Prompt]): N prompts, whose ``fields`` hold all that their lines say.
-            responses (Sequence[Sequence[str]]): N lists of texts, the responses to each prompt. A list may be empty.
+            prompts (Sequence[Prompt]): N prompts; ``fields`` holds all fields of a prompt's line.
+            responses (Sequence[Sequence[str]]): N lists of texts, the responses to each prompt; a list may be empty.
 
         Returns:
-            list[list[float]]: N lists of finite scores, one for each text.
+            list[list[float]]: N lists of finite scores, one score for each text.
 
         Raises:
-            DataError: if a prompt cannot be judged, naming its line (``prompt.where``).
+            DataError: if the responses to a prompt cannot be scored, naming its line (``prompt.where``).
         """
 
 
 def checked_scores(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
-    """A reward's scores of the responses to each prompt.
+    """Returns the reward's scores, checked: one finite score for each response.
 
     Raises:
-        ConfigError: if it does not give each response one finite score.
-        TrainingError: if it fails by an error of its own, whose traceback goes into the log.
+        ConfigError: if the reward does not return one finite score for each response.
+        TrainingError: if the reward raises any other exception; its traceback is logged.
     """
-    where = f"at {prompts[0].where} and the {len(prompts) - 1} prompts behind it"
+    where = f"for {prompts[0].where} and the next {len(prompts) - 1} prompts"
     try:
         found = [list(map(float, each)) for each in reward(prompts, responses)]
     except (ConfigError, DataError, TrainingError):
         raise
-    except Exception as error:  # whatever somebody's own reward may raise
+    except Exception as error:  # a user's reward may raise anything
         log.exception(f"reward: {type(reward).__name__} failed")
         raise TrainingError(
             f"reward: {type(reward).__name__} failed {where} ({error!r}); correct the reward"
         ) from error
     if list(map(len, found)) != list(map(len, responses)) or not all(math.isfinite(s) for row in found for s in row):
         raise ConfigError(
-            f"reward: {type(reward).__name__} did not give each response a finite score {where}; correct the reward"
+            f"reward: {type(reward).__name__} did not return one finite score per response {where}; correct the reward"
         )
     return found

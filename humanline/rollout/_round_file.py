@@ -1,4 +1,4 @@
-"""A round of sampled groups, and its file in the format of ``humanline.data.encoded_groups``."""
+"""Rounds of sampled groups, and their files in the format of ``humanline.data.encoded_groups``."""
 
 import json
 import os
@@ -16,10 +16,10 @@ class Round:
     """Groups that the policy sampled after ``policy_step`` optimizer steps.
 
     Attributes:
-        groups (list[Group]): scored groups; of an empty round, its last answers, for people to look at.
-        policy_step (int): optimizer steps of the policy that sampled them.
-        empty (bool): whether they teach nothing.
-        metrics (dict[str, float]): what to log of it.
+        groups (list[Group]): scored groups; in an empty round the last responses, for inspection.
+        policy_step (int): optimizer steps that the sampling policy had taken.
+        empty (bool): whether the objective can learn from none of the groups.
+        metrics (dict[str, float]): the round's values for the log.
     """
 
     groups: list[Group]
@@ -32,9 +32,9 @@ class Round:
         return scores_of(self.groups)
 
     def score_range(self) -> str:
-        """What the responses scored, for people."""
+        """Returns the range of the scores, for the log."""
         if not self.scores:
-            return "there is none"
+            return "no responses"
         low, high = min(self.scores), max(self.scores)
         count = len(self.scores)
         return f"all {count} scored {low:g}" if low == high else f"{count} scored {low:g} to {high:g}"
@@ -45,7 +45,7 @@ def scores_of(groups: Sequence[Group]) -> list[float]:
 
 
 def write_round(file: Path, found: Round) -> None:
-    """Writes a round; the file gets its name once it is whole and on the disk.
+    """Writes a round. The file gets its final name once it is complete and synced to disk.
 
     Raises:
         OSError: if it cannot be written.
@@ -53,7 +53,7 @@ def write_round(file: Path, found: Round) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name("round.partial")
     of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
-    # A run that resumes logs them as this one does, but for the time, which is no function of the run.
+    # A resumed run logs the same values, except for the time, which is not reproducible.
     of_round = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
     with open(partial, "w") as lines:
         for index, group in enumerate(found.groups):
@@ -69,7 +69,7 @@ def write_round(file: Path, found: Round) -> None:
 
 
 def policy_step(file: Path) -> int:
-    """The policy step of a round's file, by its first line alone."""
+    """Reads the policy step of a round from the first line of its file."""
     try:
         with open(file) as lines:
             step: int = json.loads(next(lines, ""))["policy_step"]
@@ -82,7 +82,7 @@ def read_round(file: Path, tokenizer: Any) -> Round:
     """Reads a round that :func:`write_round` wrote.
 
     Raises:
-        DataError: if it cannot be read as a round.
+        DataError: if it is not a valid round file.
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -105,4 +105,4 @@ def read_round(file: Path, tokenizer: Any) -> Round:
 
 
 def _unreadable(file: Path, reason: str) -> DataError:
-    return DataError(f"{file}: cannot be read as a round ({reason}); delete it, to have it sampled again")
+    return DataError(f"{file}: expected a round file ({reason}); delete it to sample the round again")

@@ -1,4 +1,4 @@
-"""Which prompts a round has, and which optimizer steps it serves: known before anything is sampled."""
+"""Assigns prompts to rounds and rounds to optimizer steps, before sampling."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """How groups make optimizer steps.
+    """How groups are divided into optimizer steps.
 
     Attributes:
-        batch_size (int): groups a microbatch and rank.
-        accumulation (int): microbatches an optimizer step.
+        batch_size (int): groups in a microbatch of one rank.
+        accumulation (int): microbatches in an optimizer step.
         world_size (int): number of ranks.
         seed (int): seed of the order and of all draws.
-        shuffle (bool): False keeps the file's order.
-        max_steps_per_epoch (int | None): steps after which an epoch ends early.
+        shuffle (bool): whether the order is random; False keeps the file's order.
+        max_steps_per_epoch (int | None): optimizer steps after which an epoch ends; None uses all data.
     """
 
     batch_size: int
@@ -37,21 +37,21 @@ class Steps:
 
 
 class RoundPlan:
-    """The prompts of a source, encoded, and their order over rounds and epochs.
+    """The encoded prompts of a source, and their order over rounds and epochs.
 
     Args:
-        source (OnlineSource): what the config says.
+        source (OnlineSource): the source's settings.
         tokenizer (Any): a ``ChatTokenizer``.
-        steps (Steps): how groups make optimizer steps.
+        steps (Steps): how groups are divided into optimizer steps.
 
     Attributes:
-        groups_per_step (int): groups of an optimizer step, of all ranks.
-        steps_per_epoch (int): optimizer steps of an epoch.
-        round_size (int): prompts of a round.
-        budget (TokenBudget): the longest that a sampled sequence can get.
+        groups_per_step (int): groups in an optimizer step, over all ranks.
+        steps_per_epoch (int): optimizer steps in an epoch.
+        round_size (int): prompts in a round.
+        budget (TokenBudget): the maximum length of a sampled sequence.
 
     Raises:
-        ConfigError: if the prompts do not fill a round.
+        ConfigError: if there are too few prompts for one round.
     """
 
     def __init__(self, source: "OnlineSource", tokenizer: Any, steps: Steps) -> None:
@@ -67,8 +67,8 @@ class RoundPlan:
                 self.prompt_ids.append(ids)
         if len(self.prompts) < self.round_size:
             raise ConfigError(
-                f"source.groups_per_round: a round takes {self.round_size} prompts, and {len(self.prompts)} of "
-                f"{len(source.all_prompts)} are within max_prompt_tokens; lower it, or give more prompts"
+                f"source.groups_per_round: a round needs {self.round_size} prompts, and {len(self.prompts)} of "
+                f"{len(source.all_prompts)} are within max_prompt_tokens; lower it, or add prompts"
             )
         self.rounds_per_epoch = len(self.prompts) // self.round_size
         all_steps = self.rounds_per_epoch * self.every
@@ -78,20 +78,20 @@ class RoundPlan:
         )
 
     def prompts_of(self, round: int) -> list[int]:
-        """The prompts of a round, as indices into ``prompts``."""
+        """Returns the prompts of a round, as indices into ``prompts``."""
         epoch, index = divmod(round, self.rounds_per_epoch)
         order = self.order(len(self.prompts), stream_seed("prompts of an epoch", self.steps.seed, epoch))
         return order[index * self.round_size :][: self.round_size]
 
     def order(self, count: int, seed: int) -> list[int]:
-        """An order of so many things; theirs with ``shuffle: False``."""
+        """Returns a random order of ``count`` items; with ``shuffle: False`` the given order."""
         if not self.steps.shuffle:
             return list(range(count))
         order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         return order
 
     def longest(self) -> GroupDataset:
-        """A group as long as any that can be sampled."""
+        """Returns a dataset of one group with the maximum length that can be sampled."""
         prompt = max(self.prompt_ids, key=len)
         count = self.params.samples_per_prompt
         responses = tuple([i] * self.params.max_new_tokens for i in range(count))
@@ -100,7 +100,7 @@ class RoundPlan:
         return GroupDataset([self.source.labelled(group)])
 
     def left_out(self) -> list[str]:
-        """What to say of prompts and groups that are not used: a line for each reason."""
+        """Returns a log line for each reason why prompts or groups are not used."""
         count, most, used = (
             len(self.prompts),
             self.source.max_prompt_tokens,
@@ -117,27 +117,27 @@ class RoundPlan:
             which = "a different choice in each" if self.steps.shuffle else "the last ones"
             lines.append(
                 f"{count - used:,} of {count:,} prompts are left out of every epoch ({which}): its "
-                f"{self.rounds_per_epoch:,} rounds take {self.round_size} each"
+                f"{self.rounds_per_epoch:,} rounds need {self.round_size} each"
             )
         if self.round_size > taken:
             lines.append(
-                f"a round samples {self.round_size} prompts and its steps take {taken} groups: those beyond are not "
+                f"a round samples {self.round_size} prompts and its steps need {taken} groups: the others are not "
                 "trained on (rounds/unused counts them)"
             )
         return [f"source: {line}" for line in lines]
 
     def digest(self) -> str:
-        """What the groups are a function of, besides the policy."""
+        """Returns everything that the groups depend on, except the policy."""
         return f"{self.rounds()}, {self.changeable()}"
 
     def rounds(self) -> str:
-        """What a step number means, in this run and in all that resume it."""
+        """Returns the settings that assign groups to step numbers; a resumed run may not change them."""
         return (
             f"{self.round_size} prompts a round, every {self.every} steps, max_new_tokens {self.params.max_new_tokens}"
         )
 
     def changeable(self) -> dict[str, Any]:
-        """What a run that resumes may change: the rounds that are there stay, those to come are sampled by it."""
+        """Returns the settings that a resumed run may change; they apply to rounds that are not sampled yet."""
         ids = hashlib.blake2b(json.dumps([list(ids) for ids in self.prompt_ids]).encode(), digest_size=8).hexdigest()
         return {
             "source.prompts": f"{len(self.prompts)} ({ids})",

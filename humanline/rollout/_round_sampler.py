@@ -1,4 +1,4 @@
-"""Sampling and scoring a round, each rank a part of its prompts."""
+"""Samples and scores rounds; each rank handles a part of the prompts."""
 
 import math
 import time
@@ -23,22 +23,22 @@ log = get_logger("INFO")
 Derive = Callable[[GroupDataset], GroupDataset]
 
 MOST_ATTEMPTS = 8
-PROMPTS_PER_CALL = 64  # of the reward: enough for it to work in batches, while a signal is soon heeded
+PROMPTS_PER_CALL = 64  # of the reward: enough for batches, few enough to react to a signal soon
 
 
 class RoundSampler:
-    """Samples rounds: the engine answers, the reward scores, the objective says what it can learn from.
+    """Samples rounds: the engine samples responses, the reward scores them, the objective selects usable groups.
 
     Args:
-        plan (RoundPlan): the prompts.
-        engine (Engine): draws completions; every rank asks its own.
-        reward (Reward): scores them.
-        derive (Derive): makes of scored groups what the objective learns from.
-        empty_rounds (EmptyRounds): knows what scores are the best there are.
+        plan (RoundPlan): the prompts of each round.
+        engine (Engine): samples completions; each rank has its own.
+        reward (Reward): scores the responses.
+        derive (Derive): converts scored groups into the objective's groups.
+        empty_rounds (EmptyRounds): knows which scores are the best possible.
         ranks (dist.ProcessGroup): the ranks that sample.
 
     Raises:
-        DataError: if the reward cannot judge a prompt.
+        DataError: if the reward cannot score the responses to a prompt.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class RoundSampler:
         self.plan, self.engine, self.reward, self.derive = plan, engine, reward, derive
         self.empty_rounds, self.ranks = empty_rounds, ranks
         self._stopped = False
-        # One that asks a server may fail on one rank alone.
+        # A reward that calls a server may fail on one rank only.
         together(lambda: reward(plan.prompts, [[] for _ in plan.prompts]), ranks, task="reward")
 
     def stop(self) -> None:
-        """Ends sampling and scoring for good, as far as engine and reward can: what is under way raises Stopped."""
+        """Ends sampling and scoring permanently, if engine and reward can stop; calls in progress raise Stopped."""
         self._stopped = True
         self.engine.stop()
         getattr(self.reward, "stop", lambda: None)()
 
     def sample(self, round: int, policy_step: int) -> Round:
-        """Samples a round of the policy as it is, after so many optimizer steps; the same on all ranks."""
+        """Samples a round from the current policy, after ``policy_step`` optimizer steps; equal on all ranks."""
         start = time.perf_counter()
         chosen = self.plan.prompts_of(round)
         usable: dict[int, Group] = {}
@@ -83,7 +83,7 @@ class RoundSampler:
                 break
             if not usable and self.empty_rounds.are_all_right(scores_of(list(answered.values()))):
                 break
-        kept = usable or answered  # of an empty round the last answers, for people to look at
+        kept = usable or answered  # an empty round keeps its last responses, for inspection
         found = Round([kept[prompt] for prompt in chosen if prompt in kept], policy_step, empty=not usable)
         found.metrics = {
             "rounds/reward": math.fsum(rewards),
@@ -101,14 +101,14 @@ class RoundSampler:
         return found
 
     def _is_usable(self, group: Group) -> bool:
-        """Whether the objective learns from a group."""
+        """Returns whether the objective can learn from a group."""
         try:
             return len(self.derive(GroupDataset([self.plan.source.labelled(group)])).groups) > 0
         except DataError:
             return False
 
     def _answer(self, chosen: Sequence[int], round: int, attempt: int) -> dict[int, Group]:
-        """Scored groups of some prompts, by prompt, the same on all ranks. A response without a token is left out."""
+        """Returns scored groups by prompt, equal on all ranks. Responses without a token are left out."""
         together(self.engine.ready, self.ranks, on_rank_0=True, task="sampling")
         mine = chosen[dist.get_rank() :: dist.get_world_size()]
         parts = together(lambda: self._answer_mine(mine, round, attempt), self.ranks, task="sampling")

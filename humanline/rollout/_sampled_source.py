@@ -1,4 +1,4 @@
-"""The source whose groups the policy itself samples, in rounds."""
+"""The source of groups that the policy samples in rounds."""
 
 import math
 import threading
@@ -28,20 +28,20 @@ log = get_logger("INFO")
 
 
 class SampledSource(Source):
-    """Groups that the policy samples in rounds, each of which serves ``plan.every`` optimizer steps.
+    """Samples groups from the policy in rounds; each round serves ``plan.every`` optimizer steps.
 
     Args:
-        plan (RoundPlan): the prompts, and which steps a round serves.
-        engine (Engine): draws completions; every rank asks its own.
-        reward (Reward): scores them.
-        derive (Derive): makes of scored groups what the objective learns from.
-        hand_over (Callable[[int], None]): gives the engine the policy of the moment, before a round of that number is
-            sampled.
+        plan (RoundPlan): the prompts of each round, and the steps that it serves.
+        engine (Engine): samples completions; each rank has its own.
+        reward (Reward): scores the responses.
+        derive (Derive): converts scored groups into the objective's groups.
+        hand_over (Callable[[int], None]): gives the current policy to the engine before a round is sampled; called with
+            the round's number.
         output_dir (str): the run's folder; rounds are files in ``output_dir/rounds``.
         total_steps (int): optimizer steps of the run.
 
     Raises:
-        DataError: if the reward cannot judge a prompt.
+        DataError: if the reward cannot score the responses to a prompt.
     """
 
     score = "rounds/reward"
@@ -62,25 +62,25 @@ class SampledSource(Source):
         self.empty_rounds = EmptyRounds(
             highest_score=getattr(reward, "highest_score", None), desirable_above=plan.source.desirable_above
         )
-        # A group of their own, since with overlap the ranks meet in it while they meet in training's as well; and one
-        # of them may wait for its server for long.
+        # A separate process group: with overlap its collectives run beside training's, and one rank may wait for its
+        # server for a long time.
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.sampler = RoundSampler(plan, engine, reward, derive, self.empty_rounds, self.ranks)
         self._round: int | None = None
         self._policy_step = 0
         self._groups: list[Group] = []
-        self._unlogged: list[dict[str, float]] = []  # of the rounds sampled since metrics were logged; in checkpoints
+        self._unlogged: list[dict[str, float]] = []  # rounds since the last log entry; saved in checkpoints
         self._ahead: Future[Round] | None = None
 
     def batch(self, step: int) -> list[list[Group]]:
-        """The microbatches of a step; at a round's first step, all ranks sample it together."""
+        """Returns the microbatches of a step. At a round's first step, all ranks sample the round together."""
         round, index = divmod(step - 1, self.plan.every)
         if round != self._round:
             self._enter(round, step)
         if not self._groups:
             return []
         accumulation = self.plan.steps.accumulation
-        # A step takes no group twice, but where there would be none for a rank, or no other one for KTO to pair with.
+        # A step repeats a group only if a rank would have none, or KTO no other prompt to pair with.
         least = accumulation * max(self.plan.steps.world_size, 2)
         count = min(self.groups_per_step, max(len(self._groups), least))
         groups = [self._groups[i % len(self._groups)] for i in range(index * count, (index + 1) * count)]
@@ -88,13 +88,12 @@ class SampledSource(Source):
         return [groups[start:end] for start, end in pairwise(bounds)]
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What to log of a step's groups.
+        """Returns the values to log for a step's groups.
 
-        ``staleness`` is how many optimizer steps the policy has taken since they were sampled, and ``empty_rounds`` how
-        many rounds of the run had nothing to learn from. Of the rounds that were sampled since the last call, under
-        ``rounds/``, also: the mean ``reward`` of all responses, and the sums of ``dropped`` prompts, ``empty`` rounds,
-        groups that are ``unused`` since the round has more than its steps take, ``tokens``, the ``seconds`` of sampling
-        and scoring, and those that training ``waited``.
+        ``staleness`` counts the optimizer steps since the groups were sampled, and ``empty_rounds`` the empty rounds of
+        the run. For rounds sampled since the last call, ``rounds/`` has the mean ``reward`` of all responses, and these
+        sums: ``dropped`` prompts, ``empty`` rounds, ``unused`` groups (more than the round's steps need), ``tokens``,
+        ``seconds`` of sampling and scoring, and seconds that training ``waited``.
         """
         rounds, self._unlogged = self._unlogged, []
         metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
@@ -105,7 +104,7 @@ class SampledSource(Source):
         return counts | metrics
 
     def end(self, step: int, most_empty: int) -> End | None:
-        """Whether the round that ends with this step is the last of too many empty ones in a row."""
+        """Returns why the run ends if this step ends a round and the last ``most_empty`` rounds were empty."""
         empty = self.empty_rounds
         if step % self.plan.every or empty.in_a_row < most_empty:
             return None
@@ -122,7 +121,7 @@ class SampledSource(Source):
             self._ahead.exception()
 
     def resume(self, step: int) -> None:
-        """Renames rounds of a policy of more than ``step`` optimizer steps, which are of another run."""
+        """Renames rounds that were sampled after optimizer step ``step``, which belong to another run."""
 
         def rename() -> None:
             for file in self.folder.glob("round_*.jsonl"):
@@ -142,16 +141,16 @@ class SampledSource(Source):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores it, and says what has changed since."""
+        """Restores the state, and logs which settings have changed since."""
         self.empty_rounds.load_state_dict(state["empty_rounds"])
         self._unlogged = state["unlogged"]
         for name, here in self.plan.changeable().items():
             before = state["settings"].get(name)
             if before != here and dist.get_rank() == 0:
-                log.warning(f"{name}: was {before} in the checkpoint and is {here} for rounds that are not sampled yet")
+                log.warning(f"{name}: was {before} in the checkpoint, is {here} for rounds that are not sampled yet")
 
     def _enter(self, round: int, step: int) -> None:
-        """Makes a round that of the steps from ``step`` on, and with ``overlap`` begins the next one."""
+        """Makes a round the current one from ``step`` on; with ``overlap`` starts sampling the next one."""
         start = time.perf_counter()
         found = self._ahead.result() if self._ahead else self._read_or_sample(round, step)
         self._ahead = None
@@ -166,9 +165,9 @@ class SampledSource(Source):
         self.empty_rounds.note(round, found.scores, found.empty)
         if found.empty and dist.get_rank() == 0:
             log.warning(
-                f"round {round} is empty: no prompt has responses of which the objective learns "
-                f"({found.score_range()}). The weights stay as they are to step {next_step - 1}, and the next round "
-                "draws other prompts"
+                f"round {round} is empty: the objective cannot learn from any prompt's responses "
+                f"({found.score_range()}). The weights stay unchanged up to step {next_step - 1}, and the next round "
+                "has other prompts"
             )
         if self.plan.source.overlap and next_step <= self.total_steps and not self._is_there(round + 1):
             self.hand_over(round + 1)
@@ -185,7 +184,7 @@ class SampledSource(Source):
         return together(self._file(round).is_file, self.ranks, on_rank_0=True, task=str(self.folder))[0]
 
     def _read_or_sample(self, round: int, step: int) -> Round:
-        if self._is_there(round):  # of a file that ranks see differently, rank 0's view counts
+        if self._is_there(round):  # ranks may see a file differently; rank 0 decides
             file = self._file(round)
             read = together(
                 lambda: read_round(file, self.plan.tokenizer), self.ranks, on_rank_0=True, task=str(self.folder)
@@ -195,7 +194,7 @@ class SampledSource(Source):
         return self._sample(round, step - 1)
 
     def _sample(self, round: int, policy_step: int) -> Round:
-        """Samples a round, and rank 0 writes it down."""
+        """Samples a round; rank 0 writes it to its file."""
         found = self.sampler.sample(round, policy_step)
         if dist.get_rank() == 0:
             try:
@@ -203,19 +202,19 @@ class SampledSource(Source):
             except OSError as error:
                 log.warning(
                     f"round {round} could not be written ({error}); training continues with it, and a run that "
-                    "resumes in it samples it again"
+                    "resumes within it samples it again"
                 )
         return found
 
 
 def _in_background(sample: Callable[[], Round]) -> Future[Round]:
-    """Begins to sample in a thread, which ends with the process; its error is raised where its result is asked for."""
+    """Samples in a daemon thread. The result of the future is the round, or raises the thread's error."""
     future: Future[Round] = Future()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
         try:
-            if device is not None:  # each thread has a current device of its own
+            if device is not None:  # the current device is set per thread
                 torch.cuda.set_device(device)
             future.set_result(sample())
         except BaseException as error:

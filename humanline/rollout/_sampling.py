@@ -1,4 +1,4 @@
-"""How a token is drawn from logits."""
+"""Sampling settings, and drawing tokens from logits."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ __all__ = ["SamplingParams", "draw"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How completions are drawn.
+    """The settings of sampling.
 
     Args:
-        max_new_tokens (int): a completion ends here if no stop token came before.
-        temperature (float): divides the logits; 0 takes the most probable token.
-        top_p (float): draw from the smallest set of most probable tokens that holds this mass; 1 draws from all.
-        samples_per_prompt (int): completions of each prompt.
-        seed (int): same seed, same completions.
+        max_new_tokens (int): the maximum number of tokens in a completion.
+        temperature (float): divides the logits; 0 picks the most probable token.
+        top_p (float): samples from the smallest set of most probable tokens whose probabilities sum to this; 1 samples
+            from all tokens.
+        samples_per_prompt (int): completions sampled for each prompt.
+        seed (int): seed of all draws; the same seed gives the same completions.
 
     Raises:
-        ConfigError: if a value cannot work, naming the key.
+        ConfigError: if a value is invalid; the message names the key.
     """
 
     max_new_tokens: int
@@ -36,22 +37,22 @@ class SamplingParams:
         for key in ("max_new_tokens", "samples_per_prompt"):
             value = getattr(self, key)
             if not _is_number(value, int) or value < 1:
-                raise ConfigError(f"{key}: {value!r} is not a whole number of at least 1")
+                raise ConfigError(f"{key}: expected a whole number of at least 1, got {value!r}")
         if not _is_number(self.temperature, int, float) or not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature: {self.temperature!r} is not a number of at least 0 (0 is greedy)")
+            raise ConfigError(f"temperature: expected a number of at least 0 (0 is greedy), got {self.temperature!r}")
         if not _is_number(self.top_p, int, float) or not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: {self.top_p!r} is not above 0 and at most 1 (1 draws from all tokens)")
+            raise ConfigError(f"top_p: expected a number above 0 and at most 1 (all tokens), got {self.top_p!r}")
         if not _is_number(self.seed, int):
-            raise ConfigError(f"seed: {self.seed!r} is not a whole number")
+            raise ConfigError(f"seed: expected a whole number, got {self.seed!r}")
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Draws one token a row by inverting the distribution function, so that one number decides one token.
+    """Draws one token per row by inverting the distribution function, so one number decides one token.
 
     Args:
         logits (Tensor): float32 ``[B, V]``.
         uniforms (Tensor): float32 ``[B]``, in (0, 1]: 0 could give a token of probability 0.
-        temperature (float): divides the logits; 0 takes the most probable token.
+        temperature (float): divides the logits; 0 picks the most probable token.
         top_p (float): mass of the nucleus, in (0, 1].
 
     Returns:
@@ -72,9 +73,9 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
 
 
 def _most_probable(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """The most probable tokens in falling order, as many as hold the mass in every row or more: probs, ids ``[B, K]``.
+    """Returns the most probable tokens, in falling order, until every row has the mass: probs, ids ``[B, K]``.
 
-    A nucleus is mostly small, and sorting the whole vocabulary costs more than the model's own step.
+    A nucleus is usually small, and sorting the whole vocabulary costs more than the model's own step.
     """
     vocabulary = probs.size(-1)
     count = min(256, vocabulary)

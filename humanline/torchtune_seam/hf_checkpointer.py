@@ -9,10 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtune import training
 from torchtune.models.convert_weights import get_mapped_key
-from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
 
 from humanline.errors import ConfigError
-from humanline.torchtune_seam.internals import QWEN2_FROM_HF
+from humanline.torchtune_seam.internals import QWEN2_FROM_HF, SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
 
 QWEN3_FROM_HF: dict[str, str] = {theirs: ours for theirs, ours in QWEN2_FROM_HF.items() if ours is not None} | {
     f"model.layers.{{}}.self_attn.{norm}.weight": f"layers.{{}}.attn.{norm}.scale" for norm in ("q_norm", "k_norm")

@@ -1,20 +1,30 @@
-"""torchtune's private names, each behind a public one. Nothing else in humanline names one; a test holds it to that."""
+"""torchtune's private names, each behind a public one. No other module of humanline uses one; a test checks this."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torchtune
 from torch import Tensor
-from torchtune.config._utils import _get_component_from_path
-from torchtune.models import convert_weights as _llama_weights
-from torchtune.models.gemma2 import _convert_weights as _gemma2_weights
-from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
-from torchtune.models.phi3 import _convert_weights as _phi3_weights
-from torchtune.models.qwen2 import _convert_weights as _qwen2_weights
 from torchtune.modules import MultiHeadAttention
-from torchtune.modules.attention_utils import _MaskType as Mask
-from torchtune.training.checkpointing._utils import safe_torch_load
-from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
+
+# A table is a family's weights, Hugging Face's name of each to torchtune's: the very one that its checkpointers read.
+# Whether FlexAttention is supported, torchtune finds by the GPU here.
+try:
+    from torchtune.config._utils import _get_component_from_path
+    from torchtune.models.convert_weights import _FROM_HF as LLAMA_FROM_HF
+    from torchtune.models.gemma2._convert_weights import _GEMMA2_FROM_HF as GEMMA2_FROM_HF
+    from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+    from torchtune.models.phi3._convert_weights import _PHI3_MINI as PHI3_FROM_HF
+    from torchtune.models.qwen2._convert_weights import _FROM_HF as QWEN2_FROM_HF
+    from torchtune.modules.attention_utils import _MaskType as Mask
+    from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
+    from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION as SUPPORTS_FLEX_ATTENTION
+except ImportError as error:
+    raise ImportError(
+        f"torchtune {torchtune.__version__} in {Path(torchtune.__file__).parent} lacks a private name that "
+        f"humanline uses: {error}. torchtune 0.6.1 has it; for a fork, change {__file__}"
+    ) from error
 
 __all__ = [
     "GEMMA2_FROM_HF",
@@ -22,11 +32,13 @@ __all__ = [
     "Mask",
     "PHI3_FROM_HF",
     "QWEN2_FROM_HF",
+    "SUFFIXES_TO_NOT_COPY",
     "SUPPORTS_FLEX_ATTENTION",
     "Attend",
     "attention_call",
     "checkpoint_dir",
     "checkpoint_files",
+    "copy_files",
     "find_component",
     "gemma2_hf_to_tune",
     "gemma2_tune_to_hf",
@@ -40,23 +52,14 @@ __all__ = [
 
 Attend = Callable[..., Tensor]
 
-SUPPORTS_FLEX_ATTENTION: bool = _SUPPORTS_FLEX_ATTENTION
-"""Whether torchtune finds a GPU here that FlexAttention runs on."""
-
-LLAMA_FROM_HF: dict[str, str] = _llama_weights._FROM_HF
-QWEN2_FROM_HF: dict[str, str] = _qwen2_weights._FROM_HF
-PHI3_FROM_HF: dict[str, str] = _phi3_weights._PHI3_MINI
-GEMMA2_FROM_HF: dict[str, str] = _gemma2_weights._GEMMA2_FROM_HF
-"""A family's weights: Hugging Face's name of each to torchtune's. These are the tables its checkpointers read."""
-
 
 def find_component(dotpath: str) -> Any:
-    """What stands at a dotpath, as ``config.instantiate`` finds it."""
+    """Returns the object at a dotpath, found in the same way as by ``config.instantiate``."""
     return _get_component_from_path(dotpath)
 
 
 def attention_call(attention: MultiHeadAttention) -> Attend:
-    """What computes an attention layer's output from q, k, v and a mask."""
+    """Returns the function that computes an attention layer's output from q, k, v and a mask."""
     call: Attend = attention._attention_call
     return call
 
@@ -66,29 +69,31 @@ def set_attention_call(attention: MultiHeadAttention, call: Attend) -> None:
 
 
 def checkpoint_dir(checkpointer: Any) -> Path:
-    """The folder that a checkpointer reads."""
+    """Returns the folder that a checkpointer reads."""
     return Path(checkpointer._checkpoint_dir)
 
 
 def checkpoint_files(checkpointer: Any) -> Iterable[Path]:
-    """The files that a checkpointer of Hugging Face's format reads."""
+    """Returns the files that a checkpointer of Hugging Face's format reads."""
     files: Iterable[Path] = checkpointer._checkpoint_paths
     return files
 
 
 def hf_config(checkpointer: Any) -> dict[str, Any] | None:
-    """The config.json beside the weights; None for a checkpointer of another format."""
+    """Returns the config.json beside the weights; None for a checkpointer of another format."""
     return getattr(checkpointer, "_config", None)
 
 
 def hf_files(checkpointer: Any) -> dict[str, str]:
-    """Which file each weight goes into, by Hugging Face's names: the very map that the checkpointer writes by. Empty
-    for a checkpointer of another format, and before it has loaded."""
+    """Returns the file of each weight by its Hugging Face name: the map that the checkpointer uses for writing.
+
+    It is empty for a checkpointer of another format, and before the checkpointer has loaded.
+    """
     return getattr(checkpointer, "_weight_map", {})
 
 
 def model_type(checkpointer: Any) -> str:
-    """A checkpointer's ``model_type``, such as ``LLAMA3``."""
+    """Returns a checkpointer's ``model_type``, such as ``LLAMA3``."""
     kind = checkpointer._model_type
     return str(getattr(kind, "name", kind))
 

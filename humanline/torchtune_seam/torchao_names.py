@@ -1,16 +1,17 @@
 """Lets torchtune 0.6.1, its last release, import with torchao 0.16 and later.
 
-It needs five names that torchao has moved or dropped since. The module of NF4 is imported from its new place. The other
-names are imported by torchtune but used only by its quantizers: each becomes a stand-in that raises when it is used.
+torchtune needs a module and three names that torchao has moved or dropped. The NF4 module is imported from its new
+place. torchtune imports the three names, but only its quantizers use them: each becomes a stand-in that raises on use.
 
-An import hook does this at the moment when torchtune is imported, so a program that imports humanline first, as every
-recipe does, works with either torchao. Nothing here imports torch before that.
+An import hook does this just before torchtune is imported. So a program that imports humanline first, as every recipe
+does, works with either torchao. Nothing here imports torch earlier.
 """
 
 import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ _DROPPED = {
 
 
 class _TorchtuneFinder:
-    """Finds nothing: it completes torchao when torchtune is about to be imported, and steps aside."""
+    """An import hook that finds no module. It completes torchao when torchtune is about to be imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,8 +36,22 @@ class _TorchtuneFinder:
 
 
 def complete_torchao() -> None:
-    """Adds to torchao the names that torchtune 0.6.1 imports and it lacks. A torchao that has them stays as it is."""
+    """Adds to torchao the missing names that torchtune 0.6.1 imports. A torchao that has them is not changed.
+
+    Raises:
+        ImportError: if this torchao does not import with this torch. torchtune would say that torchao is missing.
+    """
     old, new = _NF4
+    if importlib.util.find_spec("torchao") is None:
+        return
+    try:
+        importlib.import_module("torchao")
+    except (ImportError, AttributeError) as error:
+        torchao, torch = metadata.version("torchao"), metadata.version("torch")
+        raise ImportError(
+            f"torchao {torchao} does not import with torch {torch}: {error}. Install another torchao: torch 2.8 and "
+            'torch 2.9 need 0.17 or earlier (pip install "torchao<0.18")'
+        ) from error
     try:
         if importlib.util.find_spec(old) is None:
             sys.modules[old] = importlib.import_module(new)
@@ -45,14 +60,14 @@ def complete_torchao() -> None:
             for name in names:
                 if not hasattr(module, name):
                     setattr(module, name, _stand_in(module_name, name))
-    except ImportError:  # no torchao, or one of another layout: torchtune's own error says which import fails
+    except ImportError:  # another layout of torchao: torchtune's own error names the failing import
         return
 
 
 def _stand_in(module: str, name: str) -> type:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise ImportError(
-            f"{module}.{name} is not in this torchao; torchtune's quantizers need torchao 0.15 or an earlier one"
+            f"{module}.{name} is not in this torchao; torchtune's quantizers need torchao 0.15 or earlier"
         )
 
     return type(name, (), {"__init__": refuse, "__module__": module})

@@ -1,28 +1,28 @@
-"""Makes torchtune's `tune` know the humanline recipes and configs.
+"""Adds the humanline recipes and configs to torchtune's command `tune`.
 
-`tune_plugin.pth`, installed as `humanline_tune.pth` at the root of site-packages, imports this module when Python
-starts as `tune`, and humanline in the processes that `tune run` starts; no other program is touched. An import hook
+`tune_plugin.pth` is installed as `humanline_tune.pth` at the root of site-packages. It imports this module when Python
+starts as `tune`, and humanline in the processes that `tune run` starts. Other programs are not affected. An import hook
 then waits for torchtune's registry, which `tune ls`, `cp`, `cat` and `run` read, and extends it:
 
-- every `recipes/humanline_*.py` goes in under its file name. One with `_distributed` in its name accepts torchrun
-  options, any other refuses them.
-- every `configs/NAME.yaml` goes in as `humanline/NAME`, under the recipes that its first line names:
+- Every `recipes/humanline_*.py` is registered under its file name. Recipes with `_distributed` in the name accept
+  torchrun options, others do not.
+- Every `configs/NAME.yaml` is registered as `humanline/NAME`, under the recipes that its first line names:
   `# recipe: humanline_dpo_distributed`, or several, separated by commas.
-- for `tune run`, so does a recipe given by its path, with or without `.py`: the very file the user named runs, if its
-  name begins with `humanline_` or it imports humanline, as a copy under another name does. Its source is parsed for
-  that, and not run. A copy accepts torchrun options unless its class says `sharded = False`. Left to itself torchtune
-  imports `recipes/NAME` as a module, and finds the package `recipes` that it put into site-packages.
-- the processes that `tune run` starts import humanline first, so that torchtune imports there too with a newer torchao
-  than it knows (`torchao_names.py`).
-- with a humanline recipe, torchrun gives its processes ten minutes to stop, for a step and the checkpoint of a large
-  model, instead of 30 seconds. Over several nodes its c10d rendezvous has a new store at every start: in the one that
-  it keeps by default, a node that comes back finds nobody.
-- torchrun's traceback of itself, where its processes fail, gives way to a line for each that could not say why.
+- For `tune run`, a recipe given by its path, with or without `.py`, is registered under that path, and that very file
+  runs. Its name must begin with `humanline_`, or it must import humanline, like a copy under another name. Its source
+  is parsed for this, not run. A copy accepts torchrun options unless its class has `sharded = False`. Without this,
+  torchtune would import `recipes/NAME` as a module and find the package `recipes` that it installs in site-packages.
+- The processes that `tune run` starts import humanline first, so that torchtune imports there with a newer torchao
+  (`torchao_names.py`).
+- With a humanline recipe, torchrun gives its processes ten minutes to stop instead of 30 seconds: a step and the
+  checkpoint of a large model need the time. On several nodes, its c10d rendezvous opens a new store at every start,
+  because a node that comes back finds no other node in the default store.
+- If processes fail, torchrun prints one line for each that did not print its own error, instead of a traceback.
 
-`tune validate` takes nothing but paths, so a config's name on its command line is replaced by its path.
+`tune validate` accepts only paths, so the plug-in replaces a config's name on its command line by the path.
 
-A name already taken stays what it is, for instance that of a recipe which a fork of torchtune registers itself. Nothing
-here imports torch, and nothing that goes wrong here stops `tune`.
+A name that is already registered is kept, for example that of a recipe in a fork of torchtune. This module does not
+import torch, and an error in it does not stop `tune`.
 """
 
 import ast
@@ -40,7 +40,7 @@ _REGISTRY = "torchtune._recipe_registry"
 
 
 class _RegistryFinder:
-    """Import hook that finds torchtune's registry, gives it the loader below, and steps aside."""
+    """An import hook that gives torchtune's registry the loader below and then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -55,18 +55,18 @@ class _RegistryFinder:
 
 
 class _RegistryLoader(SourceFileLoader):
-    """Loads the registry as it is, then extends it."""
+    """Loads the registry and then extends it."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         try:
             _extend(module, sys.argv)
-        except Exception as error:  # a fork may have changed anything there, and its own recipes must still run
-            print(f"humanline: tune goes on without the humanline recipes: {error!r}", file=sys.stderr)
+        except Exception as error:  # a fork may have changed the registry, and its own recipes must still run
+            print(f"humanline: tune continues without the humanline recipes: {error!r}", file=sys.stderr)
 
 
 def _extend(registry: ModuleType, argv: list[str]) -> None:
-    """Registers the installed recipes and configs, and what the command line `argv` names in its own way."""
+    """Registers the installed recipes and configs, and the recipes that the command line `argv` gives by path."""
     command, arguments = "".join(argv[1:2]), argv[2:]
     configs = {f"humanline/{path.stem}": path for path in sorted((HOME / "configs").glob("*.yaml"))}
     recipes = {path.stem: path for path in sorted((HOME / "recipes").glob("humanline_*.py"))}
@@ -75,7 +75,7 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
         recipes = {name: path for name in arguments if (path := _local_recipe(name))} | recipes
         if not recipes.keys().isdisjoint(arguments):
             sys.excepthook = say_in_a_line
-            # For what stands beside it, as Python does for a script; torchtune does not.
+            # A recipe can import files beside it, as a script can; torchtune does not add this path.
             sys.path += [str(path.parent) for name, path in recipes.items() if name in arguments]
             os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
             if any(argument.startswith("--nnodes") for argument in arguments):
@@ -88,7 +88,7 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
     registry._ALL_RECIPES += [  # type: ignore[attr-defined]
         registry.Recipe(
             name=name,
-            file_path=str(path),  # torchtune joins this to a root of its own, over which an absolute path wins
+            file_path=str(path),  # torchtune joins this to its own root, and an absolute path replaces the root
             configs=[
                 registry.Config(name=config, file_path=str(configs[config]))
                 for config in configs
@@ -102,18 +102,18 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
 
 
 def _recipes_of(config: Path) -> list[str]:
-    """The recipes that a config's first line says it is for."""
+    """Returns the recipes that a config's first line names."""
     with config.open(encoding="utf-8") as file:
         _, _, names = file.readline().partition("# recipe:")
     return names.replace(",", " ").split()
 
 
 def _local_recipe(argument: str) -> Path | None:
-    """The humanline recipe file that a command-line argument is the path of, if it is one."""
+    """Returns the humanline recipe file whose path a command-line argument is; None if it is no such path."""
     path = Path(argument if argument.endswith(".py") else f"{argument}.py").absolute()
     try:
         is_ours = path.is_file() and (path.name.startswith("humanline_") or _imports_humanline(path))
-    except (OSError, ValueError):  # no path, as a long override, or a file that may not be read
+    except (OSError, ValueError):  # not a path, for example a long override, or an unreadable file
         return None
     return path if is_ours else None
 
@@ -122,7 +122,7 @@ def _imports_humanline(path: Path) -> bool:
     source = path.read_bytes()
     try:
         nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):  # then Python is to say so, of this file
+    except (SyntaxError, ValueError):  # let Python report the error in this file
         return b"humanline" in source
     imported = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
     imported += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
@@ -130,7 +130,7 @@ def _imports_humanline(path: Path) -> bool:
 
 
 def _is_distributed(path: Path) -> bool:
-    """Whether a recipe may run on several ranks: by a name that says so, as ours do, by the source of any other."""
+    """Returns whether a recipe may run on several ranks, by its name if it is ours, else by its source."""
     says = any(word in path.stem for word in ("_distributed", "_single_device"))
     if path.name.startswith("humanline_") and (says or path.parent == HOME / "recipes"):
         return "_distributed" in path.stem
@@ -142,7 +142,7 @@ def _is_distributed(path: Path) -> bool:
 
 
 def _says_one_device(node: ast.AST) -> bool:
-    """Whether a statement is `sharded = False`, by which a recipe's class says that it is for one device."""
+    """Returns whether a statement is `sharded = False`, which marks a recipe's class as one for one device."""
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         return False
     names = node.targets if isinstance(node, ast.Assign) else [node.target]

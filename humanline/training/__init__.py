@@ -1,4 +1,4 @@
-"""What a training recipe names: the run around its loop, data, models, metrics; and what it needs of other rooms."""
+"""The parts of a training recipe: run, data, models and metrics, with the names that it imports from other packages."""
 
 from humanline.config import Settings, component
 from humanline.launch import parse

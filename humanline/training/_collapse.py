@@ -5,23 +5,24 @@ from statistics import fmean, variance
 
 
 class CollapseWatch:
-    """Watches for the collapse that syncing too often can bring: what training raises falls, while each step moves the
-    policy further from the reference that follows it (https://arxiv.org/abs/2509.24207 saw it at ``sync_every: 1`` in
-    maths).
+    """Watches for the collapse that syncing too often can cause.
 
-    Over the last ``window`` values it compares the older half with the newer one. It warns when the signal's mean has
-    fallen and that of the KL has grown, each by more than three standard errors of the difference. The errors are those
-    of independent values: where neighbouring ones go together, false alarms come more often.
+    In a collapse the signal that training should raise falls, while each step moves the policy further from the
+    reference (seen in maths at ``sync_every: 1``, https://arxiv.org/abs/2509.24207).
+
+    The watch compares the older half of the last ``window`` values with the newer half. It warns when the signal's mean
+    has fallen and the KL's mean has grown, each by more than three standard errors of the difference. The errors assume
+    independent values: correlated neighbours cause more false alarms.
 
     Args:
-        window (int): how many values, at least 8.
+        window (int): the number of values to compare, at least 8.
     """
 
     def __init__(self, window: int) -> None:
         self._values: deque[tuple[float, float]] = deque(maxlen=window)
 
     def add(self, signal: float, kl: float) -> str | None:
-        """Notes the values of a step; returns what to warn of, and begins a new window when there is something."""
+        """Adds the values of a step. If they suggest a collapse, returns a warning and starts a new window."""
         if math.isfinite(signal) and math.isfinite(kl):
             self._values.append((signal, kl))
         if len(self._values) < (self._values.maxlen or 0):
@@ -35,8 +36,8 @@ class CollapseWatch:
         return (
             f"over the last {steps} logged steps the signal fell from {fmean(signals[:half]):.4g} to "
             f"{fmean(signals[half:]):.4g} while the KL to the reference grew from {fmean(kls[:half]):.3g} to "
-            f"{fmean(kls[half:]):.3g}: the policy may be collapsing; go on from an earlier checkpoint with a lower "
-            "optimizer.lr or clip_grad_norm, or start anew with a larger reference.sync_every"
+            f"{fmean(kls[half:]):.3g}: the policy may be collapsing; resume from an earlier checkpoint with a lower "
+            "optimizer.lr or clip_grad_norm, or start a new run with a larger reference.sync_every"
         )
 
     def state_dict(self) -> list[tuple[float, float]]:
@@ -47,7 +48,7 @@ class CollapseWatch:
 
 
 def _rise(values: Sequence[float]) -> float:
-    """By how many standard errors the mean of the newer half is above that of the older one."""
+    """Returns how many standard errors the newer half's mean is above the older half's mean."""
     half = len(values) // 2
     older, newer = values[:half], values[half:]
     rise = fmean(newer) - fmean(older)

@@ -1,4 +1,4 @@
-"""The groups that a run trains on and is judged by, as far as they are known before there is a model."""
+"""The training and held-out groups of a run, as far as they are known before the model is loaded."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -26,25 +26,25 @@ log = utils.get_logger("INFO")
 
 
 class Data:
-    """Reads the datasets or prompts of a config, and checks that the objective, the model and a row can take them.
+    """Reads the datasets or prompts of a config, and checks that they fit the objective, the model and a row.
 
-    The optimizer and the schedule are rehearsed for as many steps, and engine and reward are built, since they can
-    fail cheaply. A collective.
+    It also rehearses the optimizer and the schedule for all steps, and builds engine and reward, because they can fail
+    cheaply. Collective: all ranks construct it.
 
     Args:
         cfg (DictConfig): the whole config.
-        environment (Environment): where the run takes place.
-        objective (Objective): what it learns from.
+        environment (Environment): the run's environment.
+        objective (Objective): selects the groups to learn from.
 
     Attributes:
-        held_out (GroupDataset | None): the groups of ``dataset_val``.
-        steps_per_epoch (int): optimizer steps of an epoch.
+        held_out (GroupDataset | None): the groups of ``dataset_val``; None without it.
+        steps_per_epoch (int): optimizer steps in an epoch.
         total_steps (int): optimizer steps of the run.
         passes (Passes): lays groups out for this rank.
 
     Raises:
-        ConfigError: if a component cannot be built, or batches and data do not fit.
-        DataError: naming a group that does not fit the model or a row.
+        ConfigError: if a component cannot be built, or batch sizes and data do not fit.
+        DataError: if a group does not fit the model or a row; the message names it.
     """
 
     def __init__(self, cfg: DictConfig, environment: Environment, objective: Objective) -> None:
@@ -82,22 +82,22 @@ class Data:
         self.engine, self.reward = component(cfg, "engine"), component(cfg, "reward")
         if isinstance(self.known, RoundPlan) and self.known.source.overlap and self.engine.in_process:
             raise ConfigError(
-                f"source.overlap: {type(self.engine).__name__} samples with the very weights that train; use "
-                "HTTPEngine, or leave overlap out"
+                f"source.overlap: expected an engine outside this process, got {type(self.engine).__name__}; use "
+                "HTTPEngine, or remove overlap"
             )
 
     @property
     def ahead(self) -> Callable[[int], Iterable[Rows]] | None:
-        """The passes of an optimizer step, where its groups are known before the step; else None."""
+        """A function that returns the passes of an optimizer step; None if its groups are not known in advance."""
         known = self.known
         return functools.partial(self.passes.of_step, known) if isinstance(known, OfflineSource) else None
 
     def source(self, policy: LogProbDecoder, weights_out: WeightsOut) -> Source:
-        """Where the groups come from: the dataset, or the policy itself.
+        """Builds the source of the groups: the dataset, or the policy itself.
 
         Args:
             policy (LogProbDecoder): the policy.
-            weights_out (WeightsOut): writes it for an engine outside of this process.
+            weights_out (WeightsOut): writes the policy for an engine outside this process.
 
         Raises:
             ConfigError: if the engine cannot sample for this run.
@@ -112,11 +112,11 @@ class Data:
         )
 
     def left_out(self) -> list[str]:
-        """What to say of groups that no step takes: a line for each reason."""
+        """Returns a log line for each reason why groups are in no step."""
         return self.known.left_out()
 
     def _known(self) -> OfflineSource | RoundPlan:
-        """What is known of the groups of all steps: the groups themselves, or the prompts that they will answer."""
+        """Returns the groups of all steps, or the prompts that the policy will answer."""
         if is_given(self.cfg, "source"):
             online: OnlineSource = component(self.cfg, "source")
             plan = online.plan(self.tokenizer, self.steps)
@@ -128,14 +128,14 @@ class Data:
         return OfflineSource(dataset, **vars(self.steps))
 
     def _examples(self, key: str, dataset: GroupDataset) -> GroupDataset:
-        """The objective's groups of a dataset."""
+        """Returns the objective's groups of a dataset."""
         dataset = self._fitting(f"{key}.max_tokens", dataset)
         if self.environment.rank == 0:
             log.info(f"{key}: {dataset.report()}")
         return dataset
 
     def _fitting(self, limit: str, dataset: GroupDataset) -> GroupDataset:
-        """The objective's groups of a dataset. One that the model or the row budget cannot take ends the run here."""
+        """Returns the objective's groups of a dataset, after checking that each fits the model and a row."""
         dataset = self.objective.examples(dataset)
         shape, budget = self.shape, self.budget
         vocabulary = shape.tok_embeddings.num_embeddings
@@ -145,13 +145,13 @@ class Data:
             longest = len(group.prompt) + max(map(len, group.responses)) - 1
             if longest > shape.max_seq_len:
                 raise DataError(
-                    f"{group.id}: prompt and response take {longest} positions, the model has {shape.max_seq_len} "
+                    f"{group.id}: prompt and response need {longest} positions, the model has {shape.max_seq_len} "
                     f"(max_seq_len); lower {limit}"
                 )
             largest: Any = max(map(max, (group.prompt, *group.responses)))
             if largest >= vocabulary:
                 raise DataError(
                     f"{group.id}: token id {largest} is outside the model's vocabulary of {vocabulary}; encode with "
-                    "the model's own tokenizer"
+                    "the model's tokenizer"
                 )
         return dataset

@@ -9,17 +9,17 @@ from humanline.data import Rows
 
 
 def uniform_draws(rows: Rows, seed: int, step: int, microbatch: int, first_responses: Sequence[int]) -> Tensor:
-    """The uniforms of humanline sampling for a pass.
+    """Returns the uniform random numbers of humanline sampling for a pass.
 
-    Every response has a generator of its own, seeded by the run's seed and the response's place in the run. So neither
-    the packing nor the number of ranks changes a draw, and a resumed run repeats what it would have drawn.
+    Each response has its own generator, seeded by the run's seed and the response's position in the run. So neither the
+    packing nor the number of ranks changes a draw, and a resumed run repeats its draws.
 
     Args:
         rows (Rows): the pass.
         seed (int): the run's seed.
         step (int): optimizer step.
         microbatch (int): index of the microbatch in the step.
-        first_responses (Sequence[int]): for each group that ``rows.indices`` counts, the place of its first response
+        first_responses (Sequence[int]): for each group that ``rows.indices`` counts, the index of its first response
             among the responses of the global microbatch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where a run takes place: its settings, device, ranks and folder, checked before anything takes time."""
+"""The environment of a run: settings, device, ranks and folder, checked before any slow step."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,16 +21,16 @@ from humanline.models import mesh_of
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where a run takes place.
+    """The environment of a run.
 
     Attributes:
         settings (Settings): the config's top-level keys.
-        device (torch.device): this rank's.
-        rank (int): this process, of ``world_size``.
+        device (torch.device): this rank's device.
+        rank (int): this process's rank, from 0 to ``world_size - 1``.
         world_size (int): number of ranks.
         mesh (DeviceMesh | None): ranks to shard over; None for one process with plain tensors.
-        restarted (bool): whether torchrun has started this very run before: then it resumes by itself.
-        resume_from (bool | str): the checkpoint to resume from, as ``resume_from_checkpoint`` has it.
+        restarted (bool): whether torchrun has started this run before; then it resumes automatically.
+        resume_from (bool | str): the checkpoint to resume from, in the form of ``resume_from_checkpoint``.
         at_exit (ExitStack): closes what the run holds open, such as its logger; see :meth:`close`.
     """
 
@@ -45,7 +45,7 @@ class Environment:
 
     @classmethod
     def of(cls, cfg: DictConfig, *, sharded: bool, restarted: bool) -> "Environment":
-        """The environment of this process, which is in a process group. A collective.
+        """Returns the environment of this process, which needs a process group. Collective: all ranks call it.
 
         Args:
             cfg (DictConfig): the whole config.
@@ -53,12 +53,12 @@ class Environment:
             restarted (bool): whether torchrun has started this run before.
 
         Raises:
-            ConfigError: if a key cannot work, a component cannot be found or lacks an argument, ranks have different
+            ConfigError: if a key is invalid, a component is not found or lacks an argument, ranks have different
                 configs, or ``output_dir`` has another run's checkpoints.
         """
         settings = Settings.from_config(cfg)
         device, rank = settings.torch_device, dist.get_rank()
-        training.set_seed(seed=stream_seed("process", settings.seed) % 2**31)  # to which it adds the rank
+        training.set_seed(seed=stream_seed("process", settings.seed) % 2**31)  # it adds the rank
         check_same(values_of(cfg))
         _check_components(cfg)
         if rank == 0:
@@ -79,7 +79,7 @@ class Environment:
 
 
 def _check_components(cfg: DictConfig) -> None:
-    """Finds every component and compares its arguments, before the first of them takes its time."""
+    """Finds every component and compares its arguments with its signature, before any slow step."""
     by_position: dict[str, tuple[Any, ...]] = dict.fromkeys(
         ("dataset", "dataset_val", "optimizer", "lr_scheduler"), (None,)
     )
@@ -90,7 +90,7 @@ def _check_components(cfg: DictConfig) -> None:
 
 
 def _resume_from(settings: Settings, restarted: bool) -> bool | str:
-    """What to resume from: what the config says, or after a restart by torchrun what the run itself has left."""
+    """Returns the checkpoint to resume from: the config's, or the newest one after a restart by torchrun."""
     asked = settings.resume_from_checkpoint
     if not gathered(has_checkpoints(settings.output_dir))[0]:
         return asked
@@ -98,7 +98,7 @@ def _resume_from(settings: Settings, restarted: bool) -> bool | str:
         return "latest"
     if not asked:
         raise ConfigError(
-            f"output_dir: {settings.output_dir} has checkpoints of an earlier run; continue it by "
-            "resume_from_checkpoint: latest, or start in another folder"
+            f"output_dir: {settings.output_dir} has checkpoints of an earlier run; continue it with "
+            "resume_from_checkpoint: latest, or use another folder"
         )
     return asked

@@ -14,15 +14,15 @@ from humanline.rollout import Engine
 
 
 class HandOver:
-    """Gives an engine outside of this process the policy of each round, as a Hugging Face folder.
+    """Hands each round's policy to an engine outside this process, as a Hugging Face folder.
 
-    An engine without ``weights_dir``, such as one in this process, needs none.
+    An engine without ``weights_dir``, such as one in this process, needs no folder.
 
     Args:
         engine (Engine): the engine.
         weights_out (WeightsOut): writes the policy.
-        output_dir (str): the run's folder. A note in it tells which folders there are, so that the next round's
-            process removes them even if it is another one.
+        output_dir (str): the run's folder. A note in it lists the folders written, so that a restarted run can remove
+            them.
     """
 
     def __init__(self, engine: Engine, weights_out: WeightsOut, output_dir: str) -> None:
@@ -32,19 +32,19 @@ class HandOver:
         self.output_dir = Path(output_dir).resolve()
         self.note = self.output_dir / "rounds" / "weights"
         self.folders = self._noted()
-        if self.where is not None:  # one of them may wait for its server for long
+        if self.where is not None:  # a rank may wait for its server for a long time
             self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def __call__(self, round: int) -> None:
-        """Writes the weights of a round, and has the engine load them; those of the round before go.
+        """Writes the weights of a round, makes the engine load them, and removes the previous round's weights.
 
         Raises:
-            TrainingError: if they cannot be written.
-            ConfigError: if the engine refuses them.
+            TrainingError: if the weights cannot be written.
+            ConfigError: if the engine cannot load them.
         """
         if self.where is None:
             return
-        # Servers remember what they have loaded by its path, beyond the end of a run.
+        # Servers cache loaded weights by path, even after a run ends.
         name = [f"round_{round}_{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
         folder = Path(self.where) / name[0]
@@ -53,7 +53,7 @@ class HandOver:
         error = self.weights_out.hand_over(folder)
         if error is not None:
             raise TrainingError(f"the weights of round {round} could not be written: {error}")
-        for announces in (True, False):  # rank 0 announces them; the others then only look
+        for announces in (True, False):  # rank 0 announces them; then the others only check
             mine = (dist.get_rank() == 0) == announces
             together(
                 functools.partial(self.engine.update, folder, announce=announces) if mine else _nothing,
@@ -63,12 +63,12 @@ class HandOver:
         if dist.get_rank() == 0:
             for other in map(Path, self.folders[:-1]):
                 shutil.rmtree(other, ignore_errors=True)
-                shutil.rmtree(other.with_name(f"epoch_{other.name}.partial"), ignore_errors=True)  # half written
+                shutil.rmtree(other.with_name(f"epoch_{other.name}.partial"), ignore_errors=True)  # partly written
         self.folders = self.folders[-1:]
         self._take_note()
 
     def _noted(self) -> list[str]:
-        """The folders that the note names; a note that was copied with another run's folder is not for this one."""
+        """Returns the folders that the note lists; none if the note was copied from another run's folder."""
         try:
             whose, *folders = self.note.read_text().splitlines()
         except (OSError, ValueError):
@@ -86,4 +86,4 @@ class HandOver:
 
 
 def _nothing() -> None:
-    """What a rank does whose turn it is not."""
+    """Does nothing, on ranks whose turn it is not."""

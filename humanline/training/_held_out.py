@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 
 class Measure(Protocol):
-    """A recipe's ``loss_and_metrics``."""
+    """A recipe's ``loss_and_metrics``; KTO's has a further argument ``kl``."""
 
     def __call__(
-        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, /, **kl: Tensor
+        self, policy: Tensor, reference: Tensor, rows: Rows, draws: Tensor | None, /, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Metrics]: ...
 
 
@@ -24,17 +24,18 @@ KLBaseline = Callable[[Iterable[tuple[Rows, int, Tensor]]], Tensor]
 
 
 class HeldOut:
-    """The objective's metrics on held-out groups, against the policy that the run starts from.
+    """Computes the objective's metrics on held-out groups, against the initial policy.
 
-    A synced reference moves along with the policy and would show no progress; so the initial log-probs are taken once,
-    and kept on the host.
+    A synced reference moves with the policy and would show no progress. So the initial log-probs are computed once, and
+    kept on the host.
 
     Args:
-        dataset (GroupDataset): the groups.
-        passes (Passes): lays them out.
-        policy (LogProbDecoder): the initial policy.
+        dataset (GroupDataset): the held-out groups.
+        passes (Passes): lays them out for this rank.
+        policy (LogProbDecoder): the policy, with its initial weights.
         measure (Measure): the recipe's ``loss_and_metrics``.
-        kl_baseline (KLBaseline | None): the recipe's, if its objective has one; ``measure`` gets its result as ``kl``.
+        kl_baseline (KLBaseline | None): the recipe's ``kl_baseline``, whose result ``measure`` receives as ``kl``; None
+            if the objective has none.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class HeldOut:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """The means over all groups under the policy as it is now; a collective."""
+        """Returns the means over all groups under the current policy. Collective."""
         sums = MetricSums(self.device)
         baseline = {} if self.kl_baseline is None else {"kl": self.kl_baseline(self._here(self.kl_passes))}
         for rows, weight, initial_logps in self._here(self.passes):
@@ -73,7 +74,7 @@ class HeldOut:
 
 
 def _shared_out(groups: list[Group], passes: Passes) -> Iterator[tuple[Rows, int]]:
-    """The passes of groups that are dealt to the ranks; a rank without any repeats another's with weight 0."""
+    """Yields this rank's passes of the groups; a rank without groups repeats the first group with weight 0."""
     if groups:
         share = groups[passes.rank :: passes.world_size]
         for rows, weight in passes.over(share or groups[:1]):

@@ -1,4 +1,4 @@
-"""The model that a run starts from: its weights from the checkpoint, and models built of them."""
+"""The initial model of a run: its weights from the checkpoint, and the models built from them."""
 
 import hashlib
 import time
@@ -37,14 +37,14 @@ log = utils.get_logger("INFO")
 
 
 class InitialModel:
-    """Reads the weights that a run starts from, and builds models of them; let go of it once they are built.
+    """Reads the initial weights of a run, and builds models from them. Delete it then, to free the weights.
 
     Args:
         cfg (DictConfig): the whole config.
-        environment (Environment): where the run takes place.
+        environment (Environment): the run's environment.
 
     Raises:
-        ConfigError: if weights, model and settings do not belong together.
+        ConfigError: if weights, model and settings do not match.
     """
 
     def __init__(self, cfg: DictConfig, environment: Environment) -> None:
@@ -56,14 +56,14 @@ class InitialModel:
         self.checkpointer, weights = read_decoder_weights(cfg, shape)
         if Path(cfg.checkpointer.output_dir).resolve() != Path(settings.output_dir).resolve():
             raise ConfigError(
-                f"checkpointer.output_dir: {cfg.checkpointer.output_dir} is not output_dir ({settings.output_dir}); "
-                "set it to ${output_dir}"
+                f"checkpointer.output_dir: expected output_dir ({settings.output_dir}), got "
+                f"{cfg.checkpointer.output_dir}; set it to ${{output_dir}}"
             )
         self.checkpoint_dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         check_adapter(shape, environment.world_size, settings.data_parallel_replicate_dim)
         self.has_adapter = bool(adapter_modules(shape))
         self._check_export()
-        key = "dtype" if self.has_adapter else "master_dtype"  # of what the checkpoint's weights are kept in
+        key = "dtype" if self.has_adapter else "master_dtype"  # the dtype of the checkpoint's weights in memory
         if environment.rank == 0 and (warning := rounding_on_load(cfg, weights, key, DTYPES[getattr(settings, key)])):
             log.warning(warning)
         if self.has_adapter and settings.adapter:
@@ -71,40 +71,40 @@ class InitialModel:
         elif self.has_adapter:
             weights |= initial_adapter(shape, weights, settings.seed)
         elif settings.adapter:
-            raise ConfigError("adapter: the model has none; name a lora_ or qlora_ builder in model._component_")
+            raise ConfigError("adapter: the model has no adapter; use a lora_ or qlora_ builder in model._component_")
         check_same({"checkpointer.checkpoint_dir and adapter": sampled_digest(weights)})
         self.weights = weights
-        # FSDP2 on one rank gathers nothing, and torchao's NF4 fails in that; there is nothing to shard either.
+        # One rank has nothing to shard, and torchao's NF4 fails when FSDP2 gathers over one rank.
         plain = environment.world_size == 1 and has_quantized_base(shape)
         self.mesh = None if plain else environment.mesh
 
     def policy(self) -> LogProbDecoder:
-        """The policy, with the weights that the run starts from."""
+        """Builds the policy with the initial weights."""
         settings, start = self.environment.settings, time.perf_counter()
         policy = self._build(self.weights, settings.master_dtype, settings.enable_activation_checkpointing)
         if self.environment.rank == 0:
             log.info(f"Loading the model took {time.perf_counter() - start:.1f} s")
             trained = sum(parameter.numel() for parameter in trainable_parameters(policy).values())
-            log.info(f"{trained:,} parameters train")
+            log.info(f"{trained:,} trainable parameters")
         return policy
 
     def reference_model(self) -> LogProbDecoder:
-        """A model like the policy, in the dtype in which it computes; its trainable weights are undefined."""
-        # A copy of the policy needs no weights of its own, but for the base that an adapter leaves as it is.
+        """Builds a model like the policy, in its compute dtype; the trainable weights are undefined."""
+        # The reference copies the trainable weights from the policy; only an adapter's frozen base is loaded.
         weights = self.weights if self.has_adapter else None
         return self._build(weights, self.environment.settings.dtype, activation_checkpointing=False)
 
     def weights_out(self, policy: LogProbDecoder) -> WeightsOut:
-        """What writes the policy's weights as the checkpoint's files were."""
+        """Builds the writer of the policy's weights, in the format of the checkpoint's files."""
         return WeightsOut(policy, self.checkpointer, self.checkpoint_dtypes, self.environment.settings)
 
     def fingerprint(self) -> str:
-        """A digest of the weights that the run starts from and of the function that they make; a collective."""
+        """Returns a digest of the initial weights and of the function that they compute. Collective."""
         facts = f"{self.environment.settings.dtype} windows {self.windows}"
         return fingerprint(self.weights, self.cfg.model, facts)
 
     def computation(self) -> str:
-        """A digest of what log-probs depend on besides weights, model and tokens."""
+        """Returns a digest of everything that log-probs depend on, except weights, model and tokens."""
         settings, device = self.environment.settings, self.environment.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         precision = f"{settings.dtype} {settings.master_dtype} {torch.get_float32_matmul_precision()}"
@@ -132,6 +132,6 @@ class InitialModel:
         hands_over = is_given(self.cfg, "engine") and self.cfg.engine.get("weights_dir") is not None
         if self.has_adapter and settings.export_dtype and settings.save_adapter_weights_only and not hands_over:
             raise ConfigError(
-                f"export_dtype: {settings.export_dtype} has nothing to do, since an adapter is written in float32; set "
-                "save_adapter_weights_only: False to write merged weights too, or leave it out"
+                f"export_dtype: {settings.export_dtype} has no effect, since an adapter is written in float32; set "
+                "save_adapter_weights_only: False to write merged weights too, or remove export_dtype"
             )

@@ -1,4 +1,4 @@
-"""What a run logs: the metrics of steps and evaluations, the bar, and the watch for a collapse."""
+"""The log of a run: metrics of steps and evaluations, the progress bar, and the watch for a collapse."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -26,15 +26,15 @@ _SHOWN = {
 
 
 class Logbook:
-    """Sums up metrics between two log entries, and hands the means to the logger of rank 0.
+    """Sums metrics between two log entries, and passes the means to the logger of rank 0.
 
-    The logger is built here, and makes a file or a run of its service: build this last.
+    Building the logger creates a file, or a run at its service. So build this object last.
 
     Args:
         cfg (DictConfig): the whole config.
-        environment (Environment): where the run takes place.
-        signal (str): the metric that training raises, which is watched for a collapse.
-        state (dict[str, Any] | None): what :meth:`state_dict` of the run that this one resumes gave.
+        environment (Environment): the run's environment.
+        signal (str): the metric that training should raise; it is watched for a collapse.
+        state (dict[str, Any] | None): the :meth:`state_dict` in the checkpoint to resume from; None for a new run.
     """
 
     def __init__(self, cfg: DictConfig, environment: Environment, signal: str, state: dict[str, Any] | None) -> None:
@@ -53,7 +53,7 @@ class Logbook:
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def show_bar(self, step: int, total_steps: int) -> None:
-        """Shows the run's progress on rank 0 until :meth:`close`; what is logged stands above it."""
+        """Shows a progress bar on rank 0 until :meth:`close_bar`; log lines appear above it."""
         bar = tqdm(total=total_steps, initial=step, disable=self.rank != 0, unit="step")
         self._bar = self._open.enter_context(bar)
         self._open.enter_context(logging_redirect_tqdm([log]))
@@ -65,10 +65,10 @@ class Logbook:
         self._bar.update()
 
     def entry(self, step: int, metrics: dict[str, float]) -> str | None:
-        """Logs the means since the last entry, and ``metrics``; a collective.
+        """Logs ``metrics`` and the means since the last entry. Collective.
 
         Returns:
-            str | None: what to warn of, if the policy seems to collapse.
+            str | None: a warning if the policy may be collapsing, else None.
         """
         metrics |= self.sums.means()
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
@@ -82,24 +82,24 @@ class Logbook:
         return None if warning is None else f"step {step}: {self.signal}: {warning}"
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Hands metrics to the logger of rank 0. What a full disk or a lost server keeps it from ends no run."""
+        """Passes metrics to the logger of rank 0. An OSError, such as a full disk, does not end the run."""
         if self.logger is None:
             return
         try:
             self.logger.log_dict(metrics, step=step)
         except OSError as error:
-            log.error(f"step {step}: its metrics could not be logged: {error}; training goes on")
+            log.error(f"step {step}: its metrics could not be logged: {error}; training continues")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; a collective."""
+        """Returns the state that a resumed run needs. Collective."""
         state: dict[str, Any] = {"metrics": self.sums.state_dict()}
         return state if self.collapse is None else state | {"collapse": self.collapse.state_dict()}
 
     def close(self) -> None:
-        """Ends what the logger holds open."""
+        """Closes the logger."""
         if self.logger is None:
             return
         try:
             self.logger.close()
-        except OSError as error:  # as on a full disk, which has been said of each step
+        except OSError as error:  # such as a full disk, which was logged at each step
             log.error(f"metric_logger: could not be closed: {error}")

@@ -8,15 +8,17 @@ from humanline.data import best_and_worst
 from humanline.losses import PerceptualLoss, token_kl, token_log_ratio, unclamped
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
-"""What an objective measures on one pass: name -> (sum, count); logged is the quotient over passes and ranks."""
+"""The metrics of one pass: name -> (sum, count). The log has the quotient over passes and ranks."""
 
 
 def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, mask: Tensor) -> Metrics:
-    """``kl``, the mean over tokens of ``exp(-l_t) + l_t - 1``, and ``unclamped``, the share of the tokens with non-zero
-    ``l_t`` that lie inside the loss's bounds (absent when no token moved).
+    """Returns the metrics of the log-ratios ``l_t``: ``kl`` and ``unclamped``.
+
+    ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``. ``unclamped`` is the share of tokens with non-zero
+    ``l_t`` that lie inside the loss's bounds; it is absent if all ``l_t`` are zero.
 
     Args:
-        loss (PerceptualLoss): has the bounds.
+        loss (PerceptualLoss): the loss, for its bounds.
         policy (Tensor): token log-probs under the policy, nats, ``[B, S]``.
         reference (Tensor): the same under the reference, ``[B, S]``.
         mask (Tensor): True at response tokens, bool ``[B, S]``.
@@ -26,13 +28,13 @@ def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, 
 
 
 def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:
-    """In how many groups the best response is likelier than the worst, and in how many there is a best and a worst.
+    """Counts groups whose best response is likelier than the worst, and groups with a best and a worst response.
 
-    The parts of a group that was cut count as groups.
+    If a group was cut, each part counts as a group.
 
     Args:
-        log_probs (Tensor): of all the groups' responses, nats, ``[B]``.
-        values (Sequence[Sequence[float]]): what each group's responses are worth.
+        log_probs (Tensor): log-probs of all groups' responses, nats, ``[B]``.
+        values (Sequence[Sequence[float]]): the labels or scores of each group's responses.
     """
     best, worst, start = [], [], 0
     for group in values:
@@ -44,7 +46,7 @@ def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple
 
 
 class MetricSums:
-    """Sums of metrics over passes, in float64, reduced over ranks once, when their means are asked for."""
+    """Sums metrics over passes, in float64. They are reduced over ranks once, when the means are requested."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -56,17 +58,17 @@ class MetricSums:
             self._sums[name] = (totals + _double(total), counts + _double(count))
 
     def merge(self, other: "MetricSums") -> None:
-        """Adds what another has added up."""
+        """Adds the sums of ``other``."""
         self.add(other._sums)
 
     def means(self) -> dict[str, float]:
-        """Means over everything added on all ranks since the last call; a metric without any count is left out."""
+        """Returns the means of all values added on all ranks since the last call, without metrics of count 0."""
         totals = self.state_dict()
         self._sums.clear()
         return {name: total / count for name, (total, count) in totals.items() if count}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Sum and count of each metric over all ranks; a collective."""
+        """Returns sum and count of each metric over all ranks. Collective."""
         if not self._sums:
             return {}
         pairs = [torch.as_tensor(x, device=self._device).double() for pair in self._sums.values() for x in pair]
@@ -75,7 +77,7 @@ class MetricSums:
         return dict(zip(self._sums, table.tolist(), strict=True))
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Goes on from the sums of all ranks, of which each takes its part."""
+        """Restores the sums of all ranks; each rank keeps an equal share."""
         ranks = dist.get_world_size()
         self._sums = {name: (total / ranks, count / ranks) for name, (total, count) in state.items()}
 

@@ -6,11 +6,11 @@ from humanline.distributed import gathered
 
 
 class NonFinite:
-    """Steps whose loss or gradient is not finite: how many, and which groups made them so.
+    """Counts steps whose loss or gradient is not finite, and finds the groups that caused it.
 
     Attributes:
         total (int): such steps in the whole run.
-        in_a_row (int): how many of them the last steps were.
+        in_a_row (int): consecutive such steps up to the last one.
     """
 
     def __init__(self) -> None:
@@ -19,31 +19,31 @@ class NonFinite:
         self._passes: list[tuple[tuple[Group, ...], Tensor, Tensor]] = []
 
     def watch(self, rows: Rows, log_ratio: Tensor, loss: Tensor) -> None:
-        """Notes a pass of this step: the log-ratio of its response tokens ``[N]``, and its loss (scalar)."""
+        """Records a pass of this step: the log-ratio of its response tokens ``[N]``, and its loss (scalar)."""
         broken = rows.per_response((~log_ratio.detach().isfinite()).float()).any(1)
         self._passes.append((rows.groups, broken, loss.detach()))
 
     def loss_is_finite(self) -> bool:
-        """Whether this rank's losses of this step are finite."""
+        """Returns whether this rank's losses of this step are finite."""
         return bool(torch.stack([loss for _, _, loss in self._passes]).isfinite().all())
 
     def count(self, finite: bool) -> None:
-        """Ends the step."""
+        """Counts this step, and clears its passes."""
         self.total += not finite
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self._passes.clear()
 
     def culprits(self) -> list[str]:
-        """The ids of the groups at fault on all ranks; a collective.
+        """Returns the ids of the groups at fault on all ranks. Collective.
 
-        These are the groups with a log-prob that is not finite; if there are none, those of the passes whose loss is
-        not finite, and else all of the step's.
+        These are the groups with a log-prob that is not finite. If there are none: the groups of passes whose loss is
+        not finite, else all groups of the step.
         """
         mine: tuple[list[str], list[str], list[str]] = ([], [], [])
         for groups, broken, loss in self._passes:
             responses = iter(broken.tolist())
             for group in groups:
-                if any([next(responses) for _ in group.responses]):  # noqa: C419, each takes its own
+                if any([next(responses) for _ in group.responses]):  # noqa: C419, consumes all of the group's
                     mine[0].append(group.id)
                 if not loss.isfinite():
                     mine[1].append(group.id)

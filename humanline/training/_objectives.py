@@ -1,4 +1,4 @@
-"""Which groups each objective learns from. How its loss is called, and what it logs, is in its recipe."""
+"""The groups that each objective learns from. The call of its loss and its metrics are in its recipe."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,31 +21,31 @@ from humanline.losses import (
 
 
 class Objective(ABC):
-    """What DPO, KTO and GRPO each make of groups.
+    """Derives the groups that DPO, KTO or GRPO learns from.
 
     Args:
         loss (Any): the config's ``loss``.
 
     Raises:
-        ConfigError: if it is the loss of another objective.
+        ConfigError: if the loss belongs to another objective.
     """
 
     loss_type: ClassVar[type[PerceptualLoss]]
     signal: ClassVar[str]
-    """The metric that training raises."""
+    """The metric that training should raise."""
     whole_groups: ClassVar[bool] = False
     """Whether the loss needs a group's responses in one pass."""
 
     def __init__(self, loss: Any) -> None:
         if not isinstance(loss, self.loss_type):
             raise ConfigError(
-                f"loss._component_: {type(loss).__name__} is not the loss of this recipe; give "
-                f"humanline.losses.{self.loss_type.__name__} or a subclass of it"
+                f"loss._component_: expected humanline.losses.{self.loss_type.__name__} or a subclass, got "
+                f"{type(loss).__name__}; correct it, or use another recipe"
             )
         self.loss: Any = loss
 
     def settings(self) -> dict[str, Any]:
-        """What the loss was given, by name, defaults included."""
+        """Returns the loss's settings by name, with its defaults."""
         given = {name: value for name, value in vars(self.loss).items() if name not in vars(nn.Module())}
         return {"loss": type(self.loss).__name__} | {
             name: value for name, value in given.items() if isinstance(value, str | int | float | None)
@@ -53,33 +53,33 @@ class Objective(ABC):
 
     @abstractmethod
     def examples(self, dataset: GroupDataset) -> GroupDataset:
-        """Derives from any dataset the groups that the objective learns from."""
+        """Returns the objective's groups, derived from any dataset."""
 
     def divisors(self, batch: Sequence[Sequence[Group]]) -> list[int]:
-        """What to divide the sum of each microbatch's losses by, for their sum to be the loss of the batch."""
+        """Returns a divisor for each microbatch's sum of losses; the quotients sum to the loss of the batch."""
         return self.loss.divisors([lengths_of(microbatch) for microbatch in batch])
 
-    # What an objective may say besides; so far only KTO does.
+    # Optional methods, which so far only KTO overrides.
 
     def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
-        """The KL sequences of a microbatch, cut to the budget, in a group for each of its groups."""
+        """Returns the KL sequences of a microbatch, cut to the budget: one group for each of its groups."""
         return []
 
     def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
-        """A group as long as any that :meth:`kl_groups` can make."""
+        """Returns a group with the maximum length that :meth:`kl_groups` can return."""
         return None
 
     def check_microbatch(self, groups: int, key: str) -> None:
-        """Raises ConfigError, naming ``key``, if a microbatch of so many groups, of all ranks, is too small."""
+        """Raises ConfigError, naming ``key``, if a microbatch with ``groups`` groups over all ranks is too small."""
         return None
 
     def imbalance_warning(self, dataset: GroupDataset) -> str | None:
-        """What to say of a dataset that leans to one side."""
+        """Returns a warning if the dataset is imbalanced, else None."""
         return None
 
 
 class DPO(Objective):
-    """Pairs: the chosen response of a group stands before the rejected one."""
+    """Pairs: a group's chosen response comes before the rejected one."""
 
     loss_type = HumanlineDPOLoss
     signal = "rewards/margins"
@@ -90,7 +90,7 @@ class DPO(Objective):
 
 
 class KTO(Objective):
-    """Labelled responses: each is an example, those of one group share its prompt."""
+    """Labelled responses: each response is an example; the responses of a group share its prompt."""
 
     loss_type = HumanlineKTOLoss
     signal = "rewards/gain"
@@ -99,10 +99,10 @@ class KTO(Objective):
         return as_labelled(dataset)
 
     def kl_groups(self, microbatch: Sequence[Group], budget: TokenBudget) -> list[Group]:
-        """The prompt of each example with the response of the next one, the last with the first's.
+        """Pairs the prompt of each example with the response of the next one, and the last with the first.
 
-        Examples are taken column by column: the first response of every group, then the second of every group that has
-        one, and so on. In groups of equal size the next example then always has another prompt.
+        Examples are ordered column by column: the first response of every group, then the second of every group that
+        has one, and so on. In groups of equal size the next example then always has another prompt.
         """
         width = max(len(group.responses) for group in microbatch)
         examples = [(g, i) for i in range(width) for g, group in enumerate(microbatch) if i < len(group.responses)]
@@ -115,7 +115,7 @@ class KTO(Objective):
         ]
 
     def longest_kl_group(self, dataset: GroupDataset) -> Group | None:
-        # No sequence is longer than max_tokens, and a prompt that is a little shorter than the longest may stay whole.
+        # No sequence is longer than max_tokens, and a prompt slightly shorter than the longest may stay whole.
         group = max(dataset.groups, key=lambda group: len(group.prompt))
         longest = max((response for group in dataset.groups for response in group.responses), key=len)
         response = longest[: dataset.budget.max_tokens - len(group.prompt)]
@@ -124,8 +124,8 @@ class KTO(Objective):
     def check_microbatch(self, groups: int, key: str) -> None:
         if groups < 2:
             raise ConfigError(
-                f"{key}: {groups} group in a microbatch is too few; KTO pairs each prompt with the response to another "
-                "one, so give 2 or more (gradient accumulation does not help)"
+                f"{key}: expected 2 or more groups in a microbatch, got {groups}; KTO pairs each prompt with the "
+                "response to another one (gradient accumulation does not help)"
             )
 
     def imbalance_warning(self, dataset: GroupDataset) -> str | None:
@@ -133,19 +133,19 @@ class KTO(Objective):
         undesirable = sum(len(group.responses) for group in dataset) - desirable
         counts = f"{desirable:,} desirable and {undesirable:,} undesirable examples"
         if not (desirable and undesirable):
-            return f"dataset: {counts}; KTO has nothing to set one kind against"
+            return f"dataset: {counts}; KTO needs both kinds"
         ratio = self.loss.desirable_weight * desirable / (self.loss.undesirable_weight * undesirable)
         if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:  # 1.16 * 25 is below 29 in floating point
             return None
         low = self.loss.undesirable_weight * undesirable / desirable
         return (
-            f"loss.desirable_weight: {counts} weigh {ratio:.3g} to 1, which is outside [1, 4/3]; set it "
+            f"loss.desirable_weight: {counts} weigh {ratio:.3g} to 1, expected a ratio in [1, 4/3]; set it "
             f"between {math.ceil(low * 1e4) / 1e4} and {math.floor(low * 4e4 / 3) / 1e4}"
         )
 
 
 class GRPO(Objective):
-    """Scored groups: a response's advantage is its score beside those of its group."""
+    """Scored groups: a response's advantage is its score relative to the scores of its group."""
 
     loss_type = HumanlineGRPOLoss
     signal = "advantages/gain"
@@ -161,5 +161,5 @@ def _with_advantages(group: Group) -> Group:
 
 
 def lengths_of(groups: Sequence[Group]) -> list[int]:
-    """Tokens of each response of some groups."""
+    """Returns the number of tokens in each response of the groups."""
     return [len(response) for group in groups for response in group.responses]

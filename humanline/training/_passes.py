@@ -1,4 +1,4 @@
-"""From the groups of a step to the passes of one rank."""
+"""Divides the groups of a step into the passes of one rank."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -13,14 +13,14 @@ from humanline.training._objectives import Objective
 
 
 class Passes:
-    """A rank's share of the groups, in passes that the row budget allows.
+    """Lays out a rank's share of the groups in passes within the row budget.
 
     Args:
-        objective (Objective): says which groups need to stay whole, and what KL sequences there are.
-        budget (RowBudget): what a pass may hold.
-        limits (TokenBudget): what sequences are cut to.
-        device (torch.device): where the passes go.
-        seed (int): the run's seed, of humanline sampling's draws.
+        objective (Objective): decides whether groups must stay whole, and makes the KL sequences.
+        budget (RowBudget): the maximum size of a pass.
+        limits (TokenBudget): the maximum length of KL sequences.
+        device (torch.device): the device of the passes.
+        seed (int): the run's seed, for the draws of humanline sampling.
     """
 
     def __init__(
@@ -30,16 +30,16 @@ class Passes:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def of(self, microbatch: list[Group], step: int, index: int) -> Iterator[tuple[Rows, int, Tensor | None]]:
-        """This rank's passes of a global microbatch.
+        """Yields this rank's passes of a global microbatch.
 
         Args:
             microbatch (list[Group]): the groups of all ranks.
             step (int): optimizer step, 1-based.
-            index (int): which microbatch of the step it is.
+            index (int): the index of the microbatch in the step.
 
         Returns:
-            Iterator[tuple[Rows, int, Tensor | None]]: the rows of each pass; its weight, 0 for one that only keeps the
-            other ranks company; and humanline sampling's uniforms ``[2, B, S]``, None without it.
+            Iterator[tuple[Rows, int, Tensor | None]]: the rows of each pass; its weight, 0 if the pass only matches
+            another rank's pass; and the uniforms of humanline sampling ``[2, B, S]``, None without it.
         """
         samples = self.objective.loss.perception == "sample"
         places = self.places(microbatch) if samples else []
@@ -48,15 +48,15 @@ class Passes:
             yield rows, weight, None if draws is None else rows.per_response(draws)
 
     def of_kl(self, microbatch: list[Group]) -> Iterator[tuple[Rows, int]]:
-        """This rank's passes of the KL sequences of a global microbatch, with their weights; none without any."""
+        """Returns this rank's passes of a global microbatch's KL sequences, with their weights."""
         return self.over(self.share(self.objective.kl_groups(microbatch, self.limits)))
 
     def share(self, microbatch: list[Group]) -> list[Group]:
-        """This rank's groups of a global microbatch, cut to rows."""
+        """Returns this rank's groups of a global microbatch, cut to rows."""
         return self.cut([microbatch[i] for i in self._mine(microbatch)])
 
     def places(self, microbatch: list[Group]) -> list[int]:
-        """For each group of :meth:`share`, the place of its first response among those of the global microbatch."""
+        """Returns for each group of :meth:`share` the index of its first response in the global microbatch."""
         firsts = list(accumulate((len(group.responses) for group in microbatch), initial=0))
         places = []
         for i in self._mine(microbatch):
@@ -69,13 +69,13 @@ class Passes:
         return deal(sizes, self.world_size)[self.rank]
 
     def cut(self, groups: list[Group]) -> list[Group]:
-        """The groups, cut into parts of a row where the objective does not need them whole."""
+        """Cuts groups into parts that fit in a row, unless the objective needs whole groups."""
         if self.objective.whole_groups:
             return groups
         return [part for group in groups for part in parts(group, self.budget)]
 
     def over(self, groups: list[Group]) -> Iterator[tuple[Rows, int]]:
-        """The passes of groups, with weight 1; all ranks make the same number, the missing ones with weight 0."""
+        """Yields the passes of groups, with weight 1. Ranks with fewer passes than others add passes of weight 0."""
         if not groups:  # on no rank
             return
         planned = pack(groups, self.budget)
@@ -86,23 +86,24 @@ class Passes:
             yield rows.to(self.device), int(index < len(planned))
 
     def of_step(self, source: Source, step: int) -> Iterator[Rows]:
-        """All passes of a step for which the loop asks the reference."""
+        """Yields all passes of a step for which the loop needs reference log-probs."""
         for microbatch in source.batch(step):
             yield from (rows for rows, _ in self.of_kl(microbatch))
             yield from (rows for rows, _ in self.over(self.share(microbatch)))
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of some groups each rank takes: the largest first, each to the rank with the fewest tokens so far.
+    """Assigns groups to ranks: the largest first, each to the rank with the fewest tokens so far.
 
-    Ranks wait for the one that makes the most passes. No two of them differ by more than the largest group.
+    This balances the ranks, which wait for the one with the most passes. The tokens of two ranks differ by at most the
+    largest group.
 
     Args:
         sizes (Sequence[int]): the tokens of each group, at least 1.
-        ranks (int): how many ranks there are.
+        ranks (int): number of ranks.
 
     Returns:
-        list[list[int]]: for each rank the indices of its groups, in order.
+        list[list[int]]: for each rank the indices of its groups, in ascending order.
     """
     hands: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks

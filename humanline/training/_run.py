@@ -1,4 +1,4 @@
-"""A run: what the loop of a recipe uses besides the mathematics, which stays in the recipe's own file."""
+"""A run: everything around a recipe's loop. The mathematics stays in the recipe's own file."""
 
 import math
 import time
@@ -36,14 +36,14 @@ log = utils.get_logger("INFO")
 
 
 class Run:
-    """Gives the loop its steps, and does what has to be done around them.
+    """Provides the steps of the loop, and does the work around them.
 
     That is: resuming, the groups of each step, evaluation, checkpoints, weights, logs, signals, and agreement between
     ranks on whether to take a step. The loop is::
 
         with run:
             for step, batch in run.steps():
-                ...  # forward and backward; run.note(...) of each pass
+                ...  # forward and backward; run.note(...) for each pass
                 if run.is_sound(grad_norm):
                     optimizer.step()
                 ...
@@ -51,21 +51,21 @@ class Run:
 
     Args:
         cfg (DictConfig): the whole config.
-        environment (Environment): where it takes place.
-        data (Data): how many steps there are.
+        environment (Environment): the run's environment.
+        data (Data): the number of steps.
         source (Source): the groups of each step.
-        policy (LogProbDecoder): what trains.
-        reference (Reference): what it is compared with.
-        optimizer (Optimizer): moves its weights.
-        lr_scheduler (LRScheduler | None): the schedule of its learning rate.
-        weights_out (WeightsOut): writes its weights.
-        held_out (HeldOut | None): measures it on ``dataset_val``.
+        policy (LogProbDecoder): the model that trains.
+        reference (Reference): the reference.
+        optimizer (Optimizer): updates the policy's weights.
+        lr_scheduler (LRScheduler | None): the schedule of the learning rate; None for a constant rate.
+        weights_out (WeightsOut): writes the policy's weights.
+        held_out (HeldOut | None): evaluates the policy on ``dataset_val``; None without it.
 
     Attributes:
         step (int): the last optimizer step, 1-based; 0 before the first.
 
     Raises:
-        ConfigError: if it cannot resume from the checkpoint that the config names.
+        ConfigError: if the run cannot resume from the config's checkpoint.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Run:
             self.non_finite.load_state_dict(progress["non_finite"])
             self.source.load_state_dict(progress.get("source", {}))
             if self.rank == 0:
-                log.info(f"goes on from step {self.step}")
+                log.info(f"resumes from step {self.step}")
         if not environment.restarted:
             self.source.resume(self.step if self.checkpoint.last_saved == self.step else -1)
         self.logbook = Logbook(cfg, environment, source.score or data.objective.signal, progress)
@@ -134,9 +134,9 @@ class Run:
     def __enter__(self) -> "Run":
         self.profiler.start()
         if self.step == 0:
-            self.evaluate()  # what the run starts from
+            self.evaluate()  # the initial policy
         elif self.step % self.steps_per_epoch == 0:
-            self._end_epoch()  # in case that the run died over it
+            self._end_epoch()  # the earlier run may have died before this
         self.logbook.show_bar(self.step, self.total_steps)
         self.stop_request.__enter__()
         return self
@@ -152,12 +152,12 @@ class Run:
             self.saves.best()
 
     def steps(self) -> Iterator[tuple[int, list[list[Group]]]]:
-        """The optimizer steps that are left, each with the microbatches of all ranks' groups.
+        """Yields the remaining optimizer steps, each with the microbatches of all ranks' groups.
 
-        A step without groups, whose round taught nothing, leaves the weights as they are.
+        A step of an empty round has no groups, and leaves the weights unchanged.
 
         Raises:
-            TrainingError: if a source fails; there is a checkpoint then.
+            ConfigError, DataError, TrainingError: if the source fails; a checkpoint is written first.
         """
         while self.step < self.total_steps and not self._over:
             try:
@@ -175,28 +175,28 @@ class Run:
             yield self.step, batch
 
     def note(self, rows: Rows, weight: int, log_ratio: Tensor, loss: Tensor, metrics: Metrics) -> None:
-        """Notes a pass for the log, and what is not finite in it.
+        """Records the metrics of a pass, and any non-finite values in it.
 
         Args:
             rows (Rows): the pass.
-            weight (int): 0 for a pass that only keeps the other ranks company.
-            log_ratio (Tensor): of its response tokens, nats, ``[N]``.
+            weight (int): 0 if the pass only matches another rank's pass.
+            log_ratio (Tensor): the log-ratio of its response tokens, nats, ``[N]``.
             loss (Tensor): its part of the batch's loss, scalar.
-            metrics (Metrics): sums and counts.
+            metrics (Metrics): its metrics, each a sum and a count.
         """
         self.non_finite.watch(rows, log_ratio, loss)
         if weight:
             self._sums.add(metrics | {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)})
 
     def is_sound(self, grad_norm: Tensor) -> bool:
-        """Whether loss and gradient are finite on all ranks, and there are any; a collective, once a step.
+        """Returns whether the step has groups, and finite loss and gradient on all ranks. Collective, once per step.
 
         Args:
-            grad_norm (Tensor): norm of the gradient of all ranks, scalar.
+            grad_norm (Tensor): norm of the gradient over all ranks, scalar.
         """
         norm = float(grad_norm)
         self._sums.add({"loss": (0, 1 / self.world_size), "grad_norm": (norm, 1)})
-        self._lr = float(get_lr(self.optimizer))  # of this step: the schedule moves on, in place where it is a tensor
+        self._lr = float(get_lr(self.optimizer))  # before the schedule changes it, in place if it is a tensor
         finite = self._empty or (math.isfinite(norm) and self.non_finite.loss_is_finite())
         self._broken, self._stops = on_any_rank(not finite, self.stop_request.signal is not None)
         sound = not self._broken and not self._empty
@@ -205,10 +205,10 @@ class Run:
         return sound
 
     def end_step(self) -> None:
-        """Logs, evaluates, saves and stops as the settings and the step ask for.
+        """Logs, evaluates, saves and stops, as the settings require at this step.
 
         Raises:
-            TrainingError: if the run cannot go on; there is a checkpoint then.
+            TrainingError: if the run cannot continue; a checkpoint is written first.
         """
         settings, step = self.settings, self.step
         self.profiler.step()
@@ -225,8 +225,8 @@ class Run:
         end = None if last or self._stops else self.source.end(step, settings.stop_after_empty_rounds)
         if end is not None and not evaluated:
             held_out = self.evaluate()
-        # Weights first: a run that dies between the two resumes before the epoch's end and writes them again.
-        # One that is to stop resumes at it, and writes them then, unless nothing else is left to do.
+        # Weights before the checkpoint: a run that dies between them resumes before the epoch's end and rewrites them.
+        # A run that must stop writes them when it resumes, unless this is its last step.
         if step % self.steps_per_epoch == 0 and end is None and (last or not self._stops):
             self._end_epoch()
         if _every(settings.save_every_n_steps, step):
@@ -236,25 +236,25 @@ class Run:
         elif end is not None:
             self._end(end, held_out)
 
-    # --------------------------------------------------------------------------------------------- what happens in it
+    # ---------------------------------------------------------------------------------------------- inside the loop
 
     def evaluate(self) -> dict[str, float]:
-        """Logs the metrics of ``dataset_val`` under ``val/``, with the initial policy as the reference; a collective.
+        """Logs the metrics of ``dataset_val`` under ``val/``, with the initial policy as the reference. Collective.
 
         Raises:
-            ConfigError: if ``best_checkpoint_metric`` is not among them.
+            ConfigError: if ``best_checkpoint_metric`` is not one of them.
         """
         if self.held_out is None:
             return {}
         means = {f"val/{name}": value for name, value in self.held_out.metrics().items()}
         wanted = self.settings.best_checkpoint_metric
         if wanted and wanted not in means:
-            raise ConfigError(f"best_checkpoint_metric: {wanted} is not measured; choose one of {', '.join(means)}")
+            raise ConfigError(f"best_checkpoint_metric: expected one of {', '.join(means)}, got {wanted}")
         self.logbook.write(self.step, means)
         return means
 
     def _count_non_finite(self) -> None:
-        """Counts the step, and stops a run whose steps are broken one after the other."""
+        """Counts the step, and ends the run after too many consecutive steps that are not finite."""
         culprits = self.non_finite.culprits() if self._broken else []
         if not self._empty:
             self.non_finite.count(finite=not self._broken)
@@ -287,7 +287,7 @@ class Run:
             log.warning(warning)
 
     def _stop(self) -> None:
-        """Ends the run as a signal asked for, with a checkpoint of this step."""
+        """Ends the run after a signal, with a checkpoint of this step."""
         self._over = True
         if self.step > 0:
             self._save_state()
@@ -301,9 +301,9 @@ class Run:
             log.info(f"stopped after step {self.step} by {by}; {self.saves.left()}")
 
     def _end(self, end: End, held_out: dict[str, float]) -> None:
-        """Ends a run whose source has nothing left to learn from, with its weights and a checkpoint."""
+        """Ends a run whose source has no signal left, with its weights and a checkpoint."""
         self._over, self._solved = True, end.success
-        self.source.stop()  # what is sampled ahead
+        self.source.stop()  # stops sampling of the next round
         error = self.saves.epoch(self.step)
         self._save_state(held_out)
         self.source.wait()
@@ -318,14 +318,14 @@ class Run:
             log.info(message)
 
     def _end_epoch(self) -> None:
-        """Writes the weights of the epoch that this step ends; a failure ends the run if they are its last."""
+        """Writes the weights of the epoch that this step ends. A failure ends the run only at its last step."""
         if (error := self.saves.epoch(self.step)) is None:
             return
         if self.step == self.total_steps:
             self._save_state()
             raise TrainingError(f"step {self.step}: {error}; {self.saves.left()}")
         if self.rank == 0:
-            log.error(f"step {self.step}: {error}; training goes on")
+            log.error(f"step {self.step}: {error}; training continues")
 
     def _save_state(self, held_out: dict[str, float] | None = None) -> None:
         progress = self.logbook.state_dict()
@@ -340,10 +340,10 @@ class Run:
                 "humanline.training.StochasticAdamW, or master_dtype: fp32"
             )
         if self.device.type != settings.device.split(":")[0]:
-            log.warning(f"device: {settings.device} is not here; training on the {self.device.type} instead")
+            log.warning(f"device: {settings.device} is not available; training on {self.device.type} instead")
         processes = "process" if self.world_size == 1 else "processes"
         log.info(
-            f"{self.source.groups_per_step} groups a step on {self.world_size} {processes}, {self.total_steps} steps"
+            f"{self.source.groups_per_step} groups per step on {self.world_size} {processes}, {self.total_steps} steps"
         )
         for note in data.left_out():
             log.info(note)
@@ -357,7 +357,7 @@ def _position(
     policy: LogProbDecoder,
     reference: Reference,
 ) -> dict[str, Any]:
-    """What a step number means in this run."""
+    """Returns the settings that define which groups and updates a step number stands for."""
     settings = environment.settings
     return {
         "groups a step": source.groups_per_step,

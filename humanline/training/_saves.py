@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints to resume from, and weights to use."""
+"""The files that a run writes: checkpoints to resume from, and weights to use."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ log = utils.get_logger("INFO")
 
 
 class Saves:
-    """Writes checkpoints and weights, and says in every error what there is to resume from.
+    """Writes checkpoints and weights, and tells in error messages which step a run can resume from.
 
     Args:
         settings (Settings): the config's top-level keys.
         checkpoint (TrainingCheckpoint): reads and writes ``output_dir/checkpoints``.
         weights_out (WeightsOut): writes ``output_dir/epoch_N`` and ``output_dir/best``.
-        rank (int): rank 0 logs.
-        steps_per_epoch (int): optimizer steps of an epoch.
+        rank (int): this process's rank; only rank 0 logs.
+        steps_per_epoch (int): optimizer steps in an epoch.
         total_steps (int): optimizer steps of the run.
     """
 
@@ -37,27 +37,28 @@ class Saves:
         self.rank, self.steps_per_epoch, self.total_steps = rank, steps_per_epoch, total_steps
 
     def state(self, step: int, progress: dict[str, Any], held_out: dict[str, float]) -> None:
-        """Writes a checkpoint, if there is none of this step.
+        """Writes a checkpoint, unless this step has one.
 
         Args:
             step (int): optimizer step.
-            progress (dict[str, Any]): what the run's objects want back.
-            held_out (dict[str, float]): the metrics of ``dataset_val`` at this step, by which the best is chosen.
+            progress (dict[str, Any]): the state of the run's objects.
+            held_out (dict[str, float]): the metrics of ``dataset_val`` at this step; they decide which checkpoint is
+                the best.
         """
         self.checkpoint.save(step, progress, held_out.get(self.settings.best_checkpoint_metric or ""))
 
     def epoch(self, step: int) -> str | None:
-        """Writes the weights of the epoch that a step is in, or ends, into ``output_dir/epoch_N``.
+        """Writes the weights of a step's epoch into ``output_dir/epoch_N``.
 
         Returns:
-            str | None: why they could not be written.
+            str | None: why they could not be written; None if they were.
         """
         epoch = (step - 1) // self.steps_per_epoch
         error = self.weights_out.write(f"epoch_{epoch}")
         return error and f"the weights of epoch {epoch} could not be written: {error}"
 
     def best(self) -> None:
-        """Writes the weights of the best checkpoint into ``output_dir/best``. The policy is theirs from then on.
+        """Writes the weights of the best checkpoint into ``output_dir/best``. The policy has these weights afterwards.
 
         Raises:
             TrainingError: if they cannot be written.
@@ -72,9 +73,9 @@ class Saves:
             log.info(f"best: the weights of step {step}, by {self.settings.best_checkpoint_metric}")
 
     def left(self) -> str:
-        """What there is to resume from."""
+        """Returns the end of an error message: the step that a run can resume from."""
         self.checkpoint.wait()
         step = self.checkpoint.newest_step()
         return (
-            "no checkpoint was written" if step is None else f"resume_from_checkpoint: latest goes on from step {step}"
+            "no checkpoint was written" if step is None else f"resume_from_checkpoint: latest resumes from step {step}"
         )

@@ -1,4 +1,4 @@
-"""From a recipe's class to its run: on every device, in a folder of its own, with one line where it fails."""
+"""Starts a recipe on every device, with exclusive use of its folder and one-line errors."""
 
 import os
 from typing import Protocol
@@ -15,27 +15,27 @@ class Recipe(Protocol):
     """A training recipe."""
 
     sharded: bool
-    """FSDP2 over all ranks; otherwise one process with plain tensors."""
+    """Whether the model is sharded over all ranks with FSDP2; else one process with plain tensors."""
 
     def __init__(self, environment: Environment) -> None: ...
 
     def setup(self, cfg: DictConfig) -> None:
-        """Builds all that the loop uses."""
+        """Builds the objects that the loop uses."""
 
     def train(self) -> None:
-        """The loop."""
+        """Runs the loop."""
 
     def cleanup(self) -> None:
-        """Ends what is held open, however the run ended, in its set-up too."""
+        """Closes open resources, however the run ended; ``setup`` may have failed."""
 
 
 def start(recipe_type: type[Recipe], cfg: DictConfig, script: str) -> None:
-    """Runs a recipe on every visible device; a mistake in config or data ends it with one line instead of a traceback.
+    """Runs a recipe on every visible device. An error in config or data ends it with one line instead of a traceback.
 
     Args:
         recipe_type (type[Recipe]): the recipe.
         cfg (DictConfig): its config.
-        script (str): the recipe's file, which further processes run.
+        script (str): the recipe's file, which the additional processes run.
     """
     with common_end(os.path.basename(script)):
         hide_known_warnings()
@@ -43,11 +43,11 @@ def start(recipe_type: type[Recipe], cfg: DictConfig, script: str) -> None:
         if recipe_type.sharded:
             start_on_every_device(settings.device, script)
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError("nproc_per_node: this recipe is for one device; run the _distributed one on several")
-        elif settings.data_parallel_replicate_dim > 1:
             raise ConfigError(
-                "data_parallel_replicate_dim: this recipe has one device to put the model on; set it to 1"
+                "nproc_per_node: this recipe needs exactly one process; use the _distributed recipe for more"
             )
+        elif settings.data_parallel_replicate_dim > 1:
+            raise ConfigError("data_parallel_replicate_dim: expected 1, since this recipe uses one device; set it to 1")
         with (
             process_group(settings.torch_device),
             sole_use(settings.output_dir, settings.resume_from_checkpoint) as folder,

@@ -1,4 +1,4 @@
-"""Gemma 2 as published: torchtune's, with what it gets wrong set right."""
+"""Gemma 2 as published: torchtune's implementation with its faults corrected."""
 
 from humanline.models.gemma2._builders import (
     gemma2,

@@ -1,4 +1,4 @@
-"""Gemma 2's attention: scores with a soft-cap, and on every other layer a sliding window."""
+"""Gemma 2's attention: a soft-cap on scores, and a sliding window on every other layer."""
 
 import functools
 from typing import Any
@@ -13,17 +13,16 @@ from humanline.torchtune_seam.internals import set_attention_call
 
 
 class Gemma2Attention(MultiHeadAttention):
-    """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``, by FlexAttention where the mask is a block
-    mask.
+    """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``; block masks use FlexAttention.
 
-    A mask has the sliding window in it already: what it counts are positions, which in a row of several responses are
-    not places in the row.
+    A mask already includes the sliding window. The window counts positions, which differ from places in the row if a
+    row holds several responses.
 
     Args:
-        scale (float): of the products of queries and keys.
-        soft_cap (float): what no score exceeds.
-        sliding_window (int | None): a token sees so many positions, its own included; None sees all before it.
-        **kwargs (Any): as for ``MultiHeadAttention``.
+        scale (float): scale of the products of queries and keys.
+        soft_cap (float): bound on the absolute value of scores.
+        sliding_window (int | None): number of positions a token attends to, itself included; None sets no limit.
+        **kwargs (Any): arguments of ``MultiHeadAttention``.
     """
 
     def __init__(self, *, scale: float, soft_cap: float, sliding_window: int | None, **kwargs: Any) -> None:
@@ -34,7 +33,7 @@ class Gemma2Attention(MultiHeadAttention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """As ``scaled_dot_product_attention``: ``[B, H, Q, D]``, ``[B, H, K, D]`` and the same to ``[B, H, Q, D]``."""
+        """Like ``scaled_dot_product_attention``: ``[B, H, Q, D]`` and twice ``[B, H, K, D]`` to ``[B, H, Q, D]``."""
         if is_causal:
             at = torch.arange(q.size(2), device=q.device)
             distance = at[:, None] - at

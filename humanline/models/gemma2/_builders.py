@@ -1,4 +1,4 @@
-"""Gemma 2 (https://arxiv.org/abs/2408.00118) in three sizes, whole and with adapters."""
+"""Gemma 2 (https://arxiv.org/abs/2408.00118) in three sizes, without and with adapters."""
 
 import inspect
 from functools import partial
@@ -28,8 +28,10 @@ _27B = _ALL | {
 
 
 def gemma2(**shape: Any) -> TransformerDecoder:
-    """Builder for a Gemma 2 of any shape, in the arguments of torchtune's ``gemma2``, but for the soft-caps: they are
-    Gemma 2's. Its checkpoints load with ``model_type: GEMMA2``.
+    """Builder for a Gemma 2 of any shape.
+
+    The arguments are those of torchtune's ``gemma2`` without the soft-caps, which are fixed to Gemma 2's. Checkpoints
+    load with ``model_type: GEMMA2``.
 
     Returns:
         TransformerDecoder: token ids ``[B, S]`` to logits ``[B, S, V]``.
@@ -51,18 +53,19 @@ def lora_gemma2(
 ) -> TransformerDecoder:
     """Builder for a Gemma 2 of any shape with LoRA.
 
-    The output cannot have an adapter, since its weights are those of the embeddings.
+    The output layer cannot have an adapter, since its weights are the embeddings'.
 
     Args:
-        lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, of ``q_proj``, ``k_proj``,
+        lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, from ``q_proj``, ``k_proj``,
             ``v_proj`` and ``output_proj``.
-        apply_lora_to_mlp (bool): whether the three projections of each MLP have one too.
+        apply_lora_to_mlp (bool): True adds adapters to the three projections of each MLP.
         lora_rank (int): rank of the adapter's update.
         lora_alpha (float): the update is scaled by ``lora_alpha / lora_rank``.
         lora_dropout (float): probability of dropping an input of the adapter in training.
-        use_dora (bool): train each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353).
-        quantize_base (bool): keep the linear layers of the base in NF4 (https://arxiv.org/abs/2305.14314).
-        **shape (Any): as for :func:`gemma2`.
+        use_dora (bool): True trains each row's magnitude separately from its direction (DoRA,
+            https://arxiv.org/abs/2402.09353).
+        quantize_base (bool): True keeps the linear layers of the base in NF4 (https://arxiv.org/abs/2305.14314).
+        **shape (Any): arguments of :func:`gemma2`.
 
     Returns:
         TransformerDecoder: as :func:`gemma2`, with adapters.
@@ -86,12 +89,12 @@ def _check_shape(shape: dict[str, Any]) -> None:
     taken = [name for name in inspect.signature(torchtune_gemma2).parameters if "capping" not in name]
     for name in shape:
         if name not in taken:
-            caps = f"; the soft-caps are Gemma 2's, {ATTENTION_CAP:g} and {LOGIT_CAP:g}" if "capping" in name else ""
-            raise ConfigError(f"model.{name}: is no argument of humanline's Gemma 2{caps}; take it out")
+            caps = f"; the soft-caps are fixed to {ATTENTION_CAP:g} and {LOGIT_CAP:g}" if "capping" in name else ""
+            raise ConfigError(f"model.{name}: is not an argument of humanline's Gemma 2{caps}; remove it")
 
 
 # 2.61e9, 9.24e9 and 27.2e9 parameters, a vocabulary of 256,000, sequences of at most 8192 tokens. The qlora_ builders
-# keep the base in NF4. Arguments and what they return are those of gemma2 and lora_gemma2.
+# keep the base in NF4. Arguments and results are those of gemma2 and lora_gemma2.
 gemma2_2b, gemma2_9b, gemma2_27b = (partial(gemma2, **shape) for shape in (_2B, _9B, _27B))
 lora_gemma2_2b, lora_gemma2_9b, lora_gemma2_27b = (partial(lora_gemma2, **shape) for shape in (_2B, _9B, _27B))
 qlora_gemma2_2b, qlora_gemma2_9b, qlora_gemma2_27b = (

@@ -1,11 +1,11 @@
-"""What torchtune's Gemma 2 gets wrong, set right: its three faults are the three functions below.
+"""Corrections to torchtune's Gemma 2. Each of the three functions below fixes one fault:
 
-1. Its model builders give the soft-cap of the attention to the logits and the reverse. It is 50 for the scores of the
-   attention and 30 for the logits (https://arxiv.org/abs/2408.00118, table 1).
-2. It caps the hidden state that the logits are made of instead of the logits.
-3. Release 0.6.1 takes the norms before and after the MLP for each other when it reads or writes Hugging Face's weights.
+1. Its model builders swap the soft-caps of attention and logits. The right values are 50 for attention's scores and 30
+   for the logits (https://arxiv.org/abs/2408.00118, table 1).
+2. It caps the hidden state from which the logits are computed, instead of the logits.
+3. Release 0.6.1 swaps the norms before and after the MLP when it reads or writes Hugging Face's weights.
 
-Its attention is replaced as well, which is right but takes neither a block mask nor positions for its sliding window.
+Its attention is also replaced. It is correct, but supports neither block masks nor positions for its sliding window.
 """
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ ATTENTION_CAP, LOGIT_CAP = 50.0, 30.0
 
 
 class CappedTiedLinear(TiedLinear):
-    """Logits ``cap * tanh(x . embedding / cap)``, in float32."""
+    """Computes logits ``cap * tanh(x . embedding / cap)``, in float32."""
 
     def __init__(self, tied_module: nn.Module, soft_cap: float) -> None:
         super().__init__(tied_module)
@@ -32,14 +32,14 @@ class CappedTiedLinear(TiedLinear):
 
 
 def mend(decoder: TransformerDecoder) -> TransformerDecoder:
-    """Makes a decoder of torchtune's ``gemma2`` or ``lora_gemma2`` compute what Gemma 2 computes."""
+    """Makes a decoder from torchtune's ``gemma2`` or ``lora_gemma2`` compute Gemma 2's function."""
     cap_scores(decoder)
     cap_logits(decoder)
     return decoder
 
 
 def cap_scores(decoder: TransformerDecoder) -> None:
-    """Gives each layer an attention with the right soft-cap, made of the parts of torchtune's."""
+    """Replaces each layer's attention with one that has the right soft-cap, built from torchtune's parts."""
     for layer in decoder.layers:
         theirs = layer.attn
         layer.attn = Gemma2Attention(
@@ -51,13 +51,13 @@ def cap_scores(decoder: TransformerDecoder) -> None:
 
 
 def cap_logits(decoder: TransformerDecoder) -> None:
-    """Moves the last soft-cap from the hidden state to the logits."""
+    """Moves the final soft-cap from the hidden state to the logits."""
     decoder.norm.logit_capping = nn.Identity()
     decoder.output = CappedTiedLinear(decoder.tok_embeddings, LOGIT_CAP)
 
 
 def name_norms() -> None:
-    """Corrects torchtune's table of names, which its checkpointers read and write with, and adapters are named by."""
+    """Corrects torchtune's table of names, by which checkpointers read and write weights and adapters are named."""
     GEMMA2_FROM_HF["model.layers.{}.pre_feedforward_layernorm.weight"] = "layers.{}.mlp_norm.scale"
     GEMMA2_FROM_HF["model.layers.{}.post_feedforward_layernorm.weight"] = "layers.{}.mlp_scale.scale"
 
