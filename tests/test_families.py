@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
+from torchtune.modules import MultiHeadAttention
 from torchtune.modules.common_utils import NF4Tensor  # torchao moves them
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -438,6 +439,21 @@ def test_the_checkpointer_reads_and_writes_the_families_of_torchtune_as_torchtun
     files = sorted(file.name for file in theirs.iterdir())
     assert sorted(file.name for file in ours.iterdir()) == files
     assert all((ours / file).read_bytes() == (theirs / file).read_bytes() for file in files)
+
+
+def test_a_qwen3_with_norms_behind_rope_is_another_function_and_refused(tmp_path):
+    family = FAMILIES["qwen3"]
+    theirs = saved(family, tmp_path)
+    with torch.device("meta"):
+        model = family.build()
+    for layer in model.layers:
+        layer.attn.__class__ = MultiHeadAttention  # torchtune's own, which norms what RoPE has turned
+    found = list(differences(measure(model), read_published(tmp_path, 64), family.model_type))
+    assert list(map(str, found)) == [
+        "the norms of queries and keys is before RoPE in config.json and after RoPE in the model"
+    ]
+    ours = load_decoder(model, weights_of(family, tmp_path), device=CPU, dtype=torch.float32)
+    assert float((logits_of(ours) - logits_of(theirs)).abs().max()) > 1e-2
 
 
 def test_a_llama_2_with_tables_of_positions_in_its_files_is_handed_out_without_them(trajectory, tmp_path):

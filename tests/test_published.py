@@ -127,7 +127,7 @@ def wrong(config: dict) -> dict[str, dict]:
             "use_bidirectional_attention: true": {"use_bidirectional_attention": True},
         }
     if family == "gemma3_text" and config["rope_scaling"]:
-        files["the lowest frequency divided by 8"] = {"rope_scaling": None}
+        files["lowest frequency divided by 8"] = {"rope_scaling": None}
     elif scaling := config.get("rope_scaling"):
         files |= {
             "dimensions, neighbouring dimensions paired in config.json": {"rope_scaling": None},

@@ -93,7 +93,7 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
     peft = {}
     whole = fuse(adapter, model) if family.is_fused else adapter
     if whole is None:
-        log.warning(f"{folder}: not written in PEFT's format, which has no DoRA on a part of a fused layer")
+        log.warning(f"{folder}: written in torchtune's format alone: PEFT has no DoRA on a part of a fused layer")
         return
     for name, tensor in whole.items():
         base, kind = _split(name, PEFT_NAMES)

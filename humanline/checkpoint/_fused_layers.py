@@ -1,7 +1,8 @@
-"""Adapters of layers that Hugging Face's files of Phi-3 and Phi-4 hold as one: queries, keys and values; gate and up.
+"""Adapters of fused layers: HF files of Phi-3 and Phi-4 have queries, keys and values as one layer, gate and up as one.
 
-torchtune has an adapter for each part. Together they are one adapter of the fused layer, of the sum of their ranks:
-``A`` holds theirs below each other, and ``B`` theirs along its diagonal. With alpha grown alike, no update changes.
+torchtune has an adapter for each part. Together they are one adapter of the fused layer, whose rank is the sum of
+theirs: its ``A`` has theirs one below the other, its ``B`` theirs along the diagonal. Alpha is the sum too, so the
+update is the same.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, rank_and_alpha
 
-# The parts of each fused layer in order. torchtune's conversion names the whole by the first.
+# The parts of each fused layer, in order. torchtune's conversion gives the whole the name of the first.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("w1", "w3")}
 A, B, MAGNITUDE = "lora_a.weight", "lora_b.weight", "magnitude"
 
@@ -34,15 +35,15 @@ class _Layer(NamedTuple):
 
 
 def fuse(adapter: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
-    """The adapters of parts, made adapters of fused layers.
+    """Makes one adapter per fused layer from the adapters of its parts.
 
     Args:
         adapter (dict[str, Tensor]): in torchtune's names.
         model (nn.Module): the model with the adapter, for its shapes.
 
     Returns:
-        dict[str, Tensor] | None: the adapters of fused layers under the name of their first part, and the others; None
-            if DoRA is on some parts of a layer only, since it would scale the rows of the other parts too.
+        dict[str, Tensor] | None: the adapters, those of fused layers under the name of their first part. None if
+            only some parts of a layer have DoRA, which would scale the rows of the other parts too.
     """
     adapter = dict(adapter)
     for layer in _layers(model):
@@ -62,17 +63,20 @@ def fuse(adapter: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor] | No
 
 
 def split(adapter: dict[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
-    """The reverse of :func:`fuse`; an adapter of one rank for all parts becomes one for each, of the same update.
+    """Makes adapters of parts from those of fused layers: the reverse of :func:`fuse`.
+
+    An adapter of another origin, with the model's rank for all parts together, becomes adapters with a copy of its
+    ``A`` for each part. The update is the same.
 
     Raises:
-        ConfigError: if a part that has no adapter in the model is updated, or parts share columns.
+        ConfigError: if the adapter updates a part that has no adapter in the model.
     """
     adapter = dict(adapter)
     for layer in _layers(model):
         a, b, magnitude = (adapter.pop(f"{layer.first}.{kind}", None) for kind in (A, B, MAGNITUDE))
         if a is None or b is None:
             continue
-        own = _rank(model) if a.shape[0] == len(layer.adapted) * _rank(model) else None  # None: all share the columns
+        own = _rank(model) if a.shape[0] == len(layer.adapted) * _rank(model) else None  # None: the parts share columns
         rest = b.clone()
         for place, part in enumerate(layer.adapted):
             columns = slice(None) if own is None else slice(place * own, (place + 1) * own)
@@ -90,7 +94,7 @@ def split(adapter: dict[str, Tensor], model: nn.Module, path: str) -> dict[str, 
 
 
 def patterns(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What PEFT's config says of fused layers, whose rank and alpha are sums of several."""
+    """Returns the keys of PEFT's config with rank and alpha of fused layers, which are sums."""
     rank, alpha = rank_and_alpha(next(iter(adapter_modules(model).values())))
     counts = {layer.fused: len(layer.adapted) for layer in _layers(model)}
     return {
@@ -104,7 +108,7 @@ def _rank(model: nn.Module) -> int:
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
-    """The fused layers of which a part has an adapter."""
+    """Yields the fused layers with an adapter on one part at least."""
     adapters = adapter_modules(model)
     for name, module in model.named_modules():
         children = dict(module.named_children())

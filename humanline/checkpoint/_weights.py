@@ -28,7 +28,7 @@ log = utils.get_logger("INFO")
 
 _HEAD = "lm_head.weight"
 OWN_MODEL_TYPES = {"qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
-"""The checkpointer's model_type for families that torchtune 0.6.1 does not have, by config.json's."""
+"""config.json's model_type -> the checkpointer's, for families that torchtune 0.6.1 does not have."""
 
 
 def build_decoder(cfg: DictConfig) -> TransformerDecoder:
@@ -85,14 +85,14 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
 
 
 def _check_checkpointer(cfg: DictConfig, published: Published) -> None:
-    """Refuses a checkpointer that has no names for the weights of config.json's family, where only ours has them."""
+    """Raises an error if the checkpointer has no names for the weights of config.json's family."""
     given, path = cfg.checkpointer.get("model_type"), str(cfg.checkpointer.get("_component_"))
     wanted = OWN_MODEL_TYPES.get(published.model_type)
     is_known = given == wanted and (hasattr(ModelType, given) or not path.startswith("torchtune."))
     if wanted is None and given in OWN_MODEL_TYPES.values():
         raise ConfigError(
             f"checkpointer.model_type: {given} is of another family than {published.path}, a {published.model_type}; "
-            "set torchtune's model_type for that family (docs/models.md)"
+            "set the model_type of that family, see docs/models.md"
         )
     if wanted is not None and not is_known:
         raise ConfigError(
@@ -103,7 +103,7 @@ def _check_checkpointer(cfg: DictConfig, published: Published) -> None:
 
 
 def _leave_out(checkpointer: Any, ending: str) -> None:
-    """Takes names out of the map by which the final weights are written."""
+    """Removes names from the map that the final weights are written by."""
     files = hf_files(checkpointer)
     for name in [name for name in files if name.endswith(ending)]:
         del files[name]

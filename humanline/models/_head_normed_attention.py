@@ -5,10 +5,10 @@ from humanline.torchtune_seam.internals import Mask, attention_call
 
 
 class HeadNormedAttention(MultiHeadAttention):
-    """torchtune's attention with queries and keys normed before rotary positions turn them, as Qwen3 and Gemma 3 do.
+    """torchtune's attention with the norms of queries and keys before RoPE, as in Qwen3 and Gemma 3.
 
-    torchtune's own norms them afterwards, which is another function: a norm's weights differ between the dimensions
-    that a turn mixes.
+    torchtune's own attention norms them after RoPE. That is another function, because a norm has different weights for
+    the two dimensions that RoPE mixes.
 
     Args:
         **kwargs (Any): as for ``MultiHeadAttention``, ``q_norm``, ``k_norm`` and ``pos_embeddings`` among them.

@@ -1,4 +1,4 @@
-"""What makes the linear layers of a decoder: plain ones, or with adapters over a base that may be in NF4."""
+"""Functions that make the linear layers of a decoder: plain, or with adapters on a base that may be in NF4."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -8,13 +8,13 @@ from torchtune.modules import FrozenNF4Linear
 from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
 MakeLinear: TypeAlias = Callable[[str, int, int], nn.Module]
-"""Of a layer's name, such as ``q_proj`` or ``w1``, and its input and output dimensions: a layer without bias."""
+"""Makes a layer without bias from its name, such as ``q_proj`` or ``w1``, and its input and output dimensions."""
 
 _OF_THE_MLP = ("w1", "w2", "w3")
 
 
 def plain_linear(name: str, in_dim: int, out_dim: int) -> nn.Module:
-    """A linear layer that trains."""
+    """Returns a linear layer that trains."""
     return nn.Linear(in_dim, out_dim, bias=False)
 
 
@@ -28,7 +28,7 @@ def linear_with_adapter(
     use_dora: bool = False,
     quantize_base: bool = False,
 ) -> MakeLinear:
-    """Makes layers with an adapter where one is asked for.
+    """Returns a function that makes linear layers with an adapter on those named, and without on the others.
 
     Args:
         lora_attn_modules (list[LORA_ATTN_MODULES]): attention projections with an adapter, of ``q_proj``, ``k_proj``,

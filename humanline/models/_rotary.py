@@ -3,13 +3,13 @@ from torch import Tensor, nn
 
 
 class RotaryEmbeddings(nn.Module):
-    """Rotary positions that pair each dimension of a head with the one half a head away, as transformers does.
+    """Rotary positions that pair each dimension of a head with the one half a head away, as in transformers.
 
-    Weights then keep the order of rows that they have in Hugging Face's files, and so do norms of heads.
+    Weights, and norms of heads, therefore keep the order that they have in Hugging Face's files.
 
     Args:
         dim (int): dimensions of a head.
-        max_seq_len (int): positions that the tables hold.
+        max_seq_len (int): number of positions in the tables.
         base (float): the angle of pair ``i`` grows by ``base ** (-2 i / dim) / factor`` radians a position.
         factor (float): linear scaling of positions.
     """

@@ -1,4 +1,4 @@
-"""torchtune's checkpointer of Hugging Face's format, for families that its release has no names for."""
+"""torchtune's checkpointer of Hugging Face's format, extended by families that its release does not know."""
 
 import json
 import re
@@ -22,9 +22,9 @@ GEMMA3_FROM_HF: dict[str, str] = QWEN3_FROM_HF | {
     "model.layers.{}.post_feedforward_layernorm.weight": "layers.{}.mlp_scale.scale",
 }
 NEW_FAMILIES: dict[str, dict[str, str]] = {"QWEN3": QWEN3_FROM_HF, "GEMMA3": GEMMA3_FROM_HF}
-"""By ``model_type``: Hugging Face's name of each weight to ours. Rows keep their order."""
+"""HF name -> torchtune name of each weight, per ``model_type``. Rows keep their order."""
 
-# In checkpoints with images too: how the text model's names begin, and the others'.
+# Names in checkpoints of models that see images: prefixes of the text model, with what they stand for, and the rest.
 _TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 _NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
@@ -32,11 +32,11 @@ INDEX = "model.safetensors.index.json"
 
 
 class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
-    """torchtune's checkpointer of the same name, which also knows ``model_type: QWEN3`` and ``GEMMA3``.
+    """torchtune's checkpointer of the same name with two more families, ``QWEN3`` and ``GEMMA3``.
 
-    Of the families that torchtune has names for, all is torchtune's. Of the others each weight goes back into the file,
-    and under the name, that it came from. Of a Gemma 3 with a vision tower the text model is read; the rest is written
-    as it is, so that the folder holds the whole model again.
+    For these two, each weight goes back into the file, and under the name, that it came from. Of a Gemma 3 with a
+    vision tower, only the text model is loaded; saving writes the other weights unchanged, so that the folder has the
+    whole model. For other families, everything is torchtune's.
 
     Args:
         checkpoint_dir (str): the folder with weights and config.json.
@@ -58,7 +58,7 @@ class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
             self._not_text: dict[str, Tensor] = {}
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Reads the weights, memory-mapped where the format allows.
+        """Reads the weights, memory-mapped if the format allows it.
 
         Returns:
             dict[str, Any]: ``model``: the state dict, in torchtune's names.
@@ -82,18 +82,18 @@ class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
     def save_checkpoint(
         self, state_dict: dict[str, Any], epoch: Any, intermediate_checkpoint: bool = False, adapter_only: bool = False
     ) -> None:
-        """Writes ``output_dir/epoch_N``: the weights under ``model``, and all other files of ``checkpoint_dir``.
+        """Writes the weights in ``state_dict["model"]`` and the other files of ``checkpoint_dir`` to an epoch's folder.
 
         Raises:
-            ConfigError: if something else than whole weights is to be written of a family that torchtune has not.
+            ConfigError: for an adapter or a recipe's state of the two families, which humanline's recipes write.
         """
         if self._from_hf is None:
             super().save_checkpoint(state_dict, epoch, intermediate_checkpoint, adapter_only)
             return
         if intermediate_checkpoint or adapter_only or training.ADAPTER_KEY in state_dict:
             raise ConfigError(
-                f"checkpointer.model_type: {self._model_type}: only whole weights are written here, and humanline's "
-                "recipes write adapters and states by themselves; run one of them"
+                f"checkpointer.model_type: {self._model_type} writes whole weights only, got an adapter or a recipe's "
+                "state; use a recipe of humanline, which writes these itself"
             )
         folder = Path(self._output_dir) / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)

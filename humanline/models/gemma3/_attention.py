@@ -11,14 +11,15 @@ from humanline.torchtune_seam.internals import set_attention_call
 
 
 class Gemma3Attention(HeadNormedAttention):
-    """Attention with a scale of its own, and on local layers a sliding window.
+    """Attention with its own scale and, in local layers, a sliding window.
 
-    A mask has the sliding window in it already: it counts positions, which in a row of several responses are not places
-    in the row.
+    A mask includes the sliding window. The window counts positions, which differ from places in a row of several
+    responses.
 
     Args:
         scale (float): of the products of queries and keys.
-        sliding_window (int | None): how many positions a token sees, its own included; None: all before it.
+        sliding_window (int | None): number of positions that a token attends to, itself included; None for all
+            positions before it.
         **kwargs (Any): as for ``HeadNormedAttention``.
     """
 

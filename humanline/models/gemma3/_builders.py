@@ -20,7 +20,7 @@ _SMALL: dict[str, Any] = {
 }
 _270M = _SMALL | {"num_layers": 18, "embed_dim": 640, "intermediate_dim": 2048}
 _1B = _SMALL | {"num_layers": 26, "embed_dim": 1152, "intermediate_dim": 6912}
-# Of these the checkpoints have a vision tower too.
+# The checkpoints of these sizes have a vision tower too.
 _LARGE: dict[str, Any] = {
     **{"vocab_size": 262_208, "head_dim": 256, "rope_factor": 8},
     **{"max_seq_len": 131_072, "sliding_window_size": 1024},
@@ -65,7 +65,7 @@ def gemma3(
 
     Args:
         vocab_size (int): rows of the embeddings, which are the output layer's too.
-        num_layers (int): how many layers.
+        num_layers (int): number of layers.
         num_heads (int): heads of the queries.
         num_kv_heads (int): heads of the keys and values, a divisor of ``num_heads``.
         head_dim (int): dimensions of a head.
@@ -75,11 +75,11 @@ def gemma3(
         norm_eps (float): of the norms, those of queries and keys included.
         rope_base (float): base of the rotary frequencies of global layers.
         local_rope_base (float): base of those of local layers.
-        rope_factor (float): what positions are divided by in global layers.
-        sliding_window_size (int): how many positions a token of a local layer sees, its own included.
-        sliding_window_pattern (int): each layer of this number is global, the others are local.
+        rope_factor (float): divisor of positions in global layers.
+        sliding_window_size (int): number of positions that a token of a local layer attends to, itself included.
+        sliding_window_pattern (int): every n-th layer is global, the others are local.
         query_pre_attn_scalar (float): scores are scaled by its inverse square root.
-        linear (MakeLinear): what makes the linear layers.
+        linear (MakeLinear): makes the linear layers.
 
     Returns:
         TransformerDecoder: token ids ``[B, S]`` to logits ``[B, S, V]``.

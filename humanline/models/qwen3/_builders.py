@@ -47,7 +47,7 @@ def qwen3(
 
     Args:
         vocab_size (int): rows of the embeddings, those without a token among them.
-        num_layers (int): how many layers.
+        num_layers (int): number of layers.
         num_heads (int): heads of the queries.
         num_kv_heads (int): heads of the keys and values, a divisor of ``num_heads``.
         head_dim (int): dimensions of a head; ``num_heads * head_dim`` need not be ``embed_dim``.
@@ -57,7 +57,7 @@ def qwen3(
         norm_eps (float): of the norms, those of queries and keys included.
         rope_base (float): base of the rotary frequencies.
         tie_word_embeddings (bool): whether the output layer's weights are the embeddings.
-        linear (MakeLinear): what makes the linear layers.
+        linear (MakeLinear): makes the linear layers.
 
     Returns:
         TransformerDecoder: token ids ``[B, S]`` to logits ``[B, S, V]``.
