@@ -60,6 +60,17 @@ def qwen2(positions: int, eps: float = 1e-6, tied: bool = False, **more: Any) ->
     }
 
 
+def qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool, **more: Any) -> Config:
+    return {
+        **HABITS,
+        **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6},
+        **{"attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960, "max_window_layers": layers},
+        **{"rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False},
+        **{"tie_word_embeddings": tied, **sizes(layers, hidden, intermediate, heads, 8, 151936)},
+        **more,
+    }
+
+
 def gemma(**more: Any) -> Config:
     return {
         **HABITS,
@@ -79,6 +90,42 @@ def gemma2(**more: Any) -> Config:
         **{"max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 4096},
         **more,
     }
+
+
+def gemma3(layers: int, hidden: int, intermediate: int, window: int, **more: Any) -> Config:
+    """Of a text model alone."""
+    return {
+        **HABITS,
+        **{"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False},
+        **{"attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"},
+        **{"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256},
+        **{"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "head_dim": 256},
+        **{"max_position_embeddings": 32768, "sliding_window": window, "sliding_window_pattern": 6},
+        **sizes(layers, hidden, intermediate, 4, 1, 262144),
+        **more,
+    }
+
+
+def gemma3_with_images(layers: int, hidden: int, intermediate: int, **more: Any) -> Config:
+    """Of a text model with a vision tower: what is transformers' default is left out."""
+    text = {
+        **{"model_type": "gemma3_text", "num_hidden_layers": layers, "hidden_size": hidden, "sliding_window": 1024},
+        **{"intermediate_size": intermediate, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    }
+    return {
+        **{"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "initializer_range": 0.02},
+        **{"boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144, "eos_token_id": [1, 106]},
+        **{"mm_tokens_per_image": 256, "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0"},
+        "text_config": text | more,
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27},
+    }
+
+
+def text_alone(config: Config) -> Config:
+    """The same file for the text model alone, with what is transformers' default written out."""
+    if "text_config" not in config:
+        return config
+    return gemma3(34, 2560, 10240, 1024) | sizes(34, 2560, 10240, 8, 4, 262208) | config["text_config"]
 
 
 def phi3(**more: Any) -> Config:
@@ -193,6 +240,31 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "torchtune.models.qwen2_5.qwen2_5_72b_instruct": {
         "Qwen2.5-72B-Instruct": qwen2(32768, **sizes(80, 8192, 29568, 64, 8, 152064)),
     },
+    "humanline.models.qwen3.qwen3_0_6b": {
+        "Qwen3-0.6B": qwen3(28, 1024, 3072, 16, True),
+        "Qwen3-0.6B-Base": qwen3(28, 1024, 3072, 16, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_1_7b": {
+        "Qwen3-1.7B": qwen3(28, 2048, 6144, 16, True),
+        "Qwen3-1.7B-Base": qwen3(28, 2048, 6144, 16, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_4b": {
+        "Qwen3-4B": qwen3(36, 2560, 9728, 32, True),
+        "Qwen3-4B-Base": qwen3(36, 2560, 9728, 32, True, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_4b_2507": {
+        "Qwen3-4B-Instruct-2507": qwen3(36, 2560, 9728, 32, True, rope_theta=5000000, max_position_embeddings=262144),
+        "Qwen3-4B-Thinking-2507": qwen3(36, 2560, 9728, 32, True, rope_theta=5000000, max_position_embeddings=262144),
+    },
+    "humanline.models.qwen3.qwen3_8b": {
+        "Qwen3-8B": qwen3(36, 4096, 12288, 32, False),
+        "Qwen3-8B-Base": qwen3(36, 4096, 12288, 32, False, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_14b": {
+        "Qwen3-14B": qwen3(40, 5120, 17408, 40, False),
+        "Qwen3-14B-Base": qwen3(40, 5120, 17408, 40, False, max_position_embeddings=32768),
+    },
+    "humanline.models.qwen3.qwen3_32b": {"Qwen3-32B": qwen3(64, 5120, 25600, 64, False)},
     "torchtune.models.gemma.gemma_2b": {
         "gemma-2b-it": gemma(**sizes(18, 2048, 16384, 8, 1, 256000)),
     },
@@ -210,6 +282,26 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     },
     "humanline.models.gemma2.gemma2_27b": {
         "gemma-2-27b-it": gemma2(head_dim=128, query_pre_attn_scalar=144, **sizes(46, 4608, 36864, 32, 16, 256000)),
+    },
+    "humanline.models.gemma3.gemma3_270m": {
+        "gemma-3-270m-it": gemma3(18, 640, 2048, 512)
+        | {"_sliding_window_pattern": 6, "use_bidirectional_attention": False}
+        | {"layer_types": [f"{'sliding' if (layer + 1) % 6 else 'full'}_attention" for layer in range(18)]},
+    },
+    "humanline.models.gemma3.gemma3_1b": {
+        "gemma-3-1b-it": gemma3(26, 1152, 6912, 512),
+    },
+    "humanline.models.gemma3.gemma3_4b": {
+        "gemma-3-4b-it": gemma3_with_images(34, 2560, 10240),
+    },
+    "humanline.models.gemma3.gemma3_12b": {
+        "gemma-3-12b-it": gemma3_with_images(48, 3840, 15360, num_attention_heads=16, num_key_value_heads=8),
+    },
+    "humanline.models.gemma3.gemma3_27b": {
+        "gemma-3-27b-it": gemma3_with_images(
+            **{"layers": 62, "hidden": 5376, "intermediate": 21504, "num_attention_heads": 32},
+            **{"num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168},
+        ),
     },
     "torchtune.models.phi3.phi3_mini": {
         "Phi-3-mini-4k-instruct": phi3(rope_theta=10000.0, sliding_window=2047, **sizes(32, 3072, 8192, 32, 32, 32064)),

@@ -61,8 +61,12 @@ LONGEST_CONFIG = 70  # lines
 # What tune download takes from the hub, by the folder that configs read.
 HUB = {
     "models/Meta-Llama-3-8B-Instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "models/Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "models/gemma-2-27b-it": "google/gemma-2-27b-it",
+    "models/gemma-3-27b-it": "google/gemma-3-27b-it",
     "models/Qwen2.5-1.5B-Instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "models/Qwen3-4B-Instruct-2507": "Qwen/Qwen3-4B-Instruct-2507",
+    "models/Qwen3-8B": "Qwen/Qwen3-8B",
     "models/Skywork-Reward-Llama-3.1-8B-v0.2": "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
 }
 
@@ -567,6 +571,14 @@ OF_AN_ADAPTER = {"adapter", "save_adapter_weights_only", "batch_size", "loss", "
         pytest.param(LLAMA3_LORA, LLAMA3_QLORA, {"output_dir", "model"}, id="llama3-lora-qlora"),
         pytest.param(QWEN_LORA, QWEN_QLORA, {"output_dir", "model"}, id="qwen2_5-lora-qlora"),
         pytest.param(LLAMA3_LORA, QWEN_LORA, OF_A_MODEL, id="lora-llama3-qwen2_5"),
+        *(
+            pytest.param(LLAMA3.with_stem(f"llama3_8b_{kind}"), LLAMA3.with_stem(f"{name}_{kind}"), OF_A_MODEL, id=name)
+            for name, kind in [("qwen3_4b", "lora"), ("qwen3_4b", "qlora"), ("qwen3_8b", "lora"), ("qwen3_8b", "qlora")]
+        ),
+        pytest.param(LLAMA3, LLAMA3.with_stem("llama3_1_8b_offline"), OF_A_MODEL, id="llama3-llama3_1"),
+        pytest.param(
+            *(LLAMA3.with_stem(f"gemma{release}_27b_offline") for release in (2, 3)), OF_A_MODEL, id="gemma2-gemma3"
+        ),
         pytest.param(
             LLAMA3, LLAMA3_LORA, {"output_dir", "model", "rows_per_pass"} | OF_AN_ADAPTER, id="llama3-full-lora"
         ),

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from humanline._cli import main
 from humanline.errors import ConfigError
 from humanline.models.gemma2 import gemma2_27b
+from humanline.models.gemma3 import gemma3_27b
 from humanline.planning import Estimate, rehearse, report, with_overrides
 from humanline.planning._layers import depths
 from humanline.planning._meter import Meter
@@ -195,6 +196,7 @@ def test_a_model_of_80_layers_is_planned_by_7_and_one_whose_layers_alternate_by_
     with torch.device("meta"):
         assert depths(llama3_70b().layers) == (3, 4, 76)
         assert depths(gemma2_27b().layers) == (6, 8, 19)
+        assert depths(gemma3_27b().layers) == (20, 26, 6)  # of which every sixth is another
 
 
 def test_layers_that_do_not_repeat_all_run():

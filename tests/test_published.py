@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
-from published import LLAMA_8B, PUBLISHED, llama, llama3_scaling, mistral, phi3, qwen2, sizes
+from published import LLAMA_8B, PUBLISHED, llama, llama3_scaling, mistral, phi3, qwen2, sizes, text_alone
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtune.models.llama3 import llama3, llama3_8b
@@ -32,7 +32,15 @@ from humanline.models._check_function import remedy
 
 pytestmark = pytest.mark.slow
 
-MODEL_TYPES = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+MODEL_TYPES = {
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "phi3": "PHI3_MINI",
+    "gemma": "GEMMA",
+    "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3",
+    "mistral": "MISTRAL",
+}
 
 
 def build(path: str, **arguments):
@@ -52,7 +60,7 @@ def complaint(folder, config: dict, built, longest: int) -> str:
         published = read_published(write(folder, config), longest)
     except ConfigError as error:
         return str(error)
-    model_type = MODEL_TYPES.get(config["model_type"], "LLAMA3")
+    model_type = MODEL_TYPES.get(config.get("text_config", config)["model_type"], "LLAMA3")
     return "; ".join(map(str, differences(built, published, model_type)))
 
 
@@ -84,9 +92,11 @@ def wrong(config: dict) -> dict[str, dict]:
         },
         "rope_type 'mrope'": {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}},
     }
-    if family not in ("gemma", "gemma2"):
+    if "gemma" not in family:
         no_windows = dict.fromkeys(("max_window_layers", "sliding_window", "use_sliding_window"))
         files["the scale of norms is 1 + weight"] = {"model_type": "gemma", "head_dim": head_dim, **no_windows}
+    if family == "qwen3":
+        files["the norms of queries and keys is none in config.json and before RoPE in"] = {"model_type": "qwen2"}
     if family == "gemma2":
         files |= {
             "attn_logit_softcapping is null": {"attn_logit_softcapping": None},
@@ -95,7 +105,32 @@ def wrong(config: dict) -> dict[str, dict]:
             "sliding_window is [2048] on layers 0, 2": {"sliding_window": 2048, "sliding_window_size": 2048},
             "sliding_window is null": {"layer_types": ["full_attention"] * config["num_hidden_layers"]},
         }
-    if scaling := config.get("rope_scaling"):
+    if family == "gemma3_text":
+        default = {"rope_theta": config["rope_theta"], "rope_type": "default"}
+        files |= {
+            "RoPE is base 40,000": {
+                "rope_scaling": None,
+                "rope_parameters": {"full_attention": {"rope_theta": 40000.0, "rope_type": "default"}},
+            },
+            "divided by 5": {
+                "rope_scaling": {"rope_type": "linear", "factor": 5.0},
+                "rope_parameters": {"full_attention": default},
+            },
+            "RoPE is base 20,000": {"rope_local_base_freq": 20000.0},
+            "the norms of queries and keys is none in config.json and before RoPE in": {
+                **{"model_type": "gemma2", "rope_local_base_freq": None},
+                **{"sliding_window_pattern": None, "_sliding_window_pattern": None},
+            },
+            "attn_logit_softcapping is 50": {"attn_logit_softcapping": 50.0},
+            "final_logit_softcapping is 30": {"final_logit_softcapping": 30.0},
+            "the scale of attention is 0.05": {"query_pre_attn_scalar": 400},
+            "sliding_window is [2048] on layers 0, 1, 2, 3, 4, 6": {"sliding_window": 2048},
+            "on layers 0, 1, 2, 4, 5": {"sliding_window_pattern": 4, "layer_types": None},
+            "use_bidirectional_attention: true": {"use_bidirectional_attention": True},
+        }
+    if family == "gemma3_text" and config["rope_scaling"]:
+        files["lowest frequency divided by 8"] = {"rope_scaling": None}
+    elif scaling := config.get("rope_scaling"):
         files |= {
             "dimensions, neighbouring dimensions paired in config.json": {"rope_scaling": None},
             "divided by 16": {"rope_scaling": scaling | {"factor": 16.0}},
@@ -111,10 +146,16 @@ def test_a_builder_takes_the_config_json_of_its_checkpoints_and_no_other(path, t
     built = measure(model)
     for config in PUBLISHED[path].values():
         assert complaint(tmp_path, config, built, model.max_seq_len) == ""
+        config = text_alone(config)
+        assert complaint(tmp_path, config, built, model.max_seq_len) == ""
         as_transformers_5 = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
         rope = {"rope_type": "default"} | (config.get("rope_scaling") or {}) | {"rope_theta": config["rope_theta"]}
+        if (local := config.get("rope_local_base_freq")) is not None:
+            nearby = {"rope_type": "default", "rope_theta": local}
+            rope = {"full_attention": rope, "sliding_attention": nearby}
+            del as_transformers_5["rope_local_base_freq"]
         assert complaint(tmp_path, as_transformers_5 | {"rope_parameters": rope}, built, model.max_seq_len) == ""
-    for words, config in wrong(next(iter(PUBLISHED[path].values()))).items():
+    for words, config in wrong(text_alone(next(iter(PUBLISHED[path].values())))).items():
         assert words in complaint(tmp_path, config, built, model.max_seq_len), words
 
 
@@ -137,6 +178,8 @@ LLAMA31 = llama(500000.0, llama3_scaling(8.0), 131072, **LLAMA_8B)
 QWEN_MATH = qwen2(4096, tied=True, **sizes(28, 1536, 8960, 12, 2, 151936)) | {"rope_theta": 10000}
 PHI4 = phi3(rope_theta=250000, sliding_window=None, **sizes(40, 5120, 17920, 40, 10, 100352))
 PHI4 |= {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384}
+QWEN3 = PUBLISHED["humanline.models.qwen3.qwen3_8b"]["Qwen3-8B"]
+GEMMA3 = PUBLISHED["humanline.models.gemma3.gemma3_27b"]["gemma-3-27b-it"]
 REMEDIES = [
     (LLAMA31, "torchtune.models.llama3.qlora_llama3_8b", r"torchtune\.models\.llama3_1\.qlora_llama3_1_8b$"),
     (QWEN_MATH, "torchtune.models.qwen2_5.qwen2_5_1_5b_base", r"torchtune\.models\.qwen2\.qwen2, .*rope_base: 10000"),
@@ -146,6 +189,18 @@ REMEDIES = [
         r"mistral\.mistral, .*rope_base: 1000000$",
     ),
     (PHI4, "torchtune.models.phi4.phi4_14b", r"torchtune\.models\.phi3\.phi3, .*rope_base: 250000$"),
+    (QWEN3, "torchtune.models.llama3.qlora_llama3_8b", r"humanline\.models\.qwen3\.qlora_qwen3_8b$"),
+    (
+        QWEN3 | {"rope_theta": 5e6},
+        "humanline.models.qwen3.lora_qwen3_8b",
+        r"component_: humanline\.models\.qwen3\.lora_qwen3, .*head_dim: 128, .*rope_base: 5000000,",
+    ),
+    (GEMMA3, "humanline.models.gemma2.lora_gemma2_27b", r"humanline\.models\.gemma3\.lora_gemma3_27b$"),
+    (
+        GEMMA3 | {"text_config": GEMMA3["text_config"] | {"sliding_window_pattern": 4, "rope_local_base_freq": 5000}},
+        "humanline.models.gemma3.gemma3_27b",
+        r"gemma3\.gemma3, .*local_rope_base: 5000, model.rope_factor: 8, .*sliding_window_pattern: 4, .*scalar: 168",
+    ),
     (
         LLAMA31 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}},
         "torchtune.models.llama3_1.llama3_1_8b",

@@ -14,8 +14,10 @@ from humanline.checkpoint._weights import (
     sampled_digest,
 )
 from humanline.checkpoint._weights_out import WeightsOut
+from humanline.torchtune_seam.hf_checkpointer import FullModelHFCheckpointer
 
 __all__ = [
+    "FullModelHFCheckpointer",
     "TrainingCheckpoint",
     "WeightsOut",
     "build_decoder",

@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchtune import utils
 from torchtune.models import convert_weights
-from torchtune.models.qwen2 import qwen2_hf_to_tune, qwen2_tune_to_hf
 from torchtune.modules.peft import DoRALinear
-from torchtune.training import ModelType
 
+from humanline.checkpoint._fused_layers import fuse, patterns, split
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, rank_and_alpha
+from humanline.torchtune_seam.hf_checkpointer import GEMMA3_FROM_HF, QWEN3_FROM_HF
 from humanline.torchtune_seam.internals import (
     GEMMA2_FROM_HF,
     LLAMA_FROM_HF,
+    PHI3_FROM_HF,
     QWEN2_FROM_HF,
     checkpoint_dir,
     gemma2_hf_to_tune,
@@ -31,6 +33,8 @@ from humanline.torchtune_seam.internals import (
     hf_config,
     model_type,
 )
+
+log = utils.get_logger("INFO")
 
 Weights = dict[str, Tensor]
 
@@ -40,21 +44,30 @@ Convert = Callable[..., Weights]
 class Family(NamedTuple):
     """The names and the layout of a family's weights in the Hugging Face format."""
 
-    to_hf: Convert
-    from_hf: Convert
     names: dict[str, str]  # HF name -> torchtune name
+    to_hf: Convert | None = None  # None if rows keep their order
+    from_hf: Convert | None = None
+    is_fused: bool = False  # see _fused_layers
 
 
-LLAMA = Family(convert_weights.tune_to_hf, convert_weights.hf_to_tune, LLAMA_FROM_HF)
-QWEN2 = Family(qwen2_tune_to_hf, qwen2_hf_to_tune, QWEN2_FROM_HF)
-GEMMA2 = Family(gemma2_tune_to_hf, gemma2_hf_to_tune, GEMMA2_FROM_HF)
+LLAMA = Family(LLAMA_FROM_HF, convert_weights.tune_to_hf, convert_weights.hf_to_tune)
+QWEN2 = Family(QWEN2_FROM_HF)
+QWEN3 = Family(QWEN3_FROM_HF)
+GEMMA3 = Family(GEMMA3_FROM_HF)
+GEMMA2 = Family(GEMMA2_FROM_HF, gemma2_tune_to_hf, gemma2_hf_to_tune)
+PHI3 = Family(PHI3_FROM_HF, is_fused=True)
 FAMILIES = {
-    ModelType.LLAMA2: LLAMA,
-    ModelType.LLAMA3: LLAMA,
-    ModelType.LLAMA3_2: LLAMA,
-    ModelType.MISTRAL: LLAMA,
-    ModelType.QWEN2: QWEN2,
-    ModelType.GEMMA2: GEMMA2,
+    "LLAMA2": LLAMA,
+    "LLAMA3": LLAMA,
+    "LLAMA3_2": LLAMA,
+    "MISTRAL": LLAMA,
+    "QWEN2": QWEN2,
+    "QWEN3": QWEN3,
+    "GEMMA": LLAMA,
+    "GEMMA2": GEMMA2,
+    "GEMMA3": GEMMA3,
+    "PHI3_MINI": PHI3,
+    "PHI4": PHI3,
 }
 TORCHTUNE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter_model.pt", "adapter_model.safetensors", "adapter_config.json"
 # Keys of PEFT's config that change the function of the same weights, and initializations that keep the base weights.
@@ -78,11 +91,16 @@ def write_adapter(folder: Path, adapter: Weights, model: nn.Module, checkpointer
         return
     hf_names = {ours: theirs for theirs, ours in family.names.items()}
     peft = {}
-    for name, tensor in adapter.items():
+    whole = fuse(adapter, model) if family.is_fused else adapter
+    if whole is None:
+        log.warning(f"{folder}: written in torchtune's format alone: PEFT has no DoRA on a part of a fused layer")
+        return
+    for name, tensor in whole.items():
         base, kind = _split(name, PEFT_NAMES)
         layer = convert_weights.get_mapped_key(f"{base}.weight", hf_names).removesuffix(".weight")
         # The rows of lora_a belong to the rank and do not move.
         moved = tensor if kind == "lora_a.weight" else _moved(family.to_hf, f"{base}.weight", tensor, checkpointer)
+        layer = layer.replace("model.", _text_model(checkpointer), 1)
         peft[f"base_model.model.{layer}.{PEFT_NAMES[kind]}"] = moved.contiguous()
     save_file(peft, folder / PEFT_FILE, metadata={"format": "pt"})
     (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, peft, checkpointer), indent=2) + "\n")
@@ -109,9 +127,9 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
             f"adapter: expected {TORCHTUNE_FILE} or {PEFT_FILE} in {path}, found neither; correct the path"
         )
     try:
-        _check_config(file, model)
+        _check_config(file, model, checkpointer)
         if file.suffix == ".safetensors":
-            adapter = _read_peft(file, checkpointer)
+            adapter = _read_peft(file, model, checkpointer)
         else:
             adapter = torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
@@ -122,7 +140,7 @@ def read_adapter(path: str, model: nn.Module, checkpointer: Any) -> Weights:
     return adapter
 
 
-def _check_config(file: Path, model: nn.Module) -> None:
+def _check_config(file: Path, model: nn.Module, checkpointer: Any) -> None:
     """Compares ``adapter_config.json``, which is the same in both formats, with the model."""
     path = file.with_name(PEFT_CONFIG)
     if not path.is_file():
@@ -137,8 +155,10 @@ def _check_config(file: Path, model: nn.Module) -> None:
                 raise ConfigError(
                     f"adapter: {path} has {key} {theirs}, the model has {ours}; set model.{key}: {theirs}"
                 )
+    family = _family(checkpointer)
+    fused = patterns(model) if family is not None and family.is_fused else {}
     for key in OTHER_FUNCTIONS:
-        if config.get(key):
+        if config.get(key) and config[key] != fused.get(key):
             raise ConfigError(
                 f"adapter: {path} has {key}, expected a plain LoRA or DoRA; use an adapter trained without {key}"
             )
@@ -149,20 +169,21 @@ def _check_config(file: Path, model: nn.Module) -> None:
         )
 
 
-def _read_peft(file: Path, checkpointer: Any) -> Weights:
+def _read_peft(file: Path, model: nn.Module, checkpointer: Any) -> Weights:
     if (family := _family(checkpointer)) is None:
         raise ConfigError(
-            f"adapter: {file} is in PEFT's format, which needs a Hugging Face checkpoint of Llama, Mistral, Qwen2 or "
-            "Gemma 2 in checkpointer; use an adapter in torchtune's format"
+            f"adapter: {file} is in PEFT's format, which needs a Hugging Face checkpoint of Llama, Mistral, Qwen, "
+            "Gemma or Phi in checkpointer; use an adapter in torchtune's format"
         )
     kinds = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
     adapter = {}
     for name, tensor in load_file(file).items():
         layer, kind = _split(name.removeprefix("base_model.model."), kinds)
+        layer = layer.replace(_text_model(checkpointer), "model.", 1)
         base = convert_weights.get_mapped_key(f"{layer}.weight", family.names).removesuffix(".weight")
         moved = tensor if kind == "lora_A.weight" else _moved(family.from_hf, f"{layer}.weight", tensor, checkpointer)
         adapter[f"{base}.{kinds[kind]}"] = moved
-    return adapter
+    return split(adapter, model, str(file)) if family.is_fused else adapter
 
 
 def _check_shapes(adapter: Weights, model: nn.Module, path: str) -> None:
@@ -185,8 +206,15 @@ def _family(checkpointer: Any) -> Family | None:
     return None if hf_config(checkpointer) is None else FAMILIES.get(model_type(checkpointer))
 
 
-def _moved(convert: Convert, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
+def _text_model(checkpointer: Any) -> str:
+    """Returns the start of transformers' names of the text model's layers, which may be a part of a larger model."""
+    return "model.language_model." if "text_config" in (hf_config(checkpointer) or {}) else "model."
+
+
+def _moved(convert: Convert | None, name: str, tensor: Tensor, checkpointer: Any) -> Tensor:
     """Returns the adapter's tensor with its rows moved as ``convert`` moves the rows of the base weight ``name``."""
+    if convert is None:
+        return tensor
     config = hf_config(checkpointer) or {}
     width = config["hidden_size"]
     columns = tensor.view(len(tensor), -1)
@@ -211,14 +239,17 @@ def _split(name: str, kinds: Iterable[str]) -> tuple[str, str]:
 def _peft_config(model: nn.Module, peft: Weights, checkpointer: Any) -> dict[str, Any]:
     layers = adapter_modules(model)
     rank, alpha = rank_and_alpha(next(iter(layers.values())))
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft})
+    has_images = _text_model(checkpointer) != "model."  # by other layers of the same names
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(checkpointer, "repo_id", None) or str(checkpoint_dir(checkpointer)),
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in peft}),
+        "target_modules": rf".*language_model.*\.({'|'.join(targets)})" if has_images else targets,
         "use_dora": any(isinstance(module, DoRALinear) for module in layers.values()),
         "bias": "none",
         "inference_mode": True,
+        **(patterns(model) if FAMILIES[model_type(checkpointer)].is_fused else {}),
     }

@@ -8,10 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
+from torchtune.training import ModelType
 
 from humanline.config import component
 from humanline.errors import ConfigError
 from humanline.models import (
+    Published,
     check_architecture,
     check_arguments,
     check_function,
@@ -25,15 +27,22 @@ from humanline.torchtune_seam.internals import checkpoint_files, hf_files, safe_
 log = utils.get_logger("INFO")
 
 _HEAD = "lm_head.weight"
+OWN_MODEL_TYPES = {"qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
+"""config.json's model_type -> the checkpointer's, for families that torchtune 0.6.1 does not have."""
 
 
 def build_decoder(cfg: DictConfig) -> TransformerDecoder:
     """Builds ``cfg.model`` with the sliding windows of its checkpoint's config.json.
 
     Raises:
-        ConfigError: if an argument has no effect, or config.json describes an unknown model.
+        ConfigError: if it is no text model, an argument has no effect, or config.json describes an unknown model.
     """
-    model: TransformerDecoder = component(cfg, "model")
+    model = component(cfg, "model")
+    if not isinstance(model, TransformerDecoder):
+        raise ConfigError(
+            f"model._component_: {cfg.model._component_} builds a {type(model).__name__}, expected a "
+            "TransformerDecoder; name a builder of a text model, such as those of docs/models.md"
+        )
     check_arguments(model, cfg.model)
     if (published := read_published(cfg.checkpointer.get("checkpoint_dir") or "", model.max_seq_len)) is not None:
         set_windows(model, published)
@@ -57,19 +66,47 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
     is_hf = "HF" in str(cfg.checkpointer.get("_component_"))
     remarks = []
     if (published := read_published(folder, model.max_seq_len)) is not None:
+        if is_hf:
+            _check_checkpointer(cfg, published)
         check_function(model, published, cfg.model, cfg.checkpointer.get("model_type") if is_hf else None)
         remarks = [*published.remarks, second_opinion(published)]
     checkpointer, weights = read_weights(cfg)
+    _leave_out(checkpointer, "rotary_emb.inv_freq")  # tables in Llama 2's files, which are computed here
     if published is None:
         remarks.append(f"{folder} has no config.json, so the model's function was not checked against it")
     if drop_tied_output(model, weights, _left_out_head(checkpointer, weights), folder):
         remarks.append(f"{folder}: left out {_HEAD}, a copy of the embeddings that the model ties")
-        hf_files(checkpointer).pop(_HEAD, None)  # the final weights are written by this map
+        _leave_out(checkpointer, _HEAD)
     check_architecture(model, weights, folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         for remark in filter(None, remarks):
             log.info(remark)
     return checkpointer, weights
+
+
+def _check_checkpointer(cfg: DictConfig, published: Published) -> None:
+    """Raises an error if the checkpointer has no names for the weights of config.json's family."""
+    given, path = cfg.checkpointer.get("model_type"), str(cfg.checkpointer.get("_component_"))
+    wanted = OWN_MODEL_TYPES.get(published.model_type)
+    is_known = given == wanted and (hasattr(ModelType, given) or not path.startswith("torchtune."))
+    if wanted is None and given in OWN_MODEL_TYPES.values():
+        raise ConfigError(
+            f"checkpointer.model_type: {given} is of another family than {published.path}, a {published.model_type}; "
+            "set the model_type of that family, see docs/models.md"
+        )
+    if wanted is not None and not is_known:
+        raise ConfigError(
+            f"checkpointer: {path} with model_type {given} has no names for the weights of a {published.model_type}; "
+            f"set checkpointer._component_: humanline.checkpoint.FullModelHFCheckpointer and "
+            f"checkpointer.model_type: {wanted}"
+        )
+
+
+def _leave_out(checkpointer: Any, ending: str) -> None:
+    """Removes names from the map that the final weights are written by."""
+    files = hf_files(checkpointer)
+    for name in [name for name in files if name.endswith(ending)]:
+        del files[name]
 
 
 def _left_out_head(checkpointer: Any, weights: dict[str, Tensor]) -> Tensor | None:

@@ -2,7 +2,7 @@
 Gemma 2.
 """
 
-from humanline.models import gemma2
+from humanline.models import gemma2, gemma3, qwen3
 from humanline.models._adapter import (
     adapter_modules,
     check_adapter,
@@ -48,6 +48,7 @@ __all__ = [
     "freeze_base",
     "full_state_dict",
     "gemma2",
+    "gemma3",
     "has_quantized_base",
     "initial_adapter",
     "load_decoder",
@@ -59,6 +60,7 @@ __all__ = [
     "merged_name",
     "merged_weight",
     "mesh_of",
+    "qwen3",
     "rank_and_alpha",
     "read_published",
     "second_opinion",

@@ -20,27 +20,37 @@ Decoder: TypeAlias = TransformerDecoder | LogProbDecoder
 
 # Row layout of queries and keys after a checkpointer's conversion, by its model_type: these keep transformers' layout,
 # with pairs of dimensions half a head apart; the others place the two dimensions of a pair side by side.
-_IN_HALVES = ("QWEN2", "QWEN3", "PHI3_MINI", "PHI4")
+_IN_HALVES = ("QWEN2", "QWEN3", "GEMMA3", "PHI3_MINI", "PHI4")
 
 # Modules with builders for a family's checkpoints, and the builders that accept every size as an argument.
 _BUILDERS = {
     "llama": ("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3"),
     "mistral": ("mistral",),
     "qwen2": ("qwen2", "qwen2_5"),
+    "qwen3": (),
     "gemma": ("gemma",),
     "gemma2": (),
+    "gemma3_text": (),
     "phi3": ("phi3", "phi4"),
 }
 _OWN_BUILDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"humanline.models": ("smollm2_135m",)},
+    "qwen3": {
+        "humanline.models.qwen3": (
+            *("qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_4b_2507", "qwen3_8b", "qwen3_14b", "qwen3_32b"),
+        )
+    },
     "gemma2": {"humanline.models.gemma2": ("gemma2_2b", "gemma2_9b", "gemma2_27b")},
+    "gemma3_text": {"humanline.models.gemma3": ("gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_12b", "gemma3_27b")},
 }
 _COMPONENTS = {
     "llama": ("torchtune.models.llama3.llama3", "torchtune.models.llama3_2.llama3_2"),
     "mistral": ("torchtune.models.mistral.mistral",),
     "qwen2": ("torchtune.models.qwen2.qwen2",),
+    "qwen3": ("humanline.models.qwen3.qwen3",),
     "gemma": ("torchtune.models.gemma.gemma",),
     "gemma2": ("humanline.models.gemma2.gemma2",),
+    "gemma3_text": ("humanline.models.gemma3.gemma3",),
     "phi3": ("torchtune.models.phi3.phi3",),
 }
 
@@ -83,6 +93,7 @@ def differences(built: Built, published: Published, model_type: str | None = Non
             ("num_key_value_heads", published.num_key_value_heads, layer.num_kv_heads),
             ("head_dim", published.head_dim, layer.head_dim),
             ("the rotation of RoPE", replace(rotation, halves=halves), layer.rotation),
+            ("the norms of queries and keys", "before RoPE" if published.head_norms else "none", layer.head_norms),
             ("hidden_act", published.activation, layer.activation),
         ]
         if isinstance(layer.scores, str):
@@ -205,6 +216,9 @@ def _arguments(path: str, published: Published) -> dict[str, Any]:
         "norm_eps": published.rms_norm_eps,
         "rope_base": rope["rope_theta"],
         "scale_factor": rope.get("factor", 1) if rope["rope_type"] == "llama3" else 1,
+        "local_rope_base": published.local_rope["rope_theta"],
+        "rope_factor": rope.get("factor", 1) if rope["rope_type"] == "linear" else 1,
+        "sliding_window_pattern": published.windows.index(None) + 1 if None in published.windows else None,
         "tie_word_embeddings": published.tie_word_embeddings,
         "query_pre_attn_scalar": round(published.attention_scale**-2),
         "sliding_window_size": next(filter(None, published.windows), None),
@@ -224,7 +238,15 @@ def _with_prefix(path: str, prefix: str) -> str:
 
 def _model_types(family: str, given: str) -> str | None:
     """Returns the checkpointer's model_type for a family; None if the given one has the same row layout."""
-    right = {"qwen2": "QWEN2", "phi3": "PHI3_MINI", "gemma": "GEMMA", "gemma2": "GEMMA2", "mistral": "MISTRAL"}
+    right = {
+        "qwen2": "QWEN2",
+        "qwen3": "QWEN3",
+        "phi3": "PHI3_MINI",
+        "gemma": "GEMMA",
+        "gemma2": "GEMMA2",
+        "gemma3_text": "GEMMA3",
+        "mistral": "MISTRAL",
+    }
     wanted = right.get(family, "LLAMA3")
     return wanted if (wanted in _IN_HALVES) != (given in _IN_HALVES) else None
 

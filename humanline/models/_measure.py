@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
+from humanline.models._head_normed_attention import HeadNormedAttention
 from humanline.models._policy import LogProbDecoder
 from humanline.models._published import Rotation
 from humanline.torchtune_seam.internals import attention_call
@@ -42,6 +43,7 @@ class Layer(NamedTuple):
     head_dim: int
     rotation: Rotation | str
     scores: Scores | str
+    head_norms: str  # of queries and keys: none, or where they stand
     activation: str
     has_windows: bool
     window: int | None
@@ -76,7 +78,7 @@ def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
     norms, layers = [once(norm_of, model.norm, model.norm, dim)], []
     for layer in model.layers:
         attn, mlp = layer.attn, layer.mlp
-        plain = type(attn).forward is MultiHeadAttention.forward
+        plain = type(attn).forward in (MultiHeadAttention.forward, HeadNormedAttention.forward)
         gated = type(mlp).forward is FeedForward.forward and mlp.w3 is not None
         layers.append(
             Layer(
@@ -85,6 +87,7 @@ def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
                 attn.head_dim,
                 once(rotation_of, attn.pos_embeddings, attn.pos_embeddings, attn.head_dim),
                 once(scores_of, attn, attention_call(attn), attn.head_dim) if plain else type(attn).__name__,
+                _where_heads_are_normed(attn),
                 once(activation_of, mlp.activation, mlp.activation) if gated else type(mlp).__name__,
                 hasattr(attn, "sliding_window"),
                 getattr(attn, "sliding_window", None),
@@ -92,9 +95,17 @@ def measure(model: TransformerDecoder | LogProbDecoder) -> Built:
         )
         beside = (layer.sa_norm, layer.mlp_norm, layer.sa_scale, layer.mlp_scale)
         norms += [once(norm_of, norm, norm, dim) for norm in beside if not isinstance(norm, nn.Identity)]
+        of_heads = (getattr(attn, name, None) for name in ("q_norm", "k_norm"))
+        norms += [once(norm_of, norm, norm, attn.head_dim) for norm in of_heads if norm is not None]
     scale = embedding_scale_of(model.tok_embeddings, dim)
     cap = getattr(model.output, "soft_cap", None)
     return Built(layers, list(dict.fromkeys(norms)), scale, cap, isinstance(model.output, TiedLinear))
+
+
+def _where_heads_are_normed(attention: nn.Module) -> str:
+    if getattr(attention, "q_norm", None) is None:
+        return "none"
+    return "before RoPE" if isinstance(attention, HeadNormedAttention) else "after RoPE"
 
 
 def rotation_of(module: nn.Module | None, head_dim: int) -> Rotation | None:

@@ -35,13 +35,19 @@ class LogProbDecoder(nn.Module):
             if not isinstance(layer.attn, MultiHeadAttention):
                 raise ConfigError(
                     "model: expected torchtune's MultiHeadAttention, which rows need, got "
-                    f"{type(layer.attn).__name__}; for Gemma 2, which torchtune computes incorrectly, use a builder of "
-                    "humanline.models.gemma2"
+                    f"{type(layer.attn).__name__}; for Gemma 2 and Qwen3 use a builder of humanline.models.gemma2 or "
+                    "humanline.models.qwen3"
                 )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
                 f"model: expected a linear output layer without bias, got {type(decoder.output).__name__}; it may be "
                 "tied to the embeddings, and LoRA needs apply_lora_to_output: False"
+            )
+        rows = decoder.tok_embeddings.num_embeddings
+        if not isinstance(decoder.output, TiedLinear) and decoder.output.out_features != rows:
+            raise ConfigError(
+                f"model: its output layer has {decoder.output.out_features} rows and its vocabulary {rows:,}, as in "
+                "reward models and classifiers; name a builder of a language model"
             )
         self.tok_embeddings = decoder.tok_embeddings
         self.layers = decoder.layers

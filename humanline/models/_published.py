@@ -16,27 +16,9 @@ import torch
 from torch import Tensor
 
 from humanline.errors import ConfigError
+from humanline.models._family_defaults import FAMILY_DEFAULTS
 
-# Defaults of transformers for missing keys, per family. A key that only some families read appears only in theirs.
-_ALL: dict[str, Any] = {
-    **{"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
-    **{"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0},
-    **{"tie_word_embeddings": False, "max_position_embeddings": 2048, "original_max_position_embeddings": None},
-}
-_GEMMA = _ALL | {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _ALL,
-    "mistral": _ALL | {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _ALL
-    | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
-    | {"layer_types": None},
-    "phi3": _ALL | {"rms_norm_eps": 1e-5, "sliding_window": None},
-    "gemma": _GEMMA | {"hidden_activation": None},
-    "gemma2": _GEMMA
-    | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
-    | {"layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-}
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = tuple(FAMILY_DEFAULTS)
 
 _NUMBERS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
 
@@ -54,6 +36,9 @@ _HARMLESS = re.compile(
     r"|transformers_version|(torch_)?dtype|is_llama_config|unsloth\w*|task_specific_params|\w*id2label|\w*label2id"
     r"|is_(encoder_)?decoder|transformers\.js_config|_commit_hash|chunk_size_feed_forward|cache_implementation"
 )
+
+# Keys beside a vision_config that do not concern the text model.
+_OF_IMAGES = re.compile(r"vision_config|mm_tokens_per_image|(boi|eoi|image)_token_(index|id)")
 
 # Names under which files repeat a value that their family reads under another name, as Gemma 2 9B's does.
 _SECOND_NAMES = {"sliding_window_size": "sliding_window"}
@@ -123,7 +108,10 @@ class Published:
         logit_cap (float | None): soft-cap of the logits; None if there is none.
         embedding_scale (float): factor of the embeddings.
         one_plus_weight (bool): whether norms scale by ``1 + weight`` instead of ``weight``.
+        head_norms (bool): whether queries and keys are normed, before RoPE.
         activation (str): activation of the MLP.
+        rope (Mapping[str, Any]): parameters of RoPE in layers without a sliding window.
+        local_rope (Mapping[str, Any]): parameters of RoPE in layers with one.
         scaled (bool): whether rotary positions are scaled.
         remarks (tuple[str, ...]): messages about ignored keys, to be logged.
     """
@@ -142,9 +130,11 @@ class Published:
     logit_cap: float | None
     embedding_scale: float
     one_plus_weight: bool
+    head_norms: bool
     activation: str
     tie_word_embeddings: bool
-    rope: Mapping[str, Any]
+    rope: Mapping[str, Any]  # of layers without a window
+    local_rope: Mapping[str, Any]  # of those with one
     max_position_embeddings: int
     scaled: bool
     remarks: tuple[str, ...]
@@ -174,7 +164,7 @@ def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | 
         raise ConfigError(f"checkpointer.checkpoint_dir: {path}: expected an object, got {type(content).__name__}")
     content |= content.pop("text_config", None) or {}
     family = content.get("model_type")
-    if family not in _FAMILIES:
+    if family not in FAMILY_DEFAULTS:
         raise ConfigError(
             f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, which no builder of torchtune or "
             f"humanline is known to compute; expected one of {', '.join(FAMILIES)}"
@@ -187,7 +177,7 @@ class _Reader:
 
     def __init__(self, path: Path, family: str, content: dict[str, Any], max_seq_len: int) -> None:
         self.path, self.family, self.content, self.max_seq_len = path, family, content, max_seq_len
-        self.defaults = _FAMILIES[family]
+        self.defaults = FAMILY_DEFAULTS[family]
 
     def published(self) -> Published:
         remarks = self._check_keys()
@@ -197,11 +187,15 @@ class _Reader:
         head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._number("head_dim")
         if self._value("head_dim") is None and sizes["hidden_size"] % heads:
             raise self._error("hidden_size", f"expected a multiple of {heads} heads, got {sizes['hidden_size']}")
-        gemma = self.family in ("gemma", "gemma2")
+        gemma = self.family in ("gemma", "gemma2", "gemma3_text")
         layer_types = self._layer_types(sizes["num_hidden_layers"])
         ropes = [self._rope(layer_type) for layer_type in layer_types]
         by_rope = {str(rope): self._rotation(rope, head_dim) for rope in ropes}
-        scalar = self._number("query_pre_attn_scalar") if self.family == "gemma2" else head_dim
+        scalar = head_dim if self._value("query_pre_attn_scalar") is None else self._number("query_pre_attn_scalar")
+        rope, local_rope = (
+            next((rope for rope, kind in zip(ropes, layer_types, strict=True) if kind == each), ropes[0])
+            for each in ("full_attention", "sliding_attention")
+        )
         return Published(
             path=self.path,
             model_type=self.family,
@@ -217,9 +211,11 @@ class _Reader:
             logit_cap=self._cap("final_logit_softcapping"),
             embedding_scale=sizes["hidden_size"] ** 0.5 if gemma else 1.0,
             one_plus_weight=gemma,
+            head_norms=self.family in ("qwen3", "gemma3_text"),
             activation=self._activation(),
             tie_word_embeddings=bool(self._value("tie_word_embeddings")),
-            rope=ropes[0],
+            rope=rope,
+            local_rope=local_rope,
             max_position_embeddings=self._number("max_position_embeddings"),
             scaled=any(rope["rope_type"] != "default" for rope in ropes)
             or bool(self._value("rope_scaling") and self._value("rope_parameters")),
@@ -250,7 +246,8 @@ class _Reader:
             )
         known = {*self.defaults, *_NUMBERS, "model_type", "architectures", "auto_map", "quantization_config"}
         unknown = {key: value for key, value in self.content.items() if key not in known and not _is_neutral(value)}
-        unknown = {key: value for key, value in unknown.items() if not _HARMLESS.fullmatch(key)}
+        harmless = [_HARMLESS, *([_OF_IMAGES] if self.content.get("vision_config") else [])]
+        unknown = {key: each for key, each in unknown.items() if not any(one.fullmatch(key) for one in harmless)}
         for key, name in _SECOND_NAMES.items():
             if key in unknown and unknown[key] == self._value(name):
                 del unknown[key]
@@ -263,6 +260,8 @@ class _Reader:
                     f"{self.family}",
                 )
         remarks = []
+        if self.content.get("vision_config"):
+            remarks.append(f"{self.path}: of its parts the text model trains; the others stay as they are")
         if self.content.get("auto_map"):
             remarks.append(f"{self.path}: auto_map: its code is not run; the model is transformers' {self.family}")
         if unknown:
@@ -278,12 +277,14 @@ class _Reader:
 
     def _layer_types(self, layers: int) -> list[str]:
         window = self._value("sliding_window")
-        if window is None or (self.family == "qwen2" and not self._value("use_sliding_window")):
+        qwen = self.family in ("qwen2", "qwen3")
+        if window is None or (qwen and not self._value("use_sliding_window")):
             sliding = [False] * layers
-        elif self.family == "gemma2":
-            sliding = [layer % 2 == 0 for layer in range(layers)]
+        elif self.family in ("gemma2", "gemma3_text"):
+            pattern = self._number("sliding_window_pattern") if self.family == "gemma3_text" else 2
+            sliding = [(layer + 1) % pattern > 0 for layer in range(layers)]
         else:
-            first = self._value("max_window_layers") if self.family == "qwen2" else 0
+            first = self._value("max_window_layers") if qwen else 0
             sliding = [layer >= first for layer in range(layers)]
         types = self._value("layer_types") or [("full", "sliding")[each] + "_attention" for each in sliding]
         if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
@@ -300,19 +301,24 @@ class _Reader:
 
     def _rope(self, layer_type: str) -> dict[str, Any]:
         """Returns the parameters of rotary positions, in the form that transformers 5 writes."""
-        given = self._value("rope_scaling") or self._value("rope_parameters") or {}  # in transformers' order
-        if not isinstance(given, dict):
-            raise self._error("rope_scaling", f"expected null or an object, got {given!r}")
-        if layer_type in given:
+        scaling, parameters = (self._value(key) or {} for key in ("rope_scaling", "rope_parameters"))
+        for key, each in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+            if not isinstance(each, dict):
+                raise self._error(key, f"expected null or an object, got {each!r}")
+        given, theta = scaling or parameters, "rope_theta"  # in transformers' order
+        if self.family == "gemma3_text":  # parameters per layer type; scaling applies to global layers
+            is_local = layer_type == "sliding_attention"
+            given = parameters.get(layer_type, {}) | ({} if is_local else scaling)
+            theta = "rope_local_base_freq" if is_local else "rope_theta"
+        elif layer_type in given:
             given = given[layer_type]
         kind = given.get("rope_type", given.get("type", "default"))
-        rope = {
-            "rope_theta": self._number("rope_theta"),
+        return {
+            "rope_theta": self._number(theta),
             "partial_rotary_factor": self._number("partial_rotary_factor"),
             **{key: value for key, value in given.items() if key != "type"},
             "rope_type": "longrope" if kind == "su" or (kind == "yarn" and self.family == "phi3") else kind,
         }
-        return rope
 
     def _rotation(self, rope: dict[str, Any], head_dim: int) -> Rotation:
         try:

@@ -30,7 +30,7 @@ def second_opinion(published: Published) -> str | None:
         from transformers import AutoConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        config = AutoConfig.from_pretrained(published.path.parent)
+        config = AutoConfig.from_pretrained(published.path.parent).get_text_config()
         theirs: dict[str, object] = {
             "rms_norm_eps": config.rms_norm_eps,
             "num_key_value_heads": config.num_key_value_heads,
@@ -39,7 +39,9 @@ def second_opinion(published: Published) -> str | None:
         if any(published.windows):
             theirs["sliding_window"] = config.sliding_window
         if published.scaled:
-            frequencies, factor = ROPE_INIT_FUNCTIONS[published.rope["rope_type"]](config, torch.device("cpu"))
+            layer_type = {"layer_type": "full_attention"} if published.model_type == "gemma3_text" else {}
+            kind = ROPE_INIT_FUNCTIONS[published.rope["rope_type"]]
+            frequencies, factor = kind(config, torch.device("cpu"), **layer_type)
             theirs["RoPE"] = Rotation(frequencies.double(), factor)
     except ImportError:
         return None
@@ -51,7 +53,7 @@ def second_opinion(published: Published) -> str | None:
         "num_key_value_heads": published.num_key_value_heads,
         "tie_word_embeddings": published.tie_word_embeddings,
         "sliding_window": next(filter(None, published.windows), None),
-        "RoPE": published.rotations[0],
+        "RoPE": published.rotations[published.windows.index(None) if None in published.windows else 0],
     }
     for key, value in theirs.items():
         mine = ours[key]

@@ -10,7 +10,7 @@ from torchtune.modules import TransformerDecoder
 Moment = tuple[Any, ...]
 Peaks = Mapping[Moment, Counter[str]]
 
-_LONGEST_PERIOD = 4  # layers; Gemma 2's attention differs on every other one
+_LONGEST_PERIOD = 6  # layers; of Gemma 3's every sixth is another, of Gemma 2's every other one
 
 
 def depths(layers: nn.ModuleList) -> tuple[int, int, int] | None:

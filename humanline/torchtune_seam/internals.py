@@ -15,9 +15,10 @@ try:
     from torchtune.models.convert_weights import _FROM_HF as LLAMA_FROM_HF
     from torchtune.models.gemma2._convert_weights import _GEMMA2_FROM_HF as GEMMA2_FROM_HF
     from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+    from torchtune.models.phi3._convert_weights import _PHI3_MINI as PHI3_FROM_HF
     from torchtune.models.qwen2._convert_weights import _FROM_HF as QWEN2_FROM_HF
     from torchtune.modules.attention_utils import _MaskType as Mask
-    from torchtune.training.checkpointing._utils import safe_torch_load
+    from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
     from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION as SUPPORTS_FLEX_ATTENTION
 except ImportError as error:
     raise ImportError(
@@ -29,12 +30,15 @@ __all__ = [
     "GEMMA2_FROM_HF",
     "LLAMA_FROM_HF",
     "Mask",
+    "PHI3_FROM_HF",
     "QWEN2_FROM_HF",
+    "SUFFIXES_TO_NOT_COPY",
     "SUPPORTS_FLEX_ATTENTION",
     "Attend",
     "attention_call",
     "checkpoint_dir",
     "checkpoint_files",
+    "copy_files",
     "find_component",
     "gemma2_hf_to_tune",
     "gemma2_tune_to_hf",
@@ -90,8 +94,8 @@ def hf_files(checkpointer: Any) -> dict[str, str]:
 
 def model_type(checkpointer: Any) -> str:
     """Returns a checkpointer's ``model_type``, such as ``LLAMA3``."""
-    kind: str = checkpointer._model_type
-    return kind
+    kind = checkpointer._model_type
+    return str(getattr(kind, "name", kind))
 
 
 def write_into(checkpointer: Any, folder: Path) -> None:

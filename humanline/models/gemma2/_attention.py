@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import MultiHeadAttention
 
+from humanline.models._flex import flex
 from humanline.torchtune_seam.internals import set_attention_call
 
 
@@ -46,17 +47,11 @@ class Gemma2Attention(MultiHeadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, dropout_p: float, is_causal: bool
     ) -> Tensor:
         if isinstance(mask, BlockMask):
-            return _flex()(q, k, v, score_mod=_soft_cap(self.soft_cap), block_mask=mask, scale=self.scale)
+            return flex()(q, k, v, score_mod=_soft_cap(self.soft_cap), block_mask=mask, scale=self.scale)
         return self.attend(q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=is_causal)
 
     def _cap(self, scores: Tensor) -> Tensor:
         return scores.div_(self.soft_cap).tanh() * self.soft_cap
-
-
-@functools.cache
-def _flex() -> Any:
-    """Returns FlexAttention, compiled if there are kernels for it."""
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
 
 
 @functools.cache
