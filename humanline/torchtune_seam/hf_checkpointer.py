@@ -54,6 +54,7 @@ class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
         super().__init__(checkpoint_dir, checkpoint_files, known, output_dir, **others)
         if self._from_hf is not None:
             self._model_type = model_type
+            self._weight_map: dict[str, str] = {}
             self._hf_names: dict[str, str] = {}
             self._not_text: dict[str, Tensor] = {}
 
