@@ -440,7 +440,9 @@ def test_of_a_folder_that_torchtune_wrote_its_own_file_is_read(trajectory):
     trained(run, f"adapter={folder}", "max_steps_per_epoch=1")
     torch.testing.assert_close(adapter_of(run), adapter, atol=0, rtol=0)
     run.config["model"]["lora_alpha"] = 16.0
-    assert "adapter_config.json has lora_alpha 8.0, the model 16.0" in run.train(f"adapter={folder}")
+    assert "adapter_config.json has lora_alpha 8.0, the model has 16.0; set model.lora_alpha: 8.0" in run.train(
+        f"adapter={folder}"
+    )
 
 
 def test_other_checkpointers_write_the_adapter_in_torchtune_s_format_alone(trajectory):

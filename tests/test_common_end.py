@@ -67,7 +67,7 @@ def test_a_data_file_is_missing_or_another_on_one_rank(two_ranks):
     here = [two_ranks.folder / f"groups_{rank}.jsonl" for rank in (0, 1)]
     shutil.copy(two_ranks.data, here[0])
     two_ranks.config["dataset"]["source"] = str(two_ranks.folder / f"groups_{RANK}.jsonl")
-    assert_both_say(two_ranks, (f"there is no file '{here[1]}'",))
+    assert_both_say(two_ranks, (f"source: file '{here[1]}' not found",))
     (two_ranks.folder / "output.txt").unlink()
     lines = two_ranks.data.read_text().splitlines(keepends=True)
     here[1].write_text("".join(reversed(lines)))

@@ -610,9 +610,9 @@ CONTRADICTIONS = {
     "loss.perception=sample loss.log_eps_P=null loss.log_eps_R=null": "loss.perception",
     "loss.perception=clamp": "loss.perception",
     "loss.log_eps_P=2": "loss.log_eps_P",
-    "loss.gamma=4": "loss",
+    "loss.gamma=4": "loss.gamma",
     "reference.sync_every=0": "reference.sync_every",
-    "reference.sync=4": "reference",
+    "reference.sync=4": "reference.sync",
     "sync_every=4": "sync_every",
 }
 

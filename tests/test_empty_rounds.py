@@ -154,7 +154,10 @@ def test_a_round_file_that_one_rank_alone_cannot_read_is_read_by_the_others(traj
         # The bar of rank 0 may stand before a line of rank 1.
         ends = re.findall(r"humanline_grpo_distributed\.py: [^\r\n]*", ranks.output())
     assert len(ends) == 2 and len(set(ends)) == 1
-    assert "round_1.jsonl: expected a round file (line 1: field 'responses[0][0]' is 999, outside" in ends[0]
+    assert (
+        "round_1.jsonl: expected a round file (line 1: field 'responses[0][0]' must be a token id from 0 to " in ends[0]
+    )
+    assert ", got 999; encode with this model's tokenizer)" in ends[0]
 
 
 def test_greedy_draws_make_no_group(tmp_path):

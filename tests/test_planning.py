@@ -295,9 +295,9 @@ def test_a_change_that_is_not_needed_is_not_asked_for(nothing_twice):
     cfg = config("smollm2_135m_dpo", data_parallel_replicate_dim=2, enable_activation_checkpointing=True)
     cfg.model = TINY | {"embed_dim": 512, "intermediate_dim": 4096}  # of which the weights are the most
     sharded = rehearsed(with_overrides(cfg, ["data_parallel_replicate_dim=1"]), 4).total / 1e9
-    assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.1 * sharded, tflops=400)
+    assert "It fits with data_parallel_replicate_dim=1: " in report(cfg, 4, device_memory=1.1 * sharded, tflops=400)
     cfg.reference._component_ = "humanline.reference.ModelReference"
-    assert "by data_parallel_replicate_dim=1." in report(cfg, 4, device_memory=1.25 * sharded, tflops=400)
+    assert "It fits with data_parallel_replicate_dim=1: " in report(cfg, 4, device_memory=1.25 * sharded, tflops=400)
 
 
 def test_a_base_in_4_bits_is_planned_on_several_ranks_too():

@@ -372,7 +372,10 @@ def test_attention_of_another_kind_is_refused():
     with torch.device("meta"):
         model = llama3_2(**LLAMA)
     model.layers[1].attn = torch.nn.Identity()
-    with pytest.raises(ConfigError, match="^model: its attention is a Identity"):
+    with pytest.raises(
+        ConfigError,
+        match="^model: expected torchtune's MultiHeadAttention, got Identity; sample from the Hugging Face folder",
+    ):
         TorchtuneEngine(model, stop_tokens=[], batch_size=1)
 
 
