@@ -170,7 +170,9 @@ def test_every_config_names_recipes_that_exist() -> None:
 def test_ls_lists_torchtunes_recipes_unchanged_and_then_humanlines(
     environment: VirtualEnvironment, torchtunes_own: dict[str, list[str]], clone: Path, tmp_path: Path
 ) -> None:
-    table = listed(environment.tune("ls", cwd=tmp_path))
+    done = environment.run(environment.tune_script, "ls", cwd=tmp_path)  # from its very start, and in no fork
+    assert done.returncode == 0, done.stderr
+    table = listed(done.stdout)
     assert list(table.items()) == [*torchtunes_own.items(), *humanline_recipes(clone).items()]
     assert table["humanline_standin_distributed"] == ["humanline/standin"]
 
