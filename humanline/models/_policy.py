@@ -35,8 +35,8 @@ class LogProbDecoder(nn.Module):
             if not isinstance(layer.attn, MultiHeadAttention):
                 raise ConfigError(
                     "model: expected torchtune's MultiHeadAttention, which rows need, got "
-                    f"{type(layer.attn).__name__}; for Gemma 2 and Qwen3 use a builder of humanline.models.gemma2 or "
-                    "humanline.models.qwen3"
+                    f"{type(layer.attn).__name__}; for Gemma 2, Gemma 3 and Qwen3 use a builder of "
+                    "humanline.models.gemma2, gemma3 or qwen3"
                 )
         if not (isinstance(decoder.output, TiedLinear) or _is_plain_linear(decoder.output)):
             raise ConfigError(
