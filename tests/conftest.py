@@ -29,6 +29,12 @@ settings.register_profile("humanline", deadline=None)  # a busy machine must not
 settings.load_profile("humanline")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_datasets(tmp_path_factory):
+    """Encoded datasets are kept apart from the user's own."""
+    os.environ["HUMANLINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def pytest_collection_modifyitems(items):
     """Marks as slow what trains on a golden trajectory; slow files say so themselves, with ``pytestmark``."""
     for item in items:

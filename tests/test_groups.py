@@ -288,7 +288,7 @@ def test_a_split_may_be_a_slice(tokenizer, write):
 def test_an_error_names_the_place_in_the_source(tokenizer, write, place):
     bad = {"chosen": ROWS[4]["chosen"], "rejected": None}
     with pytest.raises(DataError) as raised:
-        preference_groups(tokenizer, **write([*ROWS[:4], bad, *ROWS[5:]]))
+        preference_groups(tokenizer, **write([*ROWS[:4], bad, *ROWS[5:]]), on_bad_row="stop")
     assert str(raised.value).startswith(f"{place}: field 'rejected' is missing (found: chosen, rejected)")
 
 
@@ -354,7 +354,7 @@ def test_what_was_cut_and_dropped_is_reported(tokenizer):
     dataset = preference_groups(tokenizer, write_lines("pairs.jsonl", rows), max_tokens=8, max_prompt_tokens=5)
     assert in_words(tokenizer, dataset) == [PAIR_IN_WORDS, ("<user> c d e <assistant>", ["x y z", "z <end>"])]
     assert dataset.report() == (
-        "2 groups from pairs.jsonl: 1 prompts and 3 responses truncated (max_tokens 8, max_prompt_tokens 5); "
+        "2 groups from pairs.jsonl: schema preference (prompt chosen rejected); 1 prompts and 3 responses truncated (max_tokens 8, max_prompt_tokens 5); "
         "1 pairs dropped (equal once encoded and cut); prompt/response tokens mean 5/3, max 5/3"
     )
 
@@ -369,7 +369,7 @@ def test_a_prompt_that_may_not_be_cut_and_leaves_no_room_is_an_error(tokenizer):
     rows = [PAIR, PAIR | {"prompt": "one two three four five six"}]
     message = (
         r"^pairs.jsonl line 2: the prompt's 8 tokens leave no room .* max_tokens \(8\); "
-        r"raise max_tokens or set max_prompt_tokens$"
+        r"raise max_tokens or set max_prompt_tokens \(1 of 2 rows cannot be used"
     )
     with pytest.raises(DataError, match=message):
         preference_groups(tokenizer, write_lines("pairs.jsonl", rows), max_tokens=8, max_prompt_tokens=None)
@@ -492,14 +492,14 @@ BAD_EXAMPLES = [
     (preference_groups, PAIR | {"chosen": 3}, "'chosen' must be a string or a list of messages, got 3 (int)"),
     (
         preference_groups,
-        PAIR | {"prompt": {"a": 1}},
-        "'prompt' must be a string or a list of messages, got {'a': 1} (dict)",
+        PAIR | {"prompt": 5},
+        "'prompt' must be a string or a list of messages, got 5 (int)",
     ),
     (preference_groups, PAIR | {"chosen": " \n"}, "'chosen' is empty; fill it or drop the line"),
     (preference_groups, PAIR | {"prompt": ""}, "'prompt' is empty"),
     (preference_groups, PAIR | {"prompt": []}, "'prompt' is empty"),
     (preference_groups, PAIR | {"prompt": [user(" ")]}, "'prompt[0].content' is empty"),
-    (preference_groups, PAIR | {"rejected": PAIR["chosen"]}, "'rejected' equals the chosen response"),
+    (preference_groups, PAIR | {"rejected": PAIR["chosen"]}, "'rejected' equals 'chosen', so neither is better; drop the line"),
     (preference_groups, PAIR | {"chosen": "a \ud800 b"}, r"'chosen' has half of a character, '\ud800', at position 2"),
     (
         preference_groups,
@@ -519,8 +519,8 @@ BAD_EXAMPLES = [
     ),
     (
         preference_groups,
-        PAIR | {"prompt": [{"role": "human", "content": "a"}]},
-        "'prompt[0].role' must be one of system, user, assistant, got 'human'",
+        PAIR | {"prompt": [{"role": "narrator", "content": "a"}]},
+        "'prompt[0].role' must be one of system, user, assistant, tool, got 'narrator'",
     ),
     (
         preference_groups,
@@ -530,7 +530,7 @@ BAD_EXAMPLES = [
     (
         preference_groups,
         {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]},
-        "'rejected' has another prompt than the chosen response",
+        "'rejected' has another prompt than 'chosen'; a pair needs one prompt",
     ),
     (
         preference_groups,
@@ -542,7 +542,7 @@ BAD_EXAMPLES = [
         PAIR | {"chosen": [assistant("a"), user("b"), assistant("c")]},
         "'chosen' starts with the assistant; provide the whole conversation, or only the response",
     ),
-    (labelled_groups, LABELLED | {"label": 1}, "'label' must be true or false, got 1 (int)"),
+    (labelled_groups, LABELLED | {"label": 2}, "'label' must be true or false, got 2 (int)"),
     (labelled_groups, LABELLED | {"label": "yes"}, "'label' must be true or false, got 'yes' (str)"),
     (labelled_groups, LABELLED | {"completion": ""}, "'completion' is empty"),
     (labelled_groups, LABELLED | {"label": None}, "'label' is missing"),
@@ -578,7 +578,7 @@ BAD_EXAMPLES = [
     (encoded_groups, ENCODED | {"responses": [[3]]}, "'responses' has 1 entries but no scores or labels; add them"),
     (encoded_groups, ENCODED | {"scores": [1]}, "'scores' has 1 entries for 2 responses"),
     (encoded_groups, ENCODED | {"labels": [True]}, "'labels' has 1 entries for 2 responses"),
-    (encoded_groups, ENCODED | {"labels": [True, 0]}, "'labels[1]' must be true or false, got 0 (int)"),
+    (encoded_groups, ENCODED | {"labels": [True, 0.5]}, "'labels[1]' must be true or false, got 0.5 (float)"),
 ]
 
 
@@ -617,7 +617,7 @@ def test_a_conversation_that_the_chat_template_declines_is_named(tokenizer):
             return super().encode_prompt(messages)
 
     rows = [PAIR, PAIR | {"prompt": [{"role": "system", "content": "s"}, user("u")]}]
-    with pytest.raises(DataError, match="^pairs.jsonl line 2: messages: the chat template rejects the chat$"):
+    with pytest.raises(DataError, match="^pairs.jsonl line 2: messages: the chat template rejects the chat"):
         preference_groups(NoSystem(), write_lines("pairs.jsonl", rows))
 
 
@@ -655,10 +655,11 @@ BAD_SETTINGS = [
     ({"source": "missing-*.jsonl"}, "source: file 'missing-*.jsonl' not found"),
     ({"source": ["pairs.jsonl", "missing.jsonl"]}, "source: file 'missing.jsonl' not found"),
     ({"source": "json", "data_files": "missing.jsonl"}, "data_files: file 'missing.jsonl' not found"),
-    (
-        {"source": "pairs.csv"},
-        "source: 'pairs.csv' has an unsupported type; convert it to one of .json, .jsonl, .parquet",
-    ),
+    ({"source": "pairs.xlsx"}, "source: 'pairs.xlsx' has an unsupported type; convert it to one of .json, .jsonl, "),
+    ({"name": "main"}, "name: expected null for local files, got 'main'"),
+    ({"streaming": True}, "streaming: expected false, got True; all rows are checked before training starts."),
+    ({"format": "orka"}, "format: expected one of implicit_preference, preference, anthropic_hh"),
+    ({"on_bad_row": "skip"}, "on_bad_row: expected drop or stop, got 'skip'"),
     ({"source": None}, "source: expected a file, a glob, a list of these, or a hub dataset, got None"),
     ({"source": []}, "source: expected a file, a glob, a list of these, or a hub dataset, got []"),
     ({"split": "test"}, "split: 'test' does not work for local files (Unknown split"),
@@ -666,7 +667,7 @@ BAD_SETTINGS = [
     ({"split": None}, "split: expected the name of a split such as train or train[:95%], got None"),
     (
         {"column_map": {"prompts": "p"}},
-        "column_map: expected fields of this dataset (prompt, chosen, rejected), got 'prompts'",
+        "column_map: expected fields of a known schema, such as prompt, got 'prompts'",
     ),
     ({"max_prompt_tokens": 1250}, "max_prompt_tokens: 1250 leaves no room for a response within max_tokens (1250);"),
     ({"max_prompt_tokens": 0}, "max_prompt_tokens: expected an integer of at least 1, or null for no limit, got 0"),
@@ -678,7 +679,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=[message for _, message in BAD_SETTINGS])
 def test_a_setting_that_cannot_work_is_one_line_that_starts_with_its_key(tokenizer, settings, message):
     write_lines("pairs.jsonl", [PAIR])
-    Path("pairs.csv").write_text("prompt,chosen,rejected\n")
+    Path("pairs.xlsx").write_text("prompt,chosen,rejected\n")
     with pytest.raises(ConfigError) as raised:
         preference_groups(tokenizer, **({"source": "pairs.jsonl"} | settings))
     assert str(raised.value).startswith(message)

@@ -5,13 +5,18 @@ from humanline.data._chat import ChatTokenizer
 from humanline.data._dataset import GroupDataset
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.data._group import Group, TokenBudget
-from humanline.data._read import read_records, take
-from humanline.data._record import Message, Record
+from humanline.data._examples import prompt_field, read_prompt
+from humanline.data._messages import Message
+from humanline.data._read import DataFiles, SourceName, open_rows, take
+from humanline.data._record import BadRow, Record
 from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
 from humanline.data._source import End, OfflineSource, Source
+from humanline.data._tally import Tally
 
 __all__ = [
+    "BadRow",
     "ChatTokenizer",
+    "DataFiles",
     "End",
     "Group",
     "GroupDataset",
@@ -21,6 +26,8 @@ __all__ = [
     "RowBudget",
     "Rows",
     "Source",
+    "SourceName",
+    "Tally",
     "TokenBudget",
     "as_labelled",
     "as_pairs",
@@ -29,10 +36,12 @@ __all__ = [
     "encoded_groups",
     "labelled_groups",
     "lay_out",
+    "open_rows",
     "pack",
     "parts",
     "preference_groups",
-    "read_records",
+    "prompt_field",
+    "read_prompt",
     "scored_groups",
     "take",
 ]

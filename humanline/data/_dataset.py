@@ -1,8 +1,9 @@
-"""Groups in memory, with a one-line report about them."""
+"""Datasets of groups, with a one-line report about them."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from typing import overload
 
 from torch.utils.data import Dataset
 
@@ -12,7 +13,7 @@ __all__ = ["GroupDataset"]
 
 
 class GroupDataset(Dataset[Group]):
-    """Groups held in memory, in the order of their source.
+    """Groups in the order of their source.
 
     Args:
         groups (Sequence[Group]): the groups, at least one.
@@ -20,6 +21,7 @@ class GroupDataset(Dataset[Group]):
         notes (Sequence[str]): phrases for the report about what was cut or dropped.
         budget (TokenBudget | None): limits that the groups were cut to; None uses the length of the longest prompt with
             its longest response.
+        dropped (int): rows and groups of the source that are left out.
     """
 
     def __init__(
@@ -28,15 +30,21 @@ class GroupDataset(Dataset[Group]):
         name: str = "memory",
         notes: Sequence[str] = (),
         budget: TokenBudget | None = None,
+        dropped: int = 0,
     ) -> None:
         self.groups = groups
         self.name = name
         self.notes = tuple(notes)
         self.budget = budget or TokenBudget(max_tokens=max(map(_length, groups)), max_prompt_tokens=None)
+        self.dropped = dropped
 
-    def derived(self, groups: Sequence[Group], note: str | None) -> "GroupDataset":
-        """Returns a dataset of ``groups`` derived from these, with one more note."""
-        return GroupDataset(groups, self.name, [*self.notes, note] if note else self.notes, self.budget)
+    def derived(self, convert: Callable[[Group], Group | None], why_dropped: str = "") -> "GroupDataset":
+        """Returns the dataset of converted groups, without those that become None; the report counts these."""
+        kept = array("q", (i for i, group in enumerate(self.groups) if convert(group) is not None))
+        dropped = len(self.groups) - len(kept)
+        note = [f"{dropped:,} groups dropped ({why_dropped})"] if dropped else []
+        groups = _Derived(self.groups, kept, convert)
+        return GroupDataset(groups, self.name, [*self.notes, *note], self.budget, self.dropped + dropped)
 
     def digest(self) -> str:
         """Returns a digest of all tokens, scores and labels, in order."""
@@ -59,13 +67,36 @@ class GroupDataset(Dataset[Group]):
 
     def report(self) -> str:
         """Returns one line: number of groups, source, what was cut or dropped, and lengths in tokens."""
-        prompts = [len(group.prompt) for group in self.groups]
-        responses = [len(response) for group in self.groups for response in group.responses]
+        prompts, responses = array("q"), array("q")
+        for group in self.groups:
+            prompts.append(len(group.prompt))
+            responses.extend(map(len, group.responses))
         lengths = (
             f"prompt/response tokens mean {sum(prompts) / len(prompts):.0f}/{sum(responses) / len(responses):.0f}, "
             f"max {max(prompts)}/{max(responses)}"
         )
         return f"{len(self):,} groups from {self.name}: " + "; ".join([*self.notes, lengths])
+
+
+class _Derived(Sequence[Group]):
+    """Some of the groups, each converted when it is asked for, so that they need no memory of their own."""
+
+    def __init__(self, groups: Sequence[Group], kept: Sequence[int], convert: Callable[[Group], Group | None]) -> None:
+        self._groups, self._kept, self._convert = groups, kept, convert
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        group = self._convert(self._groups[self._kept[index]])
+        assert group is not None
+        return group
 
 
 def _length(group: Group) -> int:

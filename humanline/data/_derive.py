@@ -66,11 +66,10 @@ def _derive(
 ) -> GroupDataset:
     if all(map(is_derived, dataset.groups)):
         return dataset
-    groups = [derived for group in dataset.groups if (derived := convert(group)) is not None]
-    if not groups:
+    derived = dataset.derived(convert, why_dropped)
+    if not len(derived):
         raise DataError(f"{dataset.name}: no group has a best and a worst response; {remedy}")
-    dropped = len(dataset.groups) - len(groups)
-    return dataset.derived(groups, f"{dropped:,} groups dropped ({why_dropped})" if dropped else None)
+    return derived
 
 
 def _pair(group: Group) -> Group | None:

@@ -1,94 +1,154 @@
-"""Reads rows from local JSON, JSON Lines and parquet files, or through ``datasets.load_dataset``.
+"""Opens sources of rows: local files, and everything that ``datasets`` can open.
 
 Local files are read here and not through ``datasets``, because an error about an example must name the file's line,
 which ``datasets`` does not keep.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from glob import glob, has_magic
+from hashlib import blake2b
 from itertools import chain
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from humanline.data._record import Record
-from humanline.errors import ConfigError, DataError
+from humanline.data._files import READERS, Row, kind_of, without_gaps
+from humanline.errors import ConfigError
 
-__all__ = ["read_records", "take"]
+__all__ = ["DataFiles", "Rows", "SourceName", "open_rows", "take"]
 
-Row = tuple[str, Any]
-"""A row's place, for messages, and its content."""
+SourceName = str | Sequence[str]
+DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
-def read_records(
-    source: str | Sequence[str],
-    split: str,
-    data_files: str | Sequence[str] | None,
-    column_map: Mapping[str, str],
-) -> tuple[str, Iterator[Record]]:
-    """Opens a source of records.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source, which are read when they are iterated.
+
+    Attributes:
+        name (str): the source, for messages.
+        digest (Callable[[], str]): returns a digest of the content.
+        read (Callable[[], Iterator[Row]]): returns each row with its place.
+    """
+
+    name: str
+    digest: Callable[[], str]
+    read: Callable[[], Iterator[Row]]
+
+
+def open_rows(
+    source: SourceName,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    data_files: DataFiles | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    key: str = "source",
+) -> Rows:
+    """Opens a source.
 
     Args:
-        source (str | Sequence[str]): a .json, .jsonl or .parquet file, a glob, or a list of these; or "json" or
-            "parquet" with the files in ``data_files``; or a folder or hub dataset for ``datasets.load_dataset``.
+        source (SourceName): a file (.json, .jsonl, .csv, .tsv, also with .gz; .parquet), a glob, or a list of these; or
+            "json", "csv" or "parquet" with the files in ``data_files``; a folder of such files, or one written by
+            ``save_to_disk``; or the name of a dataset on the Hugging Face hub.
         split (str): the split, or a slice of it such as "train[:95%]". Local files have one split, "train".
-        data_files (str | Sequence[str] | None): the files to read, in the forms that ``source`` accepts; None reads
+        name (str | None): the dataset's config.
+        data_files (DataFiles | None): the files to read, in the forms that ``source`` accepts, or by split; None reads
             ``source`` itself.
-        column_map (Mapping[str, str]): maps a field to its column, if their names differ.
-
-    Returns:
-        The source's name, and its records in the order of the source.
+        revision (str | None): the hub dataset's commit, tag or branch; None for the newest.
+        streaming (bool): refused, since every row is checked before a run.
+        key (str): the config key of ``source``, for messages.
 
     Raises:
-        ConfigError: if the source or split does not exist.
-        DataError: during iteration, if a line cannot be parsed or is not an object.
+        ConfigError: if the source, config or split does not exist, or a setting does not apply to it.
     """
     if not isinstance(split, str):
         raise ConfigError(f"split: expected the name of a split such as train or train[:95%], got {split!r}")
-    files = _local_files(source, data_files)
+    if streaming is not False:
+        raise ConfigError(
+            f"streaming: expected false, got {streaming!r}; all rows are checked before training starts. For a part of "
+            "a large dataset, set split, such as train[:100000]"
+        )
+    files = _local_files(key, source, data_files)
     if files is None:
-        name, rows = str(source), _load_dataset(source, split, data_files)
-    else:
-        name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        rows = take(split, chain.from_iterable(_READERS[Path(file).suffix](file) for file in files))
-    return name, (_record(where, row, column_map) for where, row in rows)
+        return _from_datasets(key, source, split, name, data_files, revision)
+    for setting, value in (("name", name), ("revision", revision)):
+        if value is not None:
+            raise ConfigError(f"{setting}: expected null for local files, got {value!r}; only datasets have it")
+    title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+    def read() -> Iterator[Row]:
+        return take(split, chain.from_iterable(READERS[kind_of(file)](file) for file in files))
+
+    def digest() -> str:
+        return " ".join(_digest_of(file) for file in files)
+
+    return Rows(title, digest, read)
 
 
-def _record(where: str, row: Any, column_map: Mapping[str, str]) -> Record:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with named fields, {{...}}, got {type(row).__name__}")
-    return Record(where, row, column_map)
+def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """Returns the rows of "train", or of slices of it in the notation of ``datasets``."""
+    if split == "train":
+        return rows
+    everything = list(rows)
+    parts = _parts(split, {"train": len(everything)}, "local files")
+    return chain.from_iterable(everything[part.from_ : part.to] for part in parts)
 
 
-def _local_files(source: Any, data_files: Any) -> list[str] | None:
+def _parts(split: str, sizes: Mapping[str, int], of: str) -> list[Any]:
+    """Returns the parts of a split in the notation of ``datasets``, each with the name of its split and its ends."""
+    from datasets import ReadInstruction
+
+    try:
+        return ReadInstruction.from_spec(split).to_absolute(dict(sizes))
+    except ValueError as error:
+        first = next(iter(sizes))
+        raise ConfigError(
+            f"split: '{split}' does not work for {of} ({error}); use {' or '.join(sizes)}, or a slice such as "
+            f"{first}[:95%]"
+        ) from error
+
+
+def _digest_of(file: str) -> str:
+    total = blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            total.update(block)
+    return f"{file} {total.hexdigest()}"
+
+
+def _local_files(key: str, source: Any, data_files: Any) -> list[str] | None:
     """Returns the local files of a source; None if ``datasets`` has to find it."""
+    if isinstance(data_files, Mapping):
+        return None
     if data_files is None:
-        key, patterns = "source", [source] if isinstance(source, str) else source
+        patterns = [source] if isinstance(source, str) else source
     else:
         key, patterns = "data_files", [data_files] if isinstance(data_files, str) else data_files
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(it, str) and it for it in patterns):
         raise ConfigError(f"{key}: expected a file, a glob, a list of these, or a hub dataset, got {patterns!r}")
     if data_files is not None:
-        if source not in ("json", "parquet") or any("://" in pattern for pattern in patterns):
+        if source not in ("json", "csv", "parquet") or any("://" in pattern for pattern in patterns):
             return None
     elif isinstance(source, str) and not _looks_like_files(source):
         return None
     files = list(chain.from_iterable(_expand(key, pattern) for pattern in patterns))
     for file in files:
-        if Path(file).suffix not in _READERS:
-            raise ConfigError(f"{key}: '{file}' has an unsupported type; convert it to one of {', '.join(_READERS)}")
+        if kind_of(file) not in READERS:
+            raise ConfigError(f"{key}: '{file}' has an unsupported type; convert it to one of {', '.join(READERS)}")
     return files
 
 
 def _looks_like_files(source: str) -> bool:
-    """Whether a source means files, and not a folder or a hub dataset ("owner/name")."""
+    """Whether a source means files, and not a folder, a web address or a hub dataset ("owner/name")."""
     path = Path(expanduser(source))
-    if path.is_dir():
+    if path.is_dir() or "://" in source:
         return False
     return (
         path.is_file()
-        or path.suffix in _READERS
+        or kind_of(source) in READERS
         or has_magic(source)
         or path.is_absolute()
         or source.count("/") > 1
@@ -106,80 +166,78 @@ def _expand(key: str, pattern: str) -> list[str]:
     return files
 
 
-def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Returns the rows of "train", or of slices of it in the notation of ``datasets``."""
-    if split == "train":
-        return rows
-    from datasets import ReadInstruction
+def _from_datasets(
+    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None
+) -> Rows:
+    """Opens a source with ``datasets``; the data of a hub dataset is downloaded, and kept in its cache."""
+    import datasets
 
-    everything = list(rows)
-    try:
-        slices = ReadInstruction.from_spec(split).to_absolute({"train": len(everything)})
-    except ValueError as error:
-        raise ConfigError(
-            f"split: '{split}' does not work for local files ({error}); use train, or a slice such as train[:95%]"
-        ) from error
-    return chain.from_iterable(everything[piece.from_ : piece.to] for piece in slices)
+    folder = Path(expanduser(str(source)))
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        dataset = _saved(folder, split)
+    else:
+        if "://" in str(source) and data_files is None:
+            source, data_files = _builder_of(key, source), source
+        elif folder.is_dir():
+            source = str(folder)
+        try:
+            dataset = datasets.load_dataset(source, name, split=split, data_files=data_files, revision=revision)
+        except Exception as error:  # it passes on errors of many libraries; each means that there is no data
+            raise _not_loaded(key, source, split, name, data_files, revision, error) from error
+    title = str(source) if name is None else f"{source}, {name}"
 
+    def read() -> Iterator[Row]:
+        count = 0
+        for batch in dataset.iter(batch_size=512):
+            columns = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                count += 1
+                yield f"{title} ({split}) row {count}", without_gaps(dict(zip(columns, values, strict=True)))
 
-def _json_rows(file: str) -> Iterator[Row]:
-    """Yields rows from a JSON array or from JSON Lines; the first character decides, since .json is used for both."""
-    with open(file, "rb") as stream:
-        first = next((line for line in stream if line.strip()), b"")
-        stream.seek(0)
-        is_array = first.decode("utf-8-sig", errors="ignore").lstrip().startswith("[")
-        yield from _array_rows(file, stream) if is_array else _line_rows(file, stream)
-
-
-def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row]:
-    for number, row in enumerate(_parse(file, None, stream.read()), start=1):
-        yield f"{file} item {number}", row
-
-
-def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield f"{file} line {number}", _parse(file, number, line)
+    return Rows(title, lambda: f"{dataset._fingerprint} {len(dataset)}", read)
 
 
-def _parse(file: str, number: int | None, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place, problem = f"{file} line {number or error.lineno}", f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, or an integer with too many digits
-        place, problem = file if number is None else f"{file} line {number}", str(error)
-    raise DataError(f"{place}: malformed JSON ({problem}); expected UTF-8 with one object per line, or one array")
-
-
-def _parquet_rows(file: str) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
+def _saved(folder: Path, split: str) -> Any:
+    """Opens what ``save_to_disk`` wrote."""
+    import datasets
 
     try:
-        rows = chain.from_iterable(
-            batch.to_pylist() for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise ConfigError(f"source: '{folder}' cannot be loaded ({_first_line(error)}); save it again") from error
+    parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    sizes = {name: len(part) for name, part in parts.items()}
+    chosen = _parts(split, sizes, f"'{folder}'")
+    return datasets.concatenate_datasets([parts[it.splitname].select(range(it.from_, it.to)) for it in chosen])
+
+
+def _builder_of(key: str, address: str) -> str:
+    kind = kind_of(address.split("?")[0])
+    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+    if kind.removesuffix(".gz") not in builders:
+        raise ConfigError(f"{key}: '{address}' has an unsupported type; download it, and use the file")
+    return builders[kind.removesuffix(".gz")]
+
+
+def _not_loaded(
+    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None, error: Exception
+) -> ConfigError:
+    from datasets import get_dataset_config_names
+
+    try:
+        configs = get_dataset_config_names(source, revision=revision, data_files=data_files)
+    except Exception:  # then the first error says it
+        configs = []
+    if name is None and len(configs) > 1:
+        return ConfigError(
+            f"name: missing; '{source}' has the configs {', '.join(configs)}; set name to one of them, beside {key}"
         )
-        for number, row in enumerate(rows, start=1):
-            yield f"{file} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: cannot be read as parquet ({_first_line(error)}); write the file again") from error
-
-
-_READERS = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
-
-
-def _load_dataset(source: Any, split: str, data_files: Any) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(source, split=split, data_files=data_files)
-    except Exception as error:  # load_dataset passes on errors of many libraries; each means that there is no data
-        raise ConfigError(
-            f"source: '{source}' (split '{split}') cannot be loaded ({_first_line(error)}); correct the name, log in "
-            "with `hf auth login` if access is restricted, or use local files"
-        ) from error
-    return ((f"{source} ({split}) row {number}", row) for number, row in enumerate(dataset, start=1))
+    if name is not None and configs and name not in configs:
+        return ConfigError(f"name: expected one of {', '.join(configs)}, got '{name}' for '{source}'")
+    return ConfigError(
+        f"{key}: '{source}' (split '{split}') cannot be loaded ({_first_line(error)}); correct the name, log in "
+        "with `hf auth login` if access is restricted, or use local files"
+    )
 
 
 def _first_line(error: Exception) -> str:

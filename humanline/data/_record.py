@@ -4,22 +4,49 @@ All errors about an example come from ``Record.error``, so they name the file, t
 a field's name with the way to a value inside it, such as "chosen[1].content".
 """
 
+import json
 import math
+import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short_repr
 from typing import Any
 
+from humanline.data._messages import Message, messages_from
 from humanline.errors import DataError
 
-__all__ = ["Message", "Record"]
+__all__ = ["BadRow", "Message", "Record", "WrongFormat"]
 
-Message = dict[str, str]
-"""One turn of a conversation: {"role": ..., "content": ...}."""
-
-_ROLES = ("system", "user", "assistant")
 _INT_LIMIT = 2 ** (8 * array("i").itemsize - 1)
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+class BadRow(DataError):
+    """A row cannot be used; those around it can.
+
+    Args:
+        where (str): the row's place.
+        problem (str): what is wrong, and what to do.
+        reason (str): what is wrong, in words that are the same for all rows with this fault.
+        is_fault (bool): False if the row is sound but teaches nothing, such as a tie.
+    """
+
+    def __init__(self, where: str, problem: str, reason: str, is_fault: bool = True) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem, self.reason, self.is_fault = where, problem, reason, is_fault
+
+    @classmethod
+    def of(cls, error: DataError, where: str | None = None) -> "BadRow":
+        """Returns the error about a row as one that counts; without ``where``, its message starts with the place."""
+        if isinstance(error, BadRow):
+            return error
+        place, _, problem = (where, "", str(error)) if where else str(error).partition(": ")
+        return cls(place, problem, re.split("[;(]", re.sub(r"\d[\d,]*", "N", problem), maxsplit=1)[0].strip())
+
+
+class WrongFormat(DataError):
+    """A row shows that its whole source cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,70 +56,115 @@ class Record:
     Attributes:
         where (str): the place in the source, for messages, such as "pairs.jsonl line 7".
         row (Mapping[str, Any]): the row's columns.
-        column_map (Mapping[str, str]): maps a field to its column, if their names differ.
+        column_map (Mapping[str, str | None]): maps a field to its column, if their names differ; None means that the
+            field has no column.
     """
 
     where: str
     row: Mapping[str, Any]
-    column_map: Mapping[str, str]
+    column_map: Mapping[str, str | None]
 
-    def error(self, path: str, problem: str) -> DataError:
+    def error(self, path: str, problem: str) -> BadRow:
         """Returns an error about the value at ``path``."""
-        field, bracket, inside = path.partition("[")
-        return DataError(f"{self.where}: field '{self._column(field)}{bracket}{inside}' {problem}")
+        field = re.split(r"[.[]", path, maxsplit=1)[0]
+        column = self.column_map.get(field) or field
+        reason = f"'{column}' {re.split('[,;(]', problem, maxsplit=1)[0].strip()}"
+        return BadRow(self.where, f"field '{column}{path[len(field) :]}' {problem}", reason)
+
+    def tie(self, problem: str) -> BadRow:
+        """Returns an error about a row that prefers no response."""
+        return BadRow(self.where, f"{problem}; it is left out", problem, is_fault=False)
 
     def get(self, field: str) -> Any | None:
         """Returns the field's value; None if it is missing or null, since tables do not distinguish the two."""
-        return self.row.get(self._column(field))
+        column = self.column_map.get(field, field)
+        return None if column is None else self.row.get(column)
 
     def require(self, field: str, kind: type | tuple[type, ...], expected: str) -> Any:
         """Returns the field's value, which must exist and be of ``kind``; ``expected`` describes the kind in words."""
         value = self.get(field)
         if value is None:
-            found = ", ".join(self.row) or "nothing"
+            found = ", ".join(map(str, self.row)) or "nothing"
             raise self.error(field, f"is missing (found: {found}); add it, or map its column in column_map")
         if not isinstance(value, kind):
             raise self._type_error(field, value, expected)
         return value
 
-    def prompt(self) -> list[Message]:
-        """Returns the field ``prompt``, a string or messages, as messages that end with the user's."""
-        value = self.require("prompt", (str, list), "a string or a list of messages")
-        if isinstance(value, str):
-            return [{"role": "user", "content": self._filled("prompt", value)}]
-        return self._prompt_messages("prompt", self._messages("prompt", value))
+    # ---- Conversations
 
-    def turn(self, field: str) -> tuple[list[Message] | None, str]:
-        """Parses a response: a string, an assistant message, or the last message of a whole conversation.
+    def prompt(self, field: str = "prompt") -> list[Message]:
+        """Returns a prompt, text or messages, as messages that end with the user's."""
+        value = self.require(field, (str, list, dict), "a string or a list of messages")
+        messages = messages_from(field, value, self.error)
+        if messages is None:
+            return [{"role": "user", "content": self._filled(field, value)}]
+        return self._prompt_messages(field, self._filled_list(field, messages))
+
+    def turn(self, field: str) -> tuple[list[Message] | None, Message]:
+        """Parses a response: a text, an assistant's message, or the last message of a whole conversation.
 
         Returns:
-            The messages before the response (None if the field holds only the response), and the response's text.
+            The messages before the response (None if the field holds only the response), and the assistant's message.
         """
-        value = self.require(field, (str, list), "a string or a list of messages")
-        if isinstance(value, str):
-            return None, self._filled(field, value)
-        *before, response = self._messages(field, value)
+        value = self.require(field, (str, list, dict), "a string or a list of messages")
+        messages = messages_from(field, value, self.error)
+        if messages is None:
+            return None, {"role": "assistant", "content": self._filled(field, value)}
+        *before, response = self._filled_list(field, messages)
         path = f"{field}[{len(before)}]"
         if response["role"] != "assistant":
             raise self.error(f"{path}.role", f"must be 'assistant' in the last message, got '{response['role']}'")
-        text = self._filled(f"{path}.content", response["content"])
+        if "tool_calls" not in response:
+            self._filled(f"{path}.content", response["content"])
         if not before:
-            return None, text
+            return None, response
         if before[0]["role"] == "assistant":
             raise self.error(field, "starts with the assistant; provide the whole conversation, or only the response")
-        return self._prompt_messages(field, before), text
+        return self._prompt_messages(field, before), response
 
-    def texts(self, field: str) -> list[str]:
-        """Returns a list of at least one string; a string may be empty, since a model may end its turn at once."""
-        value = self._filled_list(field, self.require(field, list, "a list of strings"))
-        for i, text in enumerate(value):
-            if not isinstance(text, str):
-                raise self._type_error(f"{field}[{i}]", text, "a string")
-        return value
+    def system(self) -> str | None:
+        """Returns the system message that stands in a column of its own; None if there is none."""
+        for field in ("system", "system_prompt"):
+            if (value := self.get(field)) is not None:
+                if not isinstance(value, str):
+                    raise self._type_error(field, value, "a string")
+                if value.strip():
+                    return self._encodable(field, value)
+        return None
+
+    def tools(self) -> list[Any] | None:
+        """Returns the tools that the model may call, a list or its JSON; None if there are none."""
+        value = self.get("tools")
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.error("tools", f"must be JSON, got {short_repr(value)}; correct it") from None
+        if not value:
+            return None
+        return value if isinstance(value, list) else [value]
+
+    # ---- Lists with an entry for each response
+
+    def answers(self, field: str) -> list[Message]:
+        """Returns a list of at least one response; its text may be empty, since a model may end its turn at once."""
+        answers = []
+        for i, answer in enumerate(self._filled_list(field, self._list(field, "a list of strings"))):
+            path = f"{field}[{i}]"
+            if isinstance(answer, str):
+                answers.append({"role": "assistant", "content": self._encodable(path, answer)})
+                continue
+            if not isinstance(answer, list | dict):
+                raise self._type_error(path, answer, "a string")
+            messages = messages_from(path, answer, self.error) or []
+            if [message["role"] for message in messages] != ["assistant"]:
+                raise self.error(path, "must be a text, or one message of the assistant")
+            answers += messages
+        return answers
 
     def scores(self, field: str, count: int) -> tuple[float, ...]:
         """Returns ``count`` finite numbers."""
-        value = self._one_each(field, self.require(field, list, "a list of numbers"), count)
+        value = self._one_each(field, self._list(field, "a list of numbers"), count)
         for i, score in enumerate(value):
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise self._type_error(f"{field}[{i}]", score, "a number")
@@ -101,12 +173,28 @@ class Record:
         return tuple(map(float, value))
 
     def labels(self, field: str, count: int) -> tuple[bool, ...]:
-        """Returns ``count`` booleans."""
-        value = self._one_each(field, self.require(field, list, "a list of true or false"), count)
-        for i, label in enumerate(value):
-            if not isinstance(label, bool):
-                raise self._type_error(f"{field}[{i}]", label, "true or false")
-        return tuple(value)
+        """Returns ``count`` booleans; see :meth:`label`."""
+        value = self._one_each(field, self._list(field, "a list of true or false"), count)
+        return tuple(self._label(f"{field}[{i}]", label) for i, label in enumerate(value))
+
+    # ---- Single values
+
+    def label(self, field: str) -> bool:
+        """Returns a boolean, given as true or false, 1 or 0, or the text of either."""
+        return self._label(field, self.require(field, object, "true or false"))
+
+    def number(self, field: str) -> float:
+        """Returns a finite number, given as a number or its text."""
+        value = self.require(field, object, "a number")
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            raise self._type_error(field, value, "a number") from None
+        if not math.isfinite(number):
+            raise self.error(field, f"must be a finite number, got {value}; correct it or drop the line")
+        return number
+
+    # ---- Token ids
 
     def ids(self, field: str, vocab_size: int | None) -> array:
         """Returns at least one token id, each below ``vocab_size`` (None: any that fits a C int)."""
@@ -117,11 +205,21 @@ class Record:
         value = self._filled_list(field, self.require(field, list, "a list of lists of token ids"))
         return tuple(self._token_ids(f"{field}[{i}]", ids, vocab_size) for i, ids in enumerate(value))
 
-    def _column(self, field: str) -> str:
-        return self.column_map.get(field, field)
+    # ---- Checks
 
-    def _type_error(self, path: str, value: Any, expected: str) -> DataError:
+    def _type_error(self, path: str, value: Any, expected: str) -> BadRow:
         return self.error(path, f"must be {expected}, got {short_repr(value)} ({type(value).__name__})")
+
+    def _list(self, field: str, expected: str) -> list:
+        value = self.require(field, (list, str), expected)
+        if isinstance(value, str):  # tables such as .csv hold lists as JSON
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self._type_error(field, value, expected) from None
+        if not isinstance(value, list):
+            raise self._type_error(field, value, expected)
+        return value
 
     def _filled_list(self, path: str, value: list) -> list:
         if not value:
@@ -132,6 +230,11 @@ class Record:
         if len(value) != count:
             raise self.error(path, f"has {len(value)} entries for {count} responses; provide one per response")
         return value
+
+    def _label(self, path: str, value: Any) -> bool:
+        if not isinstance(value, list | dict) and (label := _LABELS.get(str(value).strip().lower())) is not None:
+            return label
+        raise self._type_error(path, value, "true or false")
 
     def _filled(self, path: str, text: str) -> str:
         if not text.strip():
@@ -147,25 +250,14 @@ class Record:
             raise self.error(path, f"has half of a character, {half!r}, at position {error.start}; remove it") from None
         return text
 
-    def _messages(self, path: str, value: list) -> list[Message]:
-        messages = []
-        for i, message in enumerate(self._filled_list(path, value)):
-            if not isinstance(message, Mapping):
-                raise self._type_error(f"{path}[{i}]", message, "a message with role and content")
-            role, content = message.get("role"), message.get("content")
-            if role not in _ROLES:
-                raise self.error(f"{path}[{i}].role", f"must be one of {', '.join(_ROLES)}, got {short_repr(role)}")
-            if not isinstance(content, str):
-                raise self._type_error(f"{path}[{i}].content", content, "a string")
-            messages.append({"role": role, "content": self._encodable(f"{path}[{i}].content", content)})
-        return messages
-
-    def _prompt_messages(self, path: str, messages: list[Message]) -> list[Message]:
+    def _prompt_messages(self, path: str, messages: Sequence[Message]) -> list[Message]:
+        for i, message in enumerate(messages):
+            self._encodable(f"{path}[{i}].content", message.get("content", ""))
         last, path = messages[-1], f"{path}[{len(messages) - 1}]"
-        if last["role"] != "user":
+        if last["role"] not in ("user", "tool"):
             raise self.error(f"{path}.role", f"must be 'user' in the prompt's last message, got '{last['role']}'")
         self._filled(f"{path}.content", last["content"])
-        return messages
+        return list(messages)
 
     def _token_ids(self, path: str, value: Any, vocab_size: int | None) -> array:
         if not isinstance(value, list):
@@ -176,5 +268,5 @@ class Record:
                 raise self._type_error(f"{path}[{i}]", token, "a token id")
             if not 0 <= token < limit:
                 problem = f"must be a token id from 0 to {limit - 1}, got {token}; encode with this model's tokenizer"
-                raise self.error(f"{path}[{i}]", problem)
+                raise WrongFormat(self.error(f"{path}[{i}]", problem))
         return array("i", value)

@@ -157,6 +157,9 @@ class OfflineSource(Source):
     def position(self) -> dict[str, Any]:
         return {"shuffle": self.shuffle, "groups": self.digest()}
 
+    def metrics(self, step: int) -> dict[str, float]:
+        return {"dropped_rows": self.dataset.dropped}
+
     def _order(self, epoch: int) -> torch.Tensor:
         count = len(self.dataset)
         if not self.shuffle:

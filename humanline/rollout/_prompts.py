@@ -3,12 +3,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from humanline.data import Message, Record, read_records, take
+from torchtune import utils
+
+from humanline.data import (
+    BadRow,
+    DataFiles,
+    Message,
+    Record,
+    SourceName,
+    Tally,
+    open_rows,
+    prompt_field,
+    read_prompt,
+    take,
+)
 from humanline.errors import ConfigError, DataError
 
 __all__ = ["Prompt", "read_prompts"]
 
-_TABLES = (".jsonl", ".json", ".parquet")
+log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,55 +32,79 @@ class Prompt:
         where (str): the prompt's file and line, such as "prompts.jsonl line 7".
         messages (list[Message]): the chat to answer; the last message is the user's.
         fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt itself under ``prompt``.
+        tools (list[Any] | None): the tools that the model may call.
     """
 
     where: str
     messages: list[Message]
     fields: Mapping[str, Any]
+    tools: list[Any] | None = None
 
 
-def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] | None = None) -> list[Prompt]:
-    """Reads a prompt file.
+def read_prompts(
+    source: SourceName,
+    split: str = "train",
+    column_map: Mapping[str, str | None] | None = None,
+    *,
+    name: str | None = None,
+    data_files: DataFiles | None = None,
+    revision: str | None = None,
+    key: str = "prompts",
+) -> list[Prompt]:
+    """Reads a prompt file. Rows that cannot be used are left out and counted in a warning.
 
     Args:
-        path (str): a .jsonl, .json (an array) or .parquet file of objects whose ``prompt`` (or ``instruction``, as in
-            AlpacaEval) is the user's text, or a list of messages; a .txt file with one prompt per line; or a hub
-            dataset ``owner/name``.
+        source (SourceName): a file of objects (.jsonl, .json, .csv, .parquet), a glob, a list, or a dataset, as in
+            :func:`humanline.data.preference_groups`; or a .txt file with one prompt per line. The prompt is text or a
+            list of messages, in the column ``prompt``, or else ``instruction`` (with ``input``), ``question``,
+            ``problem``, ``query``, ``messages`` or ``conversations``.
         split (str): the split, with an optional slice such as "train[:95%]"; files have one split, "train".
-        column_map (Mapping[str, str] | None): the source's column for each field that has another name there, such as
-            ``{prompt: problem}``; None renames nothing.
+        column_map (Mapping[str, str | None] | None): the source's column for each field that has another name there,
+            such as ``{prompt: problem}``; None renames nothing.
+        name (str | None): the config of a dataset, such as "main".
+        data_files (DataFiles | None): the files of a dataset to read; None reads all.
+        revision (str | None): commit, tag or branch of a dataset on the hub; None for the newest.
+        key (str): the config key of the source, for messages.
 
     Returns:
         list[Prompt]: the prompts, in the order of the source.
 
     Raises:
-        ConfigError: if the file does not exist, has an unsupported type, or holds no prompt.
-        DataError: if a line is invalid; the message names it.
+        ConfigError: if the source does not exist, has an unsupported type, or holds no prompt.
+        DataError: if more than a tenth of the rows cannot be used; the message names the first of each reason.
     """
-    file = Path(path).expanduser()
-    on_hub = not file.exists() and not file.suffix and len(file.parts) == 2
-    if not file.is_file() and not on_hub:
-        raise ConfigError(f"prompts: file '{path}' not found (from {Path.cwd()}); correct the path")
-    if file.suffix in _TABLES or on_hub:
-        _, records = read_records(path if on_hub else str(file), split, None, column_map or {})
-        prompts = [_from_record(record, column_map or {}) for record in records]
-    elif file.suffix == ".txt":
-        lines = ((prompt.where, prompt) for prompt in _from_lines(file))
-        prompts = [prompt for _, prompt in take(split, lines)]
+    if isinstance(source, str) and Path(source).suffix == ".txt":
+        if not (file := Path(source).expanduser()).is_file():
+            raise ConfigError(f"{key}: file '{source}' not found (working directory {Path.cwd()}); correct the path")
+        prompts = [prompt for _, prompt in take(split, ((prompt.where, prompt) for prompt in _from_lines(file)))]
     else:
-        raise ConfigError(f"prompts: expected a file of type {', '.join(_TABLES)} or .txt, got '{path}'; convert it")
+        rows = open_rows(source, split=split, name=name, data_files=data_files, revision=revision, key=key)
+        prompts = _from_rows(rows.name, rows.read(), column_map or {})
     if not prompts:
-        raise ConfigError(f"prompts: expected at least one prompt, got none in '{path}'; use another file")
+        raise ConfigError(f"{key}: expected at least one prompt, got none in '{source}'; use another file")
     return prompts
 
 
-def _from_record(record: Record, column_map: Mapping[str, str]) -> Prompt:
-    fields = dict(record.row)
-    fields |= {name: fields[column] for name, column in column_map.items() if column in fields}
-    if fields.get("prompt") is None and fields.get("instruction") is not None:
-        record = Record(record.where, record.row, {"prompt": "instruction"})
-        fields["prompt"] = fields["instruction"]
-    return Prompt(record.where, record.prompt(), fields)
+def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping[str, str | None]) -> list[Prompt]:
+    tally = Tally(source)
+    prompts: list[Prompt] = []
+    field = None
+    for where, row in tally.counted(rows):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            field = field or prompt_field(row, column_map)
+            record = Record(where, row, column_map)
+            messages = read_prompt(record, field)
+            renamed = {name: row[column] for name, column in column_map.items() if column in row}
+            fields = {**row, **renamed, "prompt": record.get(field)}
+            prompts.append(Prompt(where, messages, fields, record.tools()))
+        except BadRow as error:
+            tally.add(error)
+    tally.check("drop")
+    for note in tally.notes():
+        log.warning(f"{source}: {note}")
+    return prompts
 
 
 def _from_lines(file: Path) -> Iterator[Prompt]:

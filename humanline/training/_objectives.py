@@ -151,8 +151,7 @@ class GRPO(Objective):
     signal = "advantages/gain"
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
-        scored = as_scored(dataset)
-        return scored.derived([_with_advantages(group) for group in scored], None)
+        return as_scored(dataset).derived(_with_advantages)
 
 
 def _with_advantages(group: Group) -> Group:

@@ -1,0 +1,210 @@
+"""Builds a dataset: reads rows, checks them, encodes them, cuts them, and counts what is left out."""
+
+import json
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from difflib import get_close_matches
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from humanline.data._dataset import GroupDataset
+from humanline.data._encoded import GroupWriter, open_encoded
+from humanline.data._examples import read_examples
+from humanline.data._files import Row
+from humanline.data._group import Group
+from humanline.data._options import DatasetOptions
+from humanline.data._read import SourceName, open_rows
+from humanline.data._record import BadRow, Record
+from humanline.data._schemas import FIELDS, Example, find_schema
+from humanline.data._tally import Tally
+from humanline.errors import ConfigError, DataError
+
+__all__ = ["build", "map_rows", "parse_text"]
+
+Groups = Callable[[Iterator[Row], Tally], Iterable[Group | BadRow]]
+
+CHUNK = 256
+"""Examples whose texts are tokenised together."""
+
+
+def build(
+    source: SourceName, options: DatasetOptions, fields: Collection[str], made_of: Any, groups_of: Groups
+) -> GroupDataset:
+    """Builds the dataset of a source. Collective if there are ranks: they share the encoded groups.
+
+    Args:
+        source (SourceName): the source.
+        options (DatasetOptions): how it is read and cut.
+        fields (Collection[str]): the fields that ``column_map`` may name.
+        made_of (Any): what the groups depend on besides source and options, as JSON; None keeps no groups for later.
+        groups_of (Groups): turns rows into groups, and those that cannot be used into errors.
+
+    Raises:
+        ConfigError: if a setting is invalid.
+        DataError: if too many rows cannot be used, or no group is left.
+    """
+    budget = options.budget
+    for field, column in (options.column_map or {}).items():
+        if field not in fields:
+            near = get_close_matches(str(field), fields, n=1) or ["prompt"]
+            raise ConfigError(f"column_map: expected fields of a known schema, such as {near[0]}, got '{field}'")
+        if not isinstance(column, str | None):
+            raise ConfigError(f"column_map: expected a column's name or null for '{field}', got {column!r}")
+    reading = {key: getattr(options, key) for key in ("split", "name", "data_files", "revision", "streaming")}
+    rows = open_rows(source, **reading)
+
+    def key() -> str | None:
+        if made_of is None:
+            return None
+        facts = [rows.digest(), asdict(options), made_of, _code()]
+        return blake2b(json.dumps(facts, default=_plain).encode(), digest_size=16).hexdigest()
+
+    def encode(folder: Path) -> None:
+        tally, writer = Tally(rows.name), GroupWriter(folder)
+        cut_prompts = cut_responses = equal = 0
+        quiet = os.environ.get("RANK", "0") != "0"
+        read = tqdm(tally.counted(rows.read()), desc=f"reading {rows.name}", unit=" rows", delay=2, leave=False, disable=quiet)
+        for whole in groups_of(iter(read), tally):
+            try:
+                group = whole if isinstance(whole, BadRow) else budget.fit(whole)
+            except DataError as error:  # its prompt leaves no room
+                group = BadRow.of(error)
+            if isinstance(whole, BadRow) or isinstance(group, BadRow):
+                tally.add(group)
+                continue
+            if group is not whole:
+                cut_prompts += len(group.prompt) < len(whole.prompt)
+                cut_responses += sum(
+                    len(cut) < len(response) for cut, response in zip(group.responses, whole.responses, strict=True)
+                )
+            # Responses may differ only past the cut, or in white space that the chat template strips.
+            if group.is_pair and group.responses[0] == group.responses[1]:
+                equal += 1
+            else:
+                writer.add(group)
+        tally.check(options.on_bad_row)
+        if not len(writer):
+            if equal:
+                raise DataError(f"{rows.name}: all {equal:,} pairs are equal once encoded and cut; raise max_tokens")
+            raise DataError(f"{rows.name}: no examples in split '{options.split}'; check the file and the split")
+        cut = (
+            f"{cut_prompts:,} prompts and {cut_responses:,} responses truncated "
+            f"(max_tokens {budget.max_tokens}, max_prompt_tokens {budget.max_prompt_tokens})"
+        )
+        same = [f"{equal:,} pairs dropped (equal once encoded and cut)"] if equal else []
+        writer.close({"notes": [*tally.notes(), cut, *same], "dropped": tally.dropped + equal})
+
+    groups = open_encoded(key, encode)
+    return GroupDataset(groups, rows.name, groups.facts["notes"], budget, groups.facts["dropped"])
+
+
+def map_rows(parse: Callable[[Record], Group], column_map: Mapping[str, str | None]) -> Groups:
+    """Returns a function that turns each row into a group."""
+
+    def groups_of(rows: Iterator[Row], tally: Tally) -> Iterator[Group | BadRow]:
+        for where, row in rows:
+            try:
+                yield row if isinstance(row, BadRow) else parse(Record(where, row, column_map))
+            except BadRow as error:
+                yield error
+
+    return groups_of
+
+
+def parse_text(kind: str, tokenizer: Any, source: SourceName, options: DatasetOptions) -> GroupDataset:
+    """Builds the dataset of a source of text; of several schemas that fit, one of ``kind`` is meant."""
+
+    def groups_of(rows: Iterator[Row], tally: Tally) -> Iterator[Group | BadRow]:
+        head = list(islice(rows, 64))
+        sound = [row for _, row in head if not isinstance(row, BadRow)]
+        column_map = options.column_map or {}
+        if not sound:
+            return (row for _, row in head)
+        schema = find_schema(sound, kind, column_map, options.format)
+        tally.schema = f"{schema.name} ({schema.columns})"
+        markers = getattr(tokenizer, "markers", ())
+        examples = read_examples(chain(head, rows), schema, column_map, options.system_prompt, markers)
+        return _encoded(tokenizer, examples)
+
+    fingerprint = getattr(tokenizer, "fingerprint", None)
+    made_of = None if fingerprint is None else [kind, fingerprint()]
+    return build(source, options, FIELDS, made_of, groups_of)
+
+
+def _encoded(tokenizer: Any, examples: Iterator[Example | BadRow]) -> Iterator[Group | BadRow]:
+    """Encodes examples. Texts are tokenised in threads of their own while the next ones are rendered."""
+    if not hasattr(tokenizer, "encode_texts"):
+        yield from (_one_by_one(tokenizer, example) for example in examples)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Any] = deque()
+        while chunk := list(islice(examples, CHUNK)):
+            rendered = [_rendered(tokenizer, example) for example in chunk]
+            texts = [text for each in rendered if not isinstance(each, BadRow) for text in each]
+            waiting.append((chunk, rendered, thread.submit(tokenizer.encode_texts, texts)))
+            if len(waiting) > 2:
+                yield from _joined(tokenizer, *waiting.popleft())
+        for each in waiting:
+            yield from _joined(tokenizer, *each)
+
+
+def _joined(tokenizer: Any, chunk: list[Any], rendered: list[Any], encoded: Any) -> Iterator[Group | BadRow]:
+    ids = iter(encoded.result())
+    for example, texts in zip(chunk, rendered, strict=True):
+        if isinstance(texts, BadRow):
+            yield texts
+            continue
+        try:
+            prompt, responses = tokenizer.split(list(islice(ids, len(texts))))
+        except DataError as error:
+            yield BadRow.of(error, example.where)
+        else:
+            yield Group(prompt, tuple(responses), example.scores, example.labels, example.where)
+
+
+def _rendered(tokenizer: Any, example: Example | BadRow) -> list[str] | BadRow:
+    if isinstance(example, BadRow):
+        return example
+    try:
+        return tokenizer.render(example.prompt, example.responses, example.tools)
+    except DataError as error:  # the chat template rejects the conversation, but does not know its place
+        return BadRow.of(error, example.where)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (first seen in {example.where})") from error
+
+
+def _one_by_one(tokenizer: Any, example: Example | BadRow) -> Group | BadRow:
+    """Encodes an example with a tokenizer that has only ``encode_prompt`` and ``encode_response``."""
+    if isinstance(example, BadRow):
+        return example
+    tools = {} if example.tools is None else {"tools": example.tools}
+    try:
+        prompt = tokenizer.encode_prompt(example.prompt, **tools)
+        responses = [
+            tokenizer.encode_response(example.prompt, m if m.keys() - {"role", "content"} else m["content"], **tools)
+            for m in example.responses
+        ]
+    except DataError as error:
+        return BadRow.of(error, example.where)
+    ids = (array("i", response) for response in responses)
+    return Group(array("i", prompt), tuple(ids), example.scores, example.labels, example.where)
+
+
+def _code() -> str:
+    """Returns a digest of the code that turns rows into groups."""
+    total = blake2b(digest_size=8)
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)

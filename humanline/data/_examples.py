@@ -1,0 +1,160 @@
+"""Reads rows of text into examples, and finds what would be lost or taken for something else."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from humanline.data._files import Row
+from humanline.data._messages import Message, text_of
+from humanline.data._record import BadRow, Record, WrongFormat
+from humanline.data._schemas import Example, Schema, instruction
+from humanline.errors import ConfigError
+
+__all__ = ["prompt_field", "read_examples", "read_prompt"]
+
+PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messages", "conversations")
+
+# Columns that would change what the model sees, if their content is not in the prompt.
+_CONTEXT = ("input", "context", "history", "documents", "document", "passage", "functions")
+_CONTEXT += ("image", "images", "audio", "video", "videos")
+
+# Of the chat templates that are most common: text with one of them has been through a template.
+_MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>")
+_MARKERS += ("<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>")
+_CUES = ("### Response:", "### Assistant:", "ASSISTANT:", "Assistant:")
+
+
+def read_examples(
+    rows: Iterable[Row],
+    schema: Schema,
+    column_map: Mapping[str, str | None],
+    system_prompt: str | None,
+    markers: Sequence[str],
+) -> Iterator[Example | BadRow]:
+    """Reads rows of a schema.
+
+    Args:
+        rows (Iterable[Row]): the rows and their places.
+        schema (Schema): reads them.
+        column_map (Mapping[str, str | None]): maps a field to its column.
+        system_prompt (str | None): the system message of conversations without one.
+        markers (Sequence[str]): strings that the chat template writes; text with one of them is templated already.
+
+    Returns:
+        Iterator[Example | BadRow]: an example for each row or, where rows of one prompt belong together, for each
+        prompt; the error of a row that cannot be used.
+
+    Raises:
+        WrongFormat: if a column would be ignored that changes what the model sees.
+    """
+    markers = tuple(dict.fromkeys((*markers, *_MARKERS)))
+
+    def read() -> Iterator[Example | BadRow]:
+        for where, row in rows:
+            try:
+                yield row if isinstance(row, BadRow) else _example(Record(where, row, column_map), schema)
+            except BadRow as error:
+                yield error
+
+    def _example(record: Record, schema: Schema) -> Example:
+        found = schema.read(record)
+        _refuse_ignored(record, found.prompt)
+        prompt = _with_system(record, found.prompt, system_prompt)
+        _refuse_templated(record, prompt, found.responses, markers)
+        return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
+
+    return _by_prompt(read()) if schema.by_prompt else read()
+
+
+def prompt_field(row: Mapping[str, Any], column_map: Mapping[str, str | None]) -> str:
+    """Returns the field that holds the prompt of a prompt file, by its first row; ``prompt`` wins over all others.
+
+    Raises:
+        ConfigError: if several columns could be the prompt.
+    """
+    record = Record("", row, column_map)
+    found = [field for field in PROMPT_FIELDS if record.get(field) is not None] or ["prompt"]
+    if found[0] != "prompt" and len(found) > 1:
+        raise ConfigError(
+            f"column_map: any of the columns {', '.join(found)} could be the prompt; set column_map: {{prompt: ...}}"
+        )
+    return found[0]
+
+
+def read_prompt(record: Record, field: str) -> list[Message]:
+    """Returns the messages to answer of a row of a prompt file, with its own system message.
+
+    Raises:
+        BadRow: if the prompt is empty, of a wrong type, or has been through a chat template.
+        WrongFormat: if a column would be ignored that changes what the model sees.
+    """
+    messages = instruction(record) if field == "instruction" else record.prompt(field)
+    _refuse_ignored(record, messages)
+    messages = _with_system(record, messages, None)
+    _refuse_templated(record, messages, [], _MARKERS)
+    return messages
+
+
+def _with_system(record: Record, messages: list[Message], default: str | None) -> list[Message]:
+    """Returns a prompt with its system message: its own, else that of the record's column, else the default."""
+    own, column = messages[0]["role"] == "system", record.system()
+    if own and column is not None and column.strip() != messages[0]["content"].strip():
+        raise record.error("system", "differs from the system message of the prompt; keep one of them")
+    text = default if column is None else column
+    return messages if own or not text else [{"role": "system", "content": text}, *messages]
+
+
+def _refuse_ignored(record: Record, prompt: list[Message]) -> None:
+    for name in _CONTEXT:
+        if (value := record.get(name)) is not None and (lost := _lost(value, prompt)):
+            column = record.column_map.get(name) or name
+            raise WrongFormat(
+                f"{record.where}: column '{column}' would be ignored, and the prompt has not its content ({lost!r}); "
+                f"put it into the prompt, or leave it out on purpose with column_map: {{{name}: null}}"
+            )
+
+
+def _lost(value: Any, prompt: list[Message]) -> str:
+    """Returns the start of a text in a column that no message has; empty if there is none."""
+    if isinstance(value, str):
+        return "" if value.strip() in text_of(prompt) else value.strip()[:40]
+    if isinstance(value, Mapping):
+        return next((lost for each in value.values() if (lost := _lost(each, prompt))), "")
+    if isinstance(value, list):
+        return next((lost for each in value if (lost := _lost(each, prompt))), "")
+    return repr(value)[:40] if isinstance(value, bytes) else ""
+
+
+def _refuse_templated(
+    record: Record, prompt: Sequence[Message], responses: Sequence[Message], markers: Sequence[str]
+) -> None:
+    for message in (*prompt, *responses):
+        text = message.get("content") or ""
+        for marker in markers:
+            if marker in text:
+                raise _templated(record, marker)
+    for cue in _CUES:
+        if (prompt[-1].get("content") or "").rstrip().endswith(cue):
+            raise _templated(record, cue)
+
+
+def _templated(record: Record, marker: str) -> BadRow:
+    problem = f"the text has '{marker}' of a chat template, which would be applied twice; provide plain messages"
+    return BadRow(record.where, problem, f"text with '{marker}' of a chat template")
+
+
+def _by_prompt(examples: Iterable[Example | BadRow]) -> Iterator[Example | BadRow]:
+    """Joins the scored responses to the same prompt into one example, at the place of the first."""
+    joined: dict[str, Example] = {}
+    for example in examples:
+        if isinstance(example, BadRow):
+            yield example
+            continue
+        key = repr((example.prompt, example.tools))
+        if key in joined:
+            first = joined[key]
+            first.responses.extend(example.responses)
+            scores = (*(first.scores or ()), *(example.scores or ()))
+            joined[key] = Example(first.where, first.prompt, first.responses, scores, None, first.tools)
+        else:
+            joined[key] = example
+    yield from joined.values()
