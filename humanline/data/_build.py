@@ -23,7 +23,7 @@ from humanline.data._group import Group
 from humanline.data._options import DatasetOptions
 from humanline.data._read import SourceName, open_rows
 from humanline.data._record import BadRow, Record
-from humanline.data._schemas import FIELDS, Example, find_schema
+from humanline.data._schemas import FIELDS, RESPONSES, Example, find_schema
 from humanline.data._tally import Tally
 from humanline.errors import ConfigError, DataError
 
@@ -129,6 +129,11 @@ def parse_text(kind: str, tokenizer: Any, source: SourceName, options: DatasetOp
         if not sound:
             return (row for _, row in head)
         schema = find_schema(sound, kind, column_map, options.format)
+        if schema.kind == RESPONSES:
+            raise DataError(
+                f"{tally.name}: schema {schema.name} ({schema.columns}) says not which response is better; score the "
+                "responses with humanline_label, and use its output"
+            )
         tally.schema = f"{schema.name} ({schema.columns})"
         markers = getattr(tokenizer, "markers", ())
         examples = read_examples(chain(head, rows), schema, column_map, options.system_prompt, markers)

@@ -30,6 +30,8 @@ from humanline.errors import ConfigError
 __all__ = ["EncodedGroups", "GroupWriter", "open_encoded"]
 
 _NAN = float("nan")
+FLUSH = 1 << 20
+"""Tokens that are written at a time."""
 
 
 class EncodedGroups(Sequence[Group]):
@@ -87,7 +89,7 @@ class GroupWriter:
         self._ends, self._firsts = array("q"), array("q", [0])
         self._values = array("d"), array("d")
         self._places, self._files = (array("q"), array("q")), {}
-        self._end = 0
+        self._end, self._buffer = 0, array("i")
 
     def __len__(self) -> int:
         return len(self._firsts) - 1
@@ -95,9 +97,11 @@ class GroupWriter:
     def add(self, group: Group) -> None:
         """Appends a group."""
         for tokens in (group.prompt, *group.responses):
-            self._tokens.write(tokens if isinstance(tokens, array) else array("i", tokens))  # type: ignore[arg-type]
+            self._buffer.extend(tokens)
             self._end += len(tokens)
             self._ends.append(self._end)
+        if len(self._buffer) > FLUSH:
+            self._flush()
         self._firsts.append(len(self._ends))
         for values, given in zip(self._values, (group.scores, group.labels), strict=True):
             values.append(_NAN)  # the prompt's
@@ -106,8 +110,13 @@ class GroupWriter:
         self._places[0].append(self._files.setdefault(file, len(self._files)))
         self._places[1].append(number)
 
+    def _flush(self) -> None:
+        self._buffer.tofile(self._tokens)
+        del self._buffer[:]
+
     def close(self, facts: dict[str, Any]) -> None:
         """Completes the folder, with ``facts`` about the groups."""
+        self._flush()
         self._tokens.close()
         arrays = {
             "ends": np.array(self._ends),

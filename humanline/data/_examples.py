@@ -6,16 +6,12 @@ from typing import Any
 from humanline.data._files import Row
 from humanline.data._messages import Message, text_of
 from humanline.data._record import BadRow, Record, WrongFormat
-from humanline.data._schemas import Example, Schema, instruction
+from humanline.data._schemas import CONTEXT, Example, Schema, instruction
 from humanline.errors import ConfigError
 
 __all__ = ["prompt_field", "read_examples", "read_prompt"]
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messages", "conversations")
-
-# Columns that would change what the model sees, if their content is not in the prompt.
-_CONTEXT = ("input", "context", "history", "documents", "document", "passage", "functions")
-_CONTEXT += ("image", "images", "audio", "video", "videos")
 
 # Of the chat templates that are most common: text with one of them has been through a template.
 _MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>")
@@ -51,13 +47,13 @@ def read_examples(
     def read() -> Iterator[Example | BadRow]:
         for where, row in rows:
             try:
-                yield row if isinstance(row, BadRow) else _example(Record(where, row, column_map), schema)
+                yield row if isinstance(row, BadRow) else example(Record(where, row, column_map))
             except BadRow as error:
                 yield error
 
-    def _example(record: Record, schema: Schema) -> Example:
+    def example(record: Record) -> Example:
         found = schema.read(record)
-        _refuse_ignored(record, found.prompt)
+        _refuse_ignored(record, found.prompt, schema.columns)
         prompt = _with_system(record, found.prompt, system_prompt)
         _refuse_templated(record, prompt, found.responses, markers)
         return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
@@ -88,7 +84,7 @@ def read_prompt(record: Record, field: str) -> list[Message]:
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
     messages = instruction(record) if field == "instruction" else record.prompt(field)
-    _refuse_ignored(record, messages)
+    _refuse_ignored(record, messages, field)
     messages = _with_system(record, messages, None)
     _refuse_templated(record, messages, [], _MARKERS)
     return messages
@@ -103,8 +99,10 @@ def _with_system(record: Record, messages: list[Message], default: str | None) -
     return messages if own or not text else [{"role": "system", "content": text}, *messages]
 
 
-def _refuse_ignored(record: Record, prompt: list[Message]) -> None:
-    for name in _CONTEXT:
+def _refuse_ignored(record: Record, prompt: list[Message], read: str) -> None:
+    if not record.column_map and CONTEXT.isdisjoint(record.row):  # to be fast
+        return
+    for name in sorted(CONTEXT.difference(read.split())):
         if (value := record.get(name)) is not None and (lost := _lost(value, prompt)):
             column = record.column_map.get(name) or name
             raise WrongFormat(
@@ -127,14 +125,17 @@ def _lost(value: Any, prompt: list[Message]) -> str:
 def _refuse_templated(
     record: Record, prompt: Sequence[Message], responses: Sequence[Message], markers: Sequence[str]
 ) -> None:
+    firsts = {marker[0] for marker in markers}  # to be fast: few texts have one of these characters
     for message in (*prompt, *responses):
         text = message.get("content") or ""
-        for marker in markers:
+        for marker in markers if any(first in text for first in firsts) else ():
             if marker in text:
                 raise _templated(record, marker)
-    for cue in _CUES:
-        if (prompt[-1].get("content") or "").rstrip().endswith(cue):
-            raise _templated(record, cue)
+    last = prompt[-1].get("content") or ""
+    if last.endswith(":"):
+        for cue in _CUES:
+            if last.endswith(cue):
+                raise _templated(record, cue)
 
 
 def _templated(record: Record, marker: str) -> BadRow:

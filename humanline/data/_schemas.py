@@ -12,7 +12,19 @@ from humanline.data._messages import Message
 from humanline.data._record import Record
 from humanline.errors import ConfigError
 
-__all__ = ["FIELDS", "LABELS", "PAIRS", "SCORES", "Example", "Schema", "find_schema", "instruction"]
+__all__ = [
+    "CONTEXT",
+    "FIELDS",
+    "LABELS",
+    "PAIRS",
+    "RESPONSES",
+    "SCHEMAS",
+    "SCORES",
+    "Example",
+    "Schema",
+    "find_schema",
+    "instruction",
+]
 
 PAIRS, LABELS, SCORES, RESPONSES = "pairs", "labelled responses", "scored responses", "responses"
 
@@ -207,7 +219,11 @@ SCHEMAS = (
     Schema("ultrafeedback_binarized", PAIRS, "prompt chosen rejected score_chosen score_rejected", _pair()),
     Schema("sharegpt", PAIRS, "conversations chosen rejected", _pair(prompt="conversations")),
     Schema("orca", PAIRS, "question chosen rejected", _pair(prompt="question")),
-    Schema("input_preference", PAIRS, "input chosen rejected", _pair(prompt="input")),
+    Schema(
+        *("input_preference", PAIRS, "input chosen rejected"),
+        _pair(prompt="input"),
+        when=lambda row: not ("instruction" in row or "prompt" in row),
+    ),
     Schema("instruction_preference", PAIRS, "instruction chosen rejected", _pair(prompt="instruction")),
     Schema(
         *("argilla", PAIRS, "instruction chosen_response rejected_response"),
@@ -260,8 +276,13 @@ SCHEMAS = (
     Schema("halos_samples", RESPONSES, "type prompt output", _unscored("prompt"), when=_of_type("sample")),
 )
 
-FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {"system", "system_prompt", "tools", "input"}
-"""Fields that ``column_map`` can rename."""
+CONTEXT = frozenset(
+    "input context history documents document passage functions image images audio video videos".split()
+)
+"""Columns that would change what the model sees, if their content is not in the prompt."""
+
+FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {"system", "system_prompt", "tools", *CONTEXT}
+"""Fields that ``column_map`` can name."""
 
 
 def find_schema(rows: Sequence[Mapping[str, Any]], kind: str, column_map: Mapping[str, Any], format: str | None) -> Schema:
