@@ -1,10 +1,15 @@
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtune.utils import get_logger, log_rank_zero
+
 from humanline.data import Message, Record, read_records, take
 from humanline.errors import ConfigError, DataError
+
+log = get_logger("INFO")
 
 __all__ = ["Prompt", "read_prompts"]
 
@@ -24,6 +29,17 @@ class Prompt:
     where: str
     messages: list[Message]
     fields: Mapping[str, Any]
+
+    @property
+    def has_system_message(self) -> bool:
+        """Whether the chat starts with a system message of its own."""
+        return self.messages[0]["role"] in ("system", "developer")
+
+    def under(self, system_prompt: str | None) -> "Prompt":
+        """Returns the prompt with a system message before the chat, unless the chat has its own."""
+        if not system_prompt or self.has_system_message:
+            return self
+        return replace(self, messages=[{"role": "system", "content": system_prompt}, *self.messages])
 
 
 def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] | None = None) -> list[Prompt]:
@@ -49,7 +65,9 @@ def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] 
     if not file.is_file() and not on_hub:
         raise ConfigError(f"prompts: file '{path}' not found (from {Path.cwd()}); correct the path")
     if file.suffix in _TABLES or on_hub:
-        _, records = read_records(path if on_hub else str(file), split, None, column_map or {})
+        _, found = read_records(path if on_hub else str(file), split, None, column_map or {})
+        records = list(found)
+        _warn_of_hidden(records, column_map or {})
         prompts = [_from_record(record, column_map or {}) for record in records]
     elif file.suffix == ".txt":
         lines = ((prompt.where, prompt) for prompt in _from_lines(file))
@@ -59,6 +77,17 @@ def read_prompts(path: str, split: str = "train", column_map: Mapping[str, str] 
     if not prompts:
         raise ConfigError(f"prompts: expected at least one prompt, got none in '{path}'; use another file")
     return prompts
+
+
+def _warn_of_hidden(records: Sequence[Record], column_map: Mapping[str, str]) -> None:
+    """Warns of columns that ``column_map`` replaces by another one."""
+    for name, column in column_map.items():
+        if name != column and any(name in record.row and column in record.row for record in records):
+            log_rank_zero(
+                log,
+                f"column_map: {{{name}: {column}}} hides the source's own column '{name}'; rename one to keep both",
+                level=logging.WARNING,
+            )
 
 
 def _from_record(record: Record, column_map: Mapping[str, str]) -> Prompt:
