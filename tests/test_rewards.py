@@ -533,8 +533,20 @@ def test_a_model_of_its_own_code_runs_only_where_it_is_trusted(tmp_path):
 def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     reward = classifier(write_classifier(tmp_path / "model", template=refusing))
-    with pytest.raises(DataError, match="^prompts.jsonl line 2: the reward model's chat template .*no system"):
-        reward(PROMPTS, RESPONSES)
+    for responses in (RESPONSES, [[] for _ in PROMPTS]):  # without responses it only checks the prompts
+        with pytest.raises(
+            DataError, match="^prompts.jsonl line 2: the reward model's chat template .*no system"
+        ) as error:
+            reward(PROMPTS, responses)
+        assert str(error.value).endswith("; if it accepts no system message, set reward.system_message: false")
+
+
+def test_a_reward_model_may_score_without_the_system_message(classifiers):
+    messages = [{"role": "user", "content": "Who?"}]
+    asked = [Prompt("prompts.jsonl line 1", [{"role": "system", "content": "Be kind."}, *messages], {})]
+    plain = [Prompt("prompts.jsonl line 1", messages, {})]
+    with_system, without = (classifier(classifiers[1], system_message=value) for value in (True, False))
+    assert without(asked, [["Me"]]) == with_system(plain, [["Me"]]) != with_system(asked, [["Me"]])
 
 
 @pytest.mark.parametrize(
@@ -545,6 +557,7 @@ def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
         ({"head": -1}, "reward.head: expected the index of an output, 0 or more, or null, got -1"),
         ({"dtype": "fp16"}, "reward.dtype: expected bf16 or fp32, got 'fp16'"),
         ({"batch_size": 0}, "reward.batch_size: expected an integer of at least 1, got 0"),
+        ({"system_message": "no"}, "reward.system_message: expected true or false, got 'no'"),
         ({"max_tokens": 129}, "reward.max_tokens: 129 exceeds the model's 128 positions"),
         ({"device": "abacus"}, "reward.path: .* cannot be loaded"),
         ({"trust_remote_code": "yes"}, "reward.trust_remote_code: expected true or false, got 'yes'"),

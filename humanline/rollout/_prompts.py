@@ -23,7 +23,8 @@ class Prompt:
     Attributes:
         where (str): the prompt's file and line, such as "prompts.jsonl line 7".
         messages (list[Message]): the chat to answer; the last message is the user's.
-        fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt itself under ``prompt``.
+        fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt as the line has it under
+            ``prompt``.
     """
 
     where: str
