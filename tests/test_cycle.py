@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 SEQUENCE_CLASSIFIER = "humanline.rewards.SequenceClassifierReward"
 LENGTH = {"_component_": "test_cycle.Length"}
-ANSWER = {"role": "user", "content": "What is 2+3?"}
+QUESTION = {"role": "user", "content": "What is 2+3?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -130,8 +130,8 @@ def test_the_system_prompt_reaches_only_prompts_without_their_own(programs, mixe
     own = [{"role": "system", "content": "Speak French."}, {"role": "user", "content": "Hi"}]
     assert [row["prompt"] for row in sampled] == [
         own,
-        [SYSTEM, ANSWER],
-        [SYSTEM, {**ANSWER, "content": "What is 4+4?"}],
+        [SYSTEM, QUESTION],
+        [SYSTEM, {**QUESTION, "content": "What is 4+4?"}],
     ]
     assert [row["answer"] for row in sampled] == ["5", "5", "8"]
     said = [record.getMessage() for record in caplog.records if "own system message" in record.getMessage()]
@@ -165,6 +165,18 @@ def test_online_the_system_prompt_reaches_only_prompts_without_their_own(mixed):
     assert plan.left_out() == ["source: 1 of 3 prompts keep their own system message instead of system_prompt"]
     without = OnlineSource(str(mixed), max_new_tokens=4).plan(Letters(), steps)
     assert [len(prompt.messages) for prompt in without.prompts] == [2, 1, 1] and without.left_out() == []
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_developer_s_message_is_a_system_message_too(role):
+    first = {"role": role, "content": "Speak French."}
+    own, late, none = (
+        Prompt("line 1", messages, {}) for messages in ([first, QUESTION], [QUESTION, first, QUESTION], [QUESTION])
+    )
+    assert own.under("Be brief.") == own
+    assert late.under("Be brief.").messages == [SYSTEM, *late.messages]
+    assert none.under("Be brief.").messages == [SYSTEM, QUESTION]
+    assert none.under(None) == none.under("") == none
 
 
 @pytest.mark.parametrize("system_prompt", [5, ["Be brief."], True])
