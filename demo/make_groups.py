@@ -63,7 +63,7 @@ def groups(row: dict) -> list[dict]:
     ]
     return [
         {
-            "prompt": row["prompt"],
+            "prompt": row["prompt"][-1]["content"],
             "all_generated_responses": group,
             "all_rm_scores": [finished[response] for response in group],
         }

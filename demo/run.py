@@ -84,7 +84,7 @@ def main() -> None:
         print(f"{f'{name} (of {trials})':28}{columns}")
     print("\nThe first five held-out prompts:")
     for first, second in list(zip(before, after, strict=True))[:5]:
-        print(f"  {first['prompt']}")
+        print(f"  {first['prompt'][-1]['content']}")
         for name, row in (("before", first), ("after", second)):
             print(f"    {name:7}{' '.join(row['all_generated_responses'][0].split())}")
     seconds = time.perf_counter() - start

@@ -37,8 +37,10 @@ from humanline.programs import (
     parse,
     score_sources,
     scored_rows,
+    warn_of_replaced,
     whole_number,
     whole_numbers,
+    with_json_fields,
     write_json,
     write_jsonl,
 )
@@ -116,15 +118,17 @@ class HumanlineEvalRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples, or the prompts and then the model. Prompts that cannot be scored are reported first."""
-        self.reward = component(cfg, "reward")
-        self.made_of = score_sources(cfg.reward)
         if self.sampling is None:
-            self.prompts, responses = read_samples(cfg.samples)
-            for prompt, texts in zip(self.prompts, responses, strict=True):
+            found, responses = read_samples(cfg.samples)
+            for prompt, texts in zip(found, responses, strict=True):
                 self._check_k(len(texts), f"the {len(texts)} responses of {prompt.where}")
                 check_facts(prompt, len(texts))
+            warn_of_replaced("samples", found, ["all_rm_scores"])
+            self.prompts = with_json_fields(found)
         else:
             self.prompts = self.sampling.read(cfg)
+        self.reward = component(cfg, "reward")
+        self.made_of = score_sources(cfg.reward)
         self.reward(self.prompts, [[] for _ in self.prompts])
         if self.sampling is not None:
             self.sampler = Sampler(cfg, self.sampling, self.prompts, self.output)

@@ -28,7 +28,9 @@ from humanline.programs import (
     parse,
     score_sources,
     scored_rows,
+    warn_of_replaced,
     whole_number,
+    with_json_fields,
 )
 from humanline.rewards import read_samples
 from omegaconf import DictConfig
@@ -64,7 +66,9 @@ class HumanlineLabelRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples and builds the reward, so that an invalid line or reward is reported at once."""
-        self.prompts, _ = read_samples(cfg.samples)
+        found, _ = read_samples(cfg.samples)
+        warn_of_replaced("samples", found, ["all_rm_scores"])
+        self.prompts = with_json_fields(found)
         self.rows = [dict(prompt.fields) for prompt in self.prompts]
         self.reward = component(cfg, "reward")
         self.reward(self.prompts, [[] for _ in self.prompts])  # without responses it only checks the prompts

@@ -22,6 +22,7 @@ from ranks import Ranks
 from humanline._garbage import spare_imports
 
 ROOT = Path(__file__).parent.parent
+CASES = ROOT / "tests" / "data" / "cases"  # small inputs that real users' data look like
 GOLDEN = Path(__file__).parent / "golden"
 TUNE = Path(sys.executable).with_name("tune")
 

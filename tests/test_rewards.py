@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import CASES, ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_http_engine import SECONDS, Heard
@@ -37,6 +37,7 @@ from humanline.rewards import (
     OpenR1Reward,
     SequenceClassifierReward,
     TagCountReward,
+    read_samples,
 )
 from humanline.rollout import Prompt, Stopped
 
@@ -54,6 +55,17 @@ def score(reward, answer, response):
 
 # ---- GSM8K
 
+# What follows #### in an answer is the answer, in a box and in a sentence.
+UNITS = ("$18.50", "\\$18", "€18", "25%", "25\\%", "18 dollars", "$70,000 a year", "**18**", "6.")
+GSM8K_ANSWERS = [
+    (f"9 * 2 = <<9*2=18>>18, or 3 times 6.\n#### {answer}", response.replace("ANSWER", answer))
+    for answer in ("18", "70,000", "-5", *UNITS)
+    for response in (
+        r"\boxed{ANSWER}",
+        "The answer is ANSWER.",
+        r"<think>\boxed{3}</think> <answer>\boxed{ANSWER}</answer>",
+    )
+]
 RIGHT_NUMBERS = [
     ("18", "#### 1. Eggs\n16-7=9\n#### Answer\n18"),
     ("18", "#### 2. Money\n9*2 = \\boxed{18}"),
@@ -79,6 +91,8 @@ RIGHT_NUMBERS = [
     ("18", "#### **$18**, for 2 days"),
     ("-18", "####-\\$18"),
     ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
+    (Decimal("18.00"), "18"),
+    *GSM8K_ANSWERS,
 ]
 WRONG_NUMBERS = [
     ("4", "So it is 5."),
@@ -175,6 +189,14 @@ RIGHT = [
     (2.5, "5/2"),
     ("5", r"\boxed{5} is it. The proof goes by 3 cases, 1 and 2 and 3."),
     ("5", "<think>\\boxed{7}</think> <answer>5</answer>"),
+    ("€5", r"\boxed{5}"),
+    ("5", "It costs €5."),
+    ("18", r"\boxed{18 dollars}"),
+    ("70000", r"\boxed{\$70,000 dollars a year.}"),
+    (Decimal("5.0"), "5"),
+    *GSM8K_ANSWERS,
+    (r"#### \frac{3}{4}", "0.75"),
+    ("#### 2x+1", "It is $1+2x$"),
 ]
 WRONG = [
     (r"\frac{1}{2}", "0.51"),
@@ -192,6 +214,10 @@ WRONG = [
     ("5", "<think>It is 5.</think>"),
     ("5", r"\boxed{4}. Or \boxed{5}."),
     ("5", "$$ \\frac{ $ } \\( {{{"),
+    ("2 + 3 = <<2+3=5>>5\n#### 5", "2 + 3"),
+    ("2 + 3 = <<2+3=5>>5\n#### 5", r"\boxed{3}"),
+    ("#### 3 pi", r"\boxed{3}"),
+    ("18", r"\boxed{18 x}"),
 ]
 
 
@@ -284,6 +310,50 @@ def test_maths_without_math_verify_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "math_verify", raising=False)
     with pytest.raises(ConfigError, match=r"pip install -c constraints.txt -e '.\[math\]'$"):
         MathReward()
+
+
+# ---- What all rewards with a right answer agree on
+
+ACCURACY = {
+    "GSM8KReward": GSM8KReward,
+    "MathReward": MathReward,
+    "OpenR1Reward": lambda: OpenR1Reward(accuracy=1, format=0, tag_count=0),
+}
+
+
+@pytest.fixture(scope="module", params=ACCURACY)
+def accuracy(request):
+    return ACCURACY[request.param]()
+
+
+def test_a_derivation_in_gsm8k_s_form_is_scored_by_what_follows_the_mark(accuracy):
+    prompts, responses = read_samples(str(CASES / "e09_gsm8k_math.jsonl"))
+    assert accuracy(prompts, responses) == [[1, 0, 1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        (r"<think>\boxed{3}</think> \boxed{4}", 4),
+        (r"<think>\boxed{3}</think> The answer is 4.", 4),
+        ("<think>\n#### 3\n</think>\nThe answer is 4.", 4),
+        (r"I think \boxed{3}.</think> It is 4.", 4),  # the prompt opened the thought
+        (r"<think>\boxed{3}</think> Or: <think>\boxed{3}</think> 4", 4),
+        (r"<think>\boxed{3}</think>", None),
+        (r"<think>It is \boxed{3}. But", None),
+        ("<think>\n#### 3\n", None),
+        (r"<think>\boxed{3}</think> 4 <think> or \boxed{3}", 4),
+        (r"3 <think>\boxed{3}</think>", None),
+    ],
+)
+def test_a_thought_is_not_the_answer_whether_or_not_it_ends(accuracy, response, number):
+    assert accuracy([prompt("3"), prompt("#### 4")], [[response]] * 2) == [[number == 3], [number == 4]]
+
+
+@pytest.mark.parametrize("reward", [MathReward, OpenR1Reward])
+def test_an_empty_answer_after_the_mark_is_named(reward):
+    with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' has no answer after ####; correct it"):
+        reward()([prompt("1 + 1 = 2\n####\n")], [[]])
 
 
 # ---- The form
@@ -463,8 +533,20 @@ def test_a_model_of_its_own_code_runs_only_where_it_is_trusted(tmp_path):
 def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     reward = classifier(write_classifier(tmp_path / "model", template=refusing))
-    with pytest.raises(DataError, match="^prompts.jsonl line 2: the reward model's chat template .*no system"):
-        reward(PROMPTS, RESPONSES)
+    for responses in (RESPONSES, [[] for _ in PROMPTS]):  # without responses it only checks the prompts
+        with pytest.raises(
+            DataError, match="^prompts.jsonl line 2: the reward model's chat template .*no system"
+        ) as error:
+            reward(PROMPTS, responses)
+        assert str(error.value).endswith("; if it accepts no system message, set reward.system_message: false")
+
+
+def test_a_reward_model_may_score_without_the_system_message(classifiers):
+    messages = [{"role": "user", "content": "Who?"}]
+    asked = [Prompt("prompts.jsonl line 1", [{"role": "system", "content": "Be kind."}, *messages], {})]
+    plain = [Prompt("prompts.jsonl line 1", messages, {})]
+    with_system, without = (classifier(classifiers[1], system_message=value) for value in (True, False))
+    assert without(asked, [["Me"]]) == with_system(plain, [["Me"]]) != with_system(asked, [["Me"]])
 
 
 @pytest.mark.parametrize(
@@ -475,6 +557,7 @@ def test_a_template_that_refuses_a_prompt_names_its_line(tmp_path):
         ({"head": -1}, "reward.head: expected the index of an output, 0 or more, or null, got -1"),
         ({"dtype": "fp16"}, "reward.dtype: expected bf16 or fp32, got 'fp16'"),
         ({"batch_size": 0}, "reward.batch_size: expected an integer of at least 1, got 0"),
+        ({"system_message": "no"}, "reward.system_message: expected true or false, got 'no'"),
         ({"max_tokens": 129}, "reward.max_tokens: 129 exceeds the model's 128 positions"),
         ({"device": "abacus"}, "reward.path: .* cannot be loaded"),
         ({"trust_remote_code": "yes"}, "reward.trust_remote_code: expected true or false, got 'yes'"),

@@ -408,7 +408,7 @@ def test_every_form_of_a_prompt_file_gives_the_same_chats(tmp_path, name, conten
         ),
         ("prompts.jsonl", '{"instruction": ""}\n', DataError, "line 1: field 'instruction' is empty"),
         ("prompts.txt", "\n", ConfigError, "^prompts: expected at least one prompt, got none in '.*'"),
-        ("prompts.csv", "a,b\n", ConfigError, "^prompts: expected a file of type .*, got '.*'"),
+        ("prompts.xlsx", "a,b\n", ConfigError, "^prompts: '.*' has an unsupported type; convert it to one of "),
     ],
 )
 def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path, name, content, error, message):
@@ -520,7 +520,9 @@ def test_the_recipe_writes_lines_that_only_lack_scores(sample, model_folder):
     assert code == 0, printed
     assert [path.name for path in output.parent.iterdir()] == ["responses"]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [LINES[0]["prompt"], LINES[1]["prompt"], "Name?"]
+    name = [{"role": "user", "content": "Name?"}]
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "1 + 1 = ?"}], LINES[1]["prompt"], name]
+    assert "prompts: the output does not keep the file's all_generated_responses, all_rm_scores" in printed
     assert [row.get("answer") for row in rows] == [2, 5, None]
     for row in rows:
         assert len(row["all_generated_responses"]) == len(row["finish_reasons"]) == 3
@@ -535,7 +537,7 @@ def test_the_recipe_writes_lines_that_only_lack_scores(sample, model_folder):
 
 
 def test_the_recipe_writes_the_form_of_alpaca_eval(sample):
-    code, printed, output = sample(LINES, format="alpaca_eval", temperature=0)
+    code, printed, output = sample(LINES, format="alpaca_eval", temperature=0, system_prompt="Be brief.")
     assert code == 0, printed
     rows = json.loads(output.read_text())
     assert [row.pop("instruction") for row in rows] == ["1 + 1 = ?", "2 + 3 = ?", "Name?"]

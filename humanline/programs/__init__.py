@@ -3,6 +3,7 @@
 from humanline.checkpoint import read_weights
 from humanline.config import check_keys, component, load_config, one_of, with_overrides
 from humanline.launch import check_one_process, common_end, hide_known_warnings, parse
+from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._output_file import write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
 from humanline.programs._sampler import Sampler, SamplerSettings
@@ -25,8 +26,10 @@ __all__ = [
     "read_weights",
     "score_sources",
     "scored_rows",
+    "warn_of_replaced",
     "whole_number",
     "whole_numbers",
+    "with_json_fields",
     "with_overrides",
     "write_json",
     "write_jsonl",

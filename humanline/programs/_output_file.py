@@ -19,6 +19,7 @@ def _write(output: str | Path, lines: Iterable[str]) -> None:
     path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    # The file may have JSON's escape of half a character, which UTF-8 cannot encode: it is escaped again.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(lines)
     os.replace(partial, path)

@@ -59,5 +59,6 @@ class PartialFile:
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to the file."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write(lines.encode(errors="backslashreplace"))  # half of a character stays JSON's escape
         self._file.flush()

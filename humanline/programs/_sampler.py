@@ -1,7 +1,7 @@
 """Loads a model and samples its responses to the prompts of a file, for the recipes that sample."""
 
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from humanline.checkpoint import build_decoder, code_digest, named_files, read_d
 from humanline.config import DTYPES, component, one_of
 from humanline.errors import ConfigError, DataError
 from humanline.models import adapter_modules, load_decoder
+from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._partial_file import PartialFile
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 
@@ -40,7 +41,8 @@ class SamplerSettings:
         split (str): the split of a hub dataset; of any source also a slice, such as ``train[:100]``.
         column_map (dict | None): the source's name for each field that it calls otherwise, such as
             ``{prompt: problem}``.
-        system_prompt (str | None): stands before each prompt. Give the one that the model was trained with.
+        system_prompt (str | None): the system message of prompts that have none of their own. Set the one that the
+            model was trained with.
         device (str): ``cuda`` or ``cpu``.
         dtype (str): what the model computes in, ``bf16`` or ``fp32``.
         batch_size (int): responses drawn at a time. The KV cache has room for each, at the longest prompt's length plus
@@ -55,6 +57,7 @@ class SamplerSettings:
         ConfigError: if a setting is invalid.
     """
 
+    WRITTEN = ("all_generated_responses", "finish_reasons", "response_lengths")
     REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
     PARAMS = tuple(field.name for field in fields(SamplingParams))
     DEFAULTS: ClassVar[dict[str, Any]] = {
@@ -76,11 +79,31 @@ class SamplerSettings:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"device: {given['device']!r} cannot be used here ({error}); try cpu") from error
         self.batch_size = given["batch_size"]
+        self.system_prompt = given["system_prompt"]
+        if not isinstance(self.system_prompt, str | None):
+            raise ConfigError(f"system_prompt: expected a string or null, got {self.system_prompt!r}")
         self.settings = asdict(self.params) | {"device": self.device.type, "dtype": given["dtype"]}
 
     def read(self, cfg: DictConfig) -> list[Prompt]:
-        """Reads the prompts; see :func:`~humanline.rollout.read_prompts`."""
-        return read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
+        """Reads the prompts; see :func:`~humanline.rollout.read_prompts`.
+
+        Returns:
+            list[Prompt]: the prompts under the system prompt. Their fields are JSON values, with the messages to sample
+            from under ``prompt``, so that a later program sees the same prompt.
+
+        Raises:
+            ConfigError: if the source does not exist or holds no prompt.
+            DataError: if a line is invalid, or has a value that the output cannot hold; the message names it.
+        """
+        found = read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
+        own = sum(prompt.has_system_message for prompt in found)
+        if self.system_prompt and own:
+            log.info(f"system_prompt: {own:,} of {len(found):,} prompts keep their own system message instead")
+        warn_of_replaced("prompts", found, (*self.WRITTEN, "all_rm_scores"))
+        prompts = [prompt.under(self.system_prompt) for prompt in found]
+        return with_json_fields(
+            [replace(prompt, fields={**prompt.fields, "prompt": prompt.messages}) for prompt in prompts]
+        )
 
 
 class Sampler:
@@ -89,9 +112,9 @@ class Sampler:
     It encodes the prompts, then loads the model, so that an invalid prompt is reported first.
 
     Args:
-        cfg (DictConfig): the whole config, of which model, checkpointer, tokenizer and system prompt are read.
+        cfg (DictConfig): the whole config, of which model, checkpointer and tokenizer are read.
         settings (SamplerSettings): its settings.
-        prompts (list[Prompt]): the prompts.
+        prompts (list[Prompt]): the prompts, from :meth:`SamplerSettings.read`.
         output (str | Path): the program's output; a file beside it keeps the responses of an interrupted run.
 
     Raises:
@@ -101,9 +124,8 @@ class Sampler:
 
     def __init__(self, cfg: DictConfig, settings: SamplerSettings, prompts: list[Prompt], output: str | Path) -> None:
         self.params, self.prompts = settings.params, prompts
-        system = [{"role": "system", "content": cfg.system_prompt}] if cfg.get("system_prompt") else []
         self.tokenizer = component(cfg, "tokenizer")
-        self.prompt_ids = [self.tokenizer.encode_prompt([*system, *prompt.messages]) for prompt in self.prompts]
+        self.prompt_ids = [self.tokenizer.encode_prompt(prompt.messages) for prompt in self.prompts]
         with torch.device("meta"):
             model = build_decoder(cfg)
         if adapter_modules(model):
@@ -152,9 +174,10 @@ class Sampler:
         missing prompts; :meth:`forget` removes the file.
 
         Returns:
-            list[dict[str, Any]]: for each prompt all fields of its line, and three lists with a value for each
-            response: ``all_generated_responses``; ``finish_reasons``, "stop" after a stop token or "length" at
-            ``max_new_tokens``; and ``response_lengths``, in tokens, including the end of turn.
+            list[dict[str, Any]]: for each prompt all fields of its line, with the sampled messages under ``prompt``;
+            and three lists with a value for each response: ``all_generated_responses``; ``finish_reasons``, "stop"
+            after a stop token or "length" at ``max_new_tokens``; and ``response_lengths``, in tokens, including the
+            end of turn.
         """
         with self.partial as partial:
             rows = {done["index"]: done["row"] for done in partial.rows}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from humanline.errors import DataError
+from humanline.rewards._final_answer import conclusion
 from humanline.rewards._prompts import known_answer
 from humanline.rollout import Prompt
 
@@ -14,7 +15,7 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 # A minus sign after a letter, digit or parenthesis is a subtraction, not a sign: 16-3 ends with 3.
 _NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 # In Markdown #### also starts a heading. No number in a heading counts, nor the heading's own, as in #### 2. Money.
-_MARKED = re.compile(rf"####[ \t$*]*{_NUMBER.pattern}(?!\.?[0-9]|,[0-9]|[.)][ \t]+\S)")
+_MARKED = re.compile(rf"####[ \t$€£*]*{_NUMBER.pattern}(?!\.?[0-9]|,[0-9]|[.)][ \t]+\S)")
 
 
 class GSM8KReward:
@@ -24,7 +25,8 @@ class GSM8KReward:
     units are ignored.
 
     The answer is the number after ``####`` in the prompt's ``answer_field``, or the only number in it. A response's
-    number comes from the first of these rules that applies:
+    number comes from the text after its thought (``<think>...</think>``, if there is one; a thought that is not closed
+    has no number), by the first of these rules that applies:
 
     1. ``####`` with a number directly after it (``$`` and ``*`` may come between), not in a heading: the last one;
     2. ``\\boxed{}``: the only number in the last box; a box with several, such as a fraction, has none;
@@ -63,6 +65,7 @@ class GSM8KReward:
 
 
 def _response_number(text: str) -> Decimal | None:
+    text = conclusion(text)
     if marked := _numbers(text, _MARKED):
         return marked[-1]
     boxed = list(_BOXED.finditer(text))

@@ -12,7 +12,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import SimpleQueue
 
-from humanline.errors import ConfigError
+from humanline.errors import ConfigError, DataError
+from humanline.rewards._final_answer import after_mark, boxes_without_units, conclusion, is_number
 from humanline.rewards._prompts import known_answer, regroup
 from humanline.rewards._settings import check_count, check_number
 from humanline.rollout import Prompt, Stopped
@@ -27,15 +28,17 @@ _WORKER = Path(__file__).with_name("_maths_worker.py")
 class MathReward:
     """Scores 1 if math-verify finds a response's final answer equal to the prompt's, else 0.
 
-    The final answer is the last ``\\boxed{}`` after the thought (``</think>``, if there is one), or else the last
-    formula or number there. math-verify reads adjacent boxes as one answer of several parts. Fractions equal decimals,
-    units are ignored, and a percentage equals both its number and its hundredth.
+    The final answer is the last ``\\boxed{}`` after the thought (``<think>...</think>``, if there is one), or else the
+    last formula or number there. A thought that is not closed has no answer. math-verify reads adjacent boxes as one
+    answer of several parts. Fractions equal decimals, units are ignored, and a percentage equals both its number and
+    its hundredth.
 
     Expressions that a model writes can need unlimited time and memory. So each check runs in a worker process with
     limits on both. A response whose check exceeds a limit scores 0; a warning counts such responses.
 
     Args:
-        answer_field (str): field of the prompt file with the answer, LaTeX or plain, without its derivation.
+        answer_field (str): field of the prompt file with the answer, LaTeX or plain. A derivation may come before it,
+            as in GSM8K (the answer follows the last ``####``) or with the answer in ``\\boxed{}``.
         timeout (float): most seconds for a check.
         workers (int): number of worker processes.
 
@@ -65,8 +68,12 @@ class MathReward:
         Raises:
             DataError: if a prompt has no answer; the message names its line.
         """
-        answers = [known_answer(prompt, self._answer_field) for prompt in prompts]
-        checks = [(answer, text) for answer, texts in zip(answers, responses, strict=True) for text in texts]
+        answers = [self._answer(prompt) for prompt in prompts]
+        checks = [
+            (answer, boxes_without_units(conclusion(text)) if is_number(answer) else conclusion(text))
+            for answer, texts in zip(answers, responses, strict=True)
+            for text in texts
+        ]
         with ThreadPool(self._workers) as threads:  # its threads end with the process, even if checks remain
             verdicts = list(threads.imap(self._check, checks))
         unfinished = verdicts.count(None)
@@ -80,6 +87,12 @@ class MathReward:
     def stop(self) -> None:
         """Ends checking for good; a call in progress raises :class:`~humanline.rollout.Stopped` at its next check."""
         self._stopped = True
+
+    def _answer(self, prompt: Prompt) -> str:
+        answer = after_mark(known_answer(prompt, self._answer_field))
+        if not answer:
+            raise DataError(f"{prompt.where}: field '{self._answer_field}' has no answer after ####; correct it")
+        return answer
 
     def _check(self, check: tuple[str, str]) -> bool | None:
         if self._stopped:

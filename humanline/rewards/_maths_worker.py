@@ -64,11 +64,10 @@ def main(timeout: float) -> None:
 
 
 def final_answer(response: str) -> str:
-    """Returns the part of a response that math-verify should check, as LaTeX."""
-    conclusion = response.rpartition("</think>")[2]
-    if r"\boxed" in conclusion:
-        return conclusion
-    found = list(FORMULA_OR_NUMBER.finditer(conclusion))
+    """Returns the part of a response without its thought that math-verify should check, as LaTeX."""
+    if r"\boxed" in response:
+        return response
+    found = list(FORMULA_OR_NUMBER.finditer(response))
     if not found:
         return ""
     last = found[-1]
@@ -83,6 +82,7 @@ def answer_expressions(answer: str) -> list:
 def expressions(text: str) -> list:
     # LaTeX only, because it is parsed by a grammar: sympy would evaluate plain expressions as Python.
     latex = LatexExtractionConfig(boxed_match_priority=0)
+    text = text.replace("€", "").replace("£", "")  # $ is a sign that math-verify knows
     return parse(text, [latex], extraction_mode="first_match", parsing_timeout=None)
 
 

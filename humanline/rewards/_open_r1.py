@@ -17,7 +17,7 @@ class OpenR1Reward:
         accuracy (float): weight of the right answer (:class:`MathReward`).
         format (float): weight of the complete form, ``<think>...</think> <answer>...</answer>``.
         tag_count (float): weight of the form's four tags; each tag counts a quarter.
-        answer_field (str): field of the prompt file with the answer, LaTeX or plain, without its derivation.
+        answer_field (str): field of the prompt file with the answer, as for :class:`MathReward`.
         timeout (float): most seconds for the check of an answer.
         workers (int): number of worker processes that check answers.
 

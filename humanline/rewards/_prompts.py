@@ -1,6 +1,7 @@
 """Handling of prompts and responses that several rewards share."""
 
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from reprlib import repr as short_repr
 
 from humanline.errors import DataError
@@ -16,7 +17,7 @@ def known_answer(prompt: Prompt, field: str) -> str:
         DataError: if the field is missing, empty, or neither text nor a number.
     """
     value = prompt.fields.get(field)
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or not str(value).strip():
         problem = "is missing" if value is None else f"is {short_repr(value)}"
         raise DataError(
             f"{prompt.where}: field '{field}' {problem}; it must hold the right answer as text or a number, or set "

@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 from torchtune import utils
 
+from humanline.data import Message
 from humanline.errors import ConfigError, DataError
 from humanline.rewards._prompts import pairs, regroup
 from humanline.rewards._settings import check_count
@@ -35,6 +36,8 @@ class SequenceClassifierReward:
         device (str): ``cuda``, which falls back to the CPU if there is no GPU, or ``cpu``.
         dtype (str): dtype of the computation, ``bf16`` or ``fp32``.
         max_tokens (int | None): most tokens of a chat; null uses the model's number of positions.
+        system_message (bool): whether the chat has the prompt's system message. Use False for a model whose chat
+            template rejects one.
         trust_remote_code (bool): True runs the Python code in the folder, which some models need. Read it first.
 
     Raises:
@@ -49,6 +52,7 @@ class SequenceClassifierReward:
         device: str = "cuda",
         dtype: str = "bf16",
         max_tokens: int | None = None,
+        system_message: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         check_count("batch_size", batch_size)
@@ -58,10 +62,12 @@ class SequenceClassifierReward:
             raise ConfigError(f"reward.head: expected the index of an output, 0 or more, or null, got {head!r}")
         if dtype not in _DTYPES:
             raise ConfigError(f"reward.dtype: expected {' or '.join(_DTYPES)}, got {dtype!r}")
-        if trust_remote_code not in (True, False):
-            raise ConfigError(f"reward.trust_remote_code: expected true or false, got {trust_remote_code!r}")
+        for key, value in (("system_message", system_message), ("trust_remote_code", trust_remote_code)):
+            if value not in (True, False):
+                raise ConfigError(f"reward.{key}: expected true or false, got {value!r}")
         self._path = Path(path).expanduser()
         self._head = head
+        self._system_message = system_message
         self._load(device, dtype, trust_remote_code)
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if max_tokens is not None and positions is not None and max_tokens > positions:
@@ -71,9 +77,9 @@ class SequenceClassifierReward:
         self._batch_size = 1 if self._pad_id is None else batch_size
         # One chat tests template and head now, and not after hours of sampling.
         try:
-            self._scores([self._encode([{"role": "user", "content": "Hello?"}], "Hello.")])
+            self._scores([self._encode([{"role": "user", "content": "Hello?"}], "Hello.", str(self._path))])
         except DataError as error:
-            raise ConfigError(f"reward.path: {self._path}: {error}") from error
+            raise ConfigError(f"reward.path: {error}") from error
 
     def _load(self, device: str, dtype: str, trust_remote_code: bool) -> None:
         try:
@@ -103,14 +109,13 @@ class SequenceClassifierReward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if the model's chat template rejects a prompt; the message names its line.
+            DataError: if the model's chat template rejects a prompt, also in a call without responses; the message
+                names its line.
         """
-        chats = []
-        for prompt, text in pairs(prompts, responses):
-            try:
-                chats.append(self._encode(prompt.messages, text))
-            except DataError as error:
-                raise DataError(f"{prompt.where}: {error}") from error
+        if not any(responses):
+            for prompt in prompts:
+                self._render(self._chat(prompt), "Hello.", prompt.where)
+        chats = [self._encode(self._chat(prompt), text, prompt.where) for prompt, text in pairs(prompts, responses)]
         chats, cut = self._within_limit(chats)
         if cut:
             log.warning(f"SequenceClassifierReward: {cut:,} of {len(chats):,} chats cut to {self._max_tokens} tokens")
@@ -123,15 +128,25 @@ class SequenceClassifierReward:
                 scores[i] = score
         return regroup(scores, responses)
 
-    def _encode(self, messages: list[dict[str, str]], response: str) -> list[int]:
-        """Returns the token ids of a chat."""
-        chat = [*messages, {"role": "assistant", "content": response}]
+    def _chat(self, prompt: Prompt) -> list[Message]:
+        """Returns the messages before a response."""
+        skipped = int(prompt.has_system_message and not self._system_message)
+        return prompt.messages[skipped:]
+
+    def _render(self, messages: list[Message], response: str, where: str) -> str:
+        """Returns the text of a chat."""
         try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+            chat = [*messages, {"role": "assistant", "content": response}]
+            return self._tokenizer.apply_chat_template(chat, tokenize=False)
         except (TemplateError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"the reward model's chat template cannot be used ({reason})") from error
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            system = messages[0]["role"] in ("system", "developer")
+            remedy = "; if it accepts no system message, set reward.system_message: false" if system else ""
+            raise DataError(f"{where}: the reward model's chat template cannot be used ({reason}){remedy}") from error
+
+    def _encode(self, messages: list[Message], response: str, where: str) -> list[int]:
+        """Returns the token ids of a chat."""
+        return self._tokenizer(self._render(messages, response, where), add_special_tokens=False)["input_ids"]
 
     def _within_limit(self, chats: list[list[int]]) -> tuple[list[list[int]], int]:
         """Cuts chats to the limit; returns them and the number of chats that were cut."""

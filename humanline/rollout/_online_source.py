@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from humanline.data import Group, Message
+from humanline.data import Group
 from humanline.errors import ConfigError
 from humanline.rollout._prompts import read_prompts
 from humanline.rollout._round_plan import RoundPlan, Steps
@@ -47,7 +47,8 @@ class OnlineSource:
             process. A step's groups then come from a policy at most ``2 * every - 1`` optimizer steps old, else at
             most ``every - 1``.
         max_prompt_tokens (int | None): leaves out prompts with more tokens; None keeps all.
-        system_prompt (str | None): the system message before each prompt; None adds none.
+        system_prompt (str | None): the system message of prompts that have none of their own; None adds none. The
+            reward sees it too.
         split (str): the split of the prompts, with an optional slice such as "train[:95%]".
         column_map (Mapping[str, str] | None): the source's column for each field that has another name there, such as
             ``{prompt: problem, answer: solution}``; None renames nothing.
@@ -85,8 +86,11 @@ class OnlineSource:
             raise ConfigError(f"source.desirable_above: expected a number or null, got {desirable_above!r}")
         if not isinstance(overlap, bool):
             raise ConfigError(f"source.overlap: expected true or false, got {overlap!r}")
-        self.all_prompts = read_prompts(prompts, split, column_map)
-        self.system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        if not isinstance(system_prompt, str | None):
+            raise ConfigError(f"source.system_prompt: expected a string or null, got {system_prompt!r}")
+        found = read_prompts(prompts, split, column_map)
+        self.all_prompts = [prompt.under(system_prompt) for prompt in found]
+        self.own_system_messages = sum(prompt.has_system_message for prompt in found) if system_prompt else 0
         self.every = every
         self.groups_per_round = groups_per_round
         self.params = SamplingParams(

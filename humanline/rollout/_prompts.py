@@ -1,9 +1,10 @@
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtune import utils
+from torchtune.utils import get_logger, log_rank_zero
 
 from humanline.data import (
     BadRow,
@@ -19,9 +20,9 @@ from humanline.data import (
 )
 from humanline.errors import ConfigError, DataError
 
-__all__ = ["Prompt", "read_prompts"]
+log = get_logger("INFO")
 
-log = utils.get_logger("INFO")
+__all__ = ["Prompt", "read_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,26 @@ class Prompt:
     Attributes:
         where (str): the prompt's file and line, such as "prompts.jsonl line 7".
         messages (list[Message]): the chat to answer; the last message is the user's.
-        fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt itself under ``prompt``.
-        tools (list[Any] | None): the tools that the model may call.
+        fields (Mapping[str, Any]): all fields of the prompt's line, with the prompt as the line has it under
+            ``prompt``.
+        tools (list[Any] | None): the tools that the model may call; None without any.
     """
 
     where: str
     messages: list[Message]
     fields: Mapping[str, Any]
     tools: list[Any] | None = None
+
+    @property
+    def has_system_message(self) -> bool:
+        """Whether the chat starts with a system message of its own."""
+        return self.messages[0]["role"] in ("system", "developer")
+
+    def under(self, system_prompt: str | None) -> "Prompt":
+        """Returns the prompt with a system message before the chat, unless the chat has its own."""
+        if not system_prompt or self.has_system_message:
+            return self
+        return replace(self, messages=[{"role": "system", "content": system_prompt}, *self.messages])
 
 
 def read_prompts(
@@ -88,23 +101,33 @@ def read_prompts(
 def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping[str, str | None]) -> list[Prompt]:
     tally = Tally(source)
     prompts: list[Prompt] = []
-    field = None
+    hidden: set[str] = set()
     for where, row in tally.counted(rows):
         try:
             if isinstance(row, BadRow):
                 raise row
-            field = field or prompt_field(row, column_map)
+            field = prompt_field(row, column_map)
             record = Record(where, row, column_map)
             messages = read_prompt(record, field)
-            renamed = {name: row[column] for name, column in column_map.items() if column in row}
-            fields = {**row, **renamed, "prompt": record.get(field)}
-            prompts.append(Prompt(where, messages, fields, record.tools()))
         except BadRow as error:
             tally.add(error)
+            continue
+        renamed = {name: row[column] for name, column in column_map.items() if column in row}
+        hidden.update(name for name, column in column_map.items() if name in row and column in row and name != column)
+        fields = {**row, **renamed, "prompt": record.get(field)}
+        prompts.append(Prompt(where, messages, fields, record.tools()))
     tally.check("drop")
+    for name in sorted(hidden):
+        _warn(
+            f"column_map: {{{name}: {column_map[name]}}} hides the source's own column '{name}'; rename one to keep both"
+        )
     for note in tally.notes():
-        log.warning(f"{source}: {note}")
+        _warn(f"{source}: {note}")
     return prompts
+
+
+def _warn(message: str) -> None:
+    log_rank_zero(log, message, level=logging.WARNING)
 
 
 def _from_lines(file: Path) -> Iterator[Prompt]:

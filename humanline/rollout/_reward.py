@@ -23,7 +23,8 @@ class Reward(Protocol):
         """Scores responses. Before sampling it is called without any response, to check the prompts.
 
         Args:
-            prompts (Sequence[Prompt]): N prompts; ``fields`` holds all fields of a prompt's line.
+            prompts (Sequence[Prompt]): N prompts. ``messages`` is the chat that was sampled from, with the system
+                prompt; ``fields`` holds all fields of a prompt's line.
             responses (Sequence[Sequence[str]]): N lists of texts, the responses to each prompt; a list may be empty.
 
         Returns:

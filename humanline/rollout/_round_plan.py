@@ -61,7 +61,7 @@ class RoundPlan:
         self.round_size = source.groups_per_round or self.every * self.groups_per_step
         self.prompts, self.prompt_ids = [], []
         for prompt in source.all_prompts:
-            ids = tokenizer.encode_prompt([*source.system, *prompt.messages])
+            ids = tokenizer.encode_prompt(prompt.messages)
             if source.max_prompt_tokens is None or len(ids) <= source.max_prompt_tokens:
                 self.prompts.append(prompt)
                 self.prompt_ids.append(ids)
@@ -100,7 +100,7 @@ class RoundPlan:
         return GroupDataset([self.source.labelled(group)])
 
     def left_out(self) -> list[str]:
-        """Returns a log line for each reason why prompts or groups are not used."""
+        """Returns a log line for each reason why prompts, groups or the system prompt are not used."""
         count, most, used = (
             len(self.prompts),
             self.source.max_prompt_tokens,
@@ -109,6 +109,8 @@ class RoundPlan:
         taken = self.every * self.groups_per_step
         everything = len(self.source.all_prompts)
         lines = []
+        if own := self.source.own_system_messages:
+            lines.append(f"{own:,} of {everything:,} prompts keep their own system message instead of system_prompt")
         if count < everything:
             lines.append(
                 f"{everything - count:,} of {everything:,} prompts are left out: they exceed max_prompt_tokens: {most}"
