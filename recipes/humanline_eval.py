@@ -35,6 +35,7 @@ from humanline.programs import (
     common_end,
     component,
     parse,
+    reading,
     score_sources,
     scored_rows,
     warn_of_replaced,
@@ -67,7 +68,8 @@ class HumanlineEvalRecipe:
         k (list[int]): each k of pass@k, at most ``samples_per_prompt``.
         bootstrap (int): resamples of the prompts for the intervals.
         seed (int): seed of sampling and of the bootstrap.
-        samples (str | None): a .jsonl file of samples to score. None samples from the model.
+        samples (str | list | None): a source of samples to score, as in ``humanline_label``; ``split`` and the like
+            are for ``prompts``, if the config has both. None samples from the model.
 
     Raises:
         ConfigError: if a top-level key is missing, unknown, or invalid.
@@ -119,7 +121,7 @@ class HumanlineEvalRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples, or the prompts and then the model. Prompts that cannot be scored are reported first."""
         if self.sampling is None:
-            found, responses = read_samples(cfg.samples)
+            found, responses = read_samples(cfg.samples, **({} if "prompts" in cfg else reading(cfg)))
             for prompt, texts in zip(found, responses, strict=True):
                 self._check_k(len(texts), f"the {len(texts)} responses of {prompt.where}")
                 check_facts(prompt, len(texts))

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from humanline.programs import (
+    READING,
     PartialFile,
     check_keys,
     check_one_process,
     common_end,
     component,
     parse,
+    reading,
     score_sources,
     scored_rows,
     warn_of_replaced,
@@ -37,7 +39,7 @@ from omegaconf import DictConfig
 from torchtune.utils import get_logger
 
 REQUIRED = ("samples", "output", "reward")
-DEFAULTS: dict[str, Any] = {"batch_size": 16, "output_dir": None, "device": None}
+DEFAULTS: dict[str, Any] = {"batch_size": 16, **READING, "output_dir": None, "device": None}
 
 log = get_logger("INFO")
 
@@ -49,9 +51,15 @@ class HumanlineLabelRecipe:
         cfg (DictConfig): the whole config.
 
     Keys:
-        samples (str): a .jsonl, .json or .parquet file of prompts with their responses in ``all_generated_responses``.
+        samples (str | list): a file, a glob, a list, a folder, or a hub dataset of prompts with their responses in
+            ``all_generated_responses``, or with one response in ``output``, such as AlpacaEval's model outputs.
         output (str): the file that is written: the same lines with ``all_rm_scores``.
         batch_size (int): prompts that are scored, and written, at a time.
+        split (str): the split of a dataset; of any source also a slice, such as ``train[:100]``.
+        name (str | None): the config of a dataset.
+        data_files (str | list | dict | None): the files of a dataset to read; None reads all.
+        revision (str | None): commit, tag or branch of a hub dataset; None for the newest.
+        column_map (dict | None): the source's name for each field that it calls otherwise.
         output_dir (str | None): a folder for ``output`` to refer to.
         device (str | None): a device for ``reward.device`` to refer to.
 
@@ -66,7 +74,7 @@ class HumanlineLabelRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples and builds the reward, so that an invalid line or reward is reported at once."""
-        found, _ = read_samples(cfg.samples)
+        found, _ = read_samples(cfg.samples, **reading(cfg))
         warn_of_replaced("samples", found, ["all_rm_scores"])
         self.prompts = with_json_fields(found)
         self.rows = [dict(prompt.fields) for prompt in self.prompts]

@@ -354,7 +354,8 @@ def test_what_was_cut_and_dropped_is_reported(tokenizer):
     dataset = preference_groups(tokenizer, write_lines("pairs.jsonl", rows), max_tokens=8, max_prompt_tokens=5)
     assert in_words(tokenizer, dataset) == [PAIR_IN_WORDS, ("<user> c d e <assistant>", ["x y z", "z <end>"])]
     assert dataset.report() == (
-        "2 groups from pairs.jsonl: schema preference (prompt chosen rejected); 1 prompts and 3 responses truncated (max_tokens 8, max_prompt_tokens 5); "
+        "2 groups from pairs.jsonl: schema preference (prompt chosen rejected); "
+        "1 prompts and 3 responses truncated (max_tokens 8, max_prompt_tokens 5); "
         "1 pairs dropped (equal once encoded and cut); prompt/response tokens mean 5/3, max 5/3"
     )
 
@@ -499,7 +500,11 @@ BAD_EXAMPLES = [
     (preference_groups, PAIR | {"prompt": ""}, "'prompt' is empty"),
     (preference_groups, PAIR | {"prompt": []}, "'prompt' is empty"),
     (preference_groups, PAIR | {"prompt": [user(" ")]}, "'prompt[0].content' is empty"),
-    (preference_groups, PAIR | {"rejected": PAIR["chosen"]}, "'rejected' equals 'chosen', so neither is better; drop the line"),
+    (
+        preference_groups,
+        PAIR | {"rejected": PAIR["chosen"]},
+        "'rejected' equals 'chosen', so neither is better; drop the line",
+    ),
     (preference_groups, PAIR | {"chosen": "a \ud800 b"}, r"'chosen' has half of a character, '\ud800', at position 2"),
     (
         preference_groups,

@@ -120,7 +120,12 @@ ROWS = {
             "instruction": "hi",
             "models": ["a", "b"],
             "completions": [
-                {"model": "a", "response": "hello", "overall_score": 8.5, "annotations": {"helpfulness": {"Rating": "5"}}},
+                {
+                    "model": "a",
+                    "response": "hello",
+                    "overall_score": 8.5,
+                    "annotations": {"helpfulness": {"Rating": "5"}},
+                },
                 {"model": "b", "response": "go", "overall_score": 2.0, "annotations": {"helpfulness": {"Rating": "5"}}},
             ],
         }
@@ -203,7 +208,11 @@ def test_of_two_schemas_the_builder_s_kind_is_meant(tokenizer):
     ("build", "row", "names"),
     [
         (labelled_groups, ARMORM, ["preference (prompt, chosen, rejected)", "ultrafeedback_armorm (prompt, all_gen"]),
-        (preference_groups, {**PAIR, "question": "how?"}, ["preference (prompt, ", "orca (question, chosen, rejected)"]),
+        (
+            preference_groups,
+            {**PAIR, "question": "how?"},
+            ["preference (prompt, ", "orca (question, chosen, rejected)"],
+        ),
     ],
 )
 def test_an_ambiguous_file_names_the_candidates_and_format_decides(tokenizer, build, row, names):
@@ -220,7 +229,9 @@ def test_a_column_can_be_left_out_on_purpose(tokenizer):
 
 
 def test_a_file_of_no_schema_says_what_is_missing(tokenizer):
-    with pytest.raises(DataError, match=r"^data.jsonl line 1: field 'chosen' is missing \(found: a, b\); add it, or map"):
+    with pytest.raises(
+        DataError, match=r"^data.jsonl line 1: field 'chosen' is missing \(found: a, b\); add it, or map"
+    ):
         preference_groups(tokenizer, write_lines("data.jsonl", [{"a": 1, "b": 2}]))
 
 
@@ -258,12 +269,19 @@ def test_a_row_does_not_get_a_second_system_message(tokenizer):
     rows = [{**PAIR, "prompt": own, "system": "be brief"}] * 10 + [{**PAIR, "prompt": own, "system": "be loud"}]
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
     assert {tokenizer.decode(group.prompt) for group in dataset} == {"<system> be brief <user> hi <assistant>"}
-    assert "'system' differs from the system message of the prompt (1, the first: data.jsonl line 11)" in dataset.report()
+    assert (
+        "'system' differs from the system message of the prompt (1, the first: data.jsonl line 11)" in dataset.report()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("context", "a long text"), ("input", "2 + 3"), ("history", [user("before")]), ("images", [{"bytes": b"x".hex()}])],
+    [
+        ("context", "a long text"),
+        ("input", "2 + 3"),
+        ("history", [user("before")]),
+        ("images", [{"bytes": b"x".hex()}]),
+    ],
 )
 def test_a_column_that_would_be_ignored_and_changes_the_prompt_is_an_error(tokenizer, name, value):
     source = write_lines("data.jsonl", [*[PAIR] * 50, {**PAIR, name: value}])
@@ -333,7 +351,9 @@ def test_a_label_may_be_a_number_or_text(tokenizer, label):
 )
 def test_text_that_has_been_through_a_template_is_never_templated_again(tokenizer, prompt):
     templated = {**PAIR, "prompt": prompt}
-    with pytest.raises(DataError, match="^data.jsonl line 1: the text has '.*' of a chat template, which would be applied"):
+    with pytest.raises(
+        DataError, match="^data.jsonl line 1: the text has '.*' of a chat template, which would be applied"
+    ):
         preference_groups(tokenizer, write_lines("data.jsonl", [templated] * 3))
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", [*[PAIR] * 20, templated, templated]))
     assert len(dataset) == 20 and "(2, the first: data.jsonl line 21)" in dataset.report()
@@ -347,10 +367,10 @@ def test_a_response_with_tokens_of_a_template_is_found_too(tokenizer):
 
 @pytest.mark.parametrize("write", [json.dumps, str, lambda messages: f" {messages}\n"])
 def test_a_printed_list_is_read_as_the_messages_it_was(tokenizer, write):
-    chosen, rejected = [user("hi"), assistant("it's \"good\"")], [user("hi"), assistant("go")]
+    chosen, rejected = [user("hi"), assistant('it\'s "good"')], [user("hi"), assistant("go")]
     rows = [{"prompt": "hi", "chosen": write(chosen), "rejected": write(rejected)}]
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
-    assert in_words(tokenizer, dataset) == [(HELLO, ["it's \"good\" <end>", "go <end>"])]
+    assert in_words(tokenizer, dataset) == [(HELLO, ['it\'s "good" <end>', "go <end>"])]
 
 
 def test_a_printed_list_that_cannot_be_read_is_refused(tokenizer):
@@ -473,7 +493,11 @@ def test_every_source_gives_the_same_groups(tokenizer, write):
 
 
 def test_a_csv_names_the_line_of_a_row_and_keeps_its_text(tokenizer):
-    rows = [{**MANY[0], "chosen": "two\nlines, with NA and \"quotes\""}, {**MANY[1], "chosen": "NA"}, {**PAIR, "chosen": ""}]
+    rows = [
+        {**MANY[0], "chosen": 'two\nlines, with NA and "quotes"'},
+        {**MANY[1], "chosen": "NA"},
+        {**PAIR, "chosen": ""},
+    ]
     dataset = preference_groups(tokenizer, **as_csv([*rows[:2], *[PAIR] * 20, rows[2]]))
     assert [words for _, (words, _) in in_words(tokenizer, dataset)][:2] == [
         'two lines, with NA and "quotes" <end>',

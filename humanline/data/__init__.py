@@ -4,8 +4,8 @@ from humanline.data._builders import encoded_groups, labelled_groups, preference
 from humanline.data._chat import ChatTokenizer
 from humanline.data._dataset import GroupDataset
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
-from humanline.data._group import Group, TokenBudget
 from humanline.data._examples import prompt_field, read_prompt
+from humanline.data._group import Group, TokenBudget
 from humanline.data._messages import Message
 from humanline.data._read import DataFiles, SourceName, open_rows, take
 from humanline.data._record import BadRow, Record

@@ -1,13 +1,14 @@
 """Builds a dataset: reads rows, checks them, encodes them, cuts them, and counts what is left out."""
 
 import json
-import os
+import logging
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import cache
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from humanline.data._batch_encoder import Disagreement
 from humanline.data._dataset import GroupDataset
 from humanline.data._encoded import GroupWriter, open_encoded
 from humanline.data._examples import read_examples
@@ -28,6 +30,8 @@ from humanline.data._tally import Tally
 from humanline.errors import ConfigError, DataError
 
 __all__ = ["build", "map_rows", "parse_text"]
+
+log = logging.getLogger(__name__)
 
 Groups = Callable[[Iterator[Row], Tally], Iterable[Group | BadRow]]
 
@@ -59,51 +63,35 @@ def build(
         if not isinstance(column, str | None):
             raise ConfigError(f"column_map: expected a column's name or null for '{field}', got {column!r}")
     reading = {key: getattr(options, key) for key in ("split", "name", "data_files", "revision", "streaming")}
-    rows = open_rows(source, **reading)
+    opened = cache(lambda: open_rows(source, **reading))  # only where it is needed: not on every rank
 
     def key() -> str | None:
         if made_of is None:
             return None
-        facts = [rows.digest(), asdict(options), made_of, _code()]
+        facts = [opened().digest(), asdict(options), made_of, _code()]
         return blake2b(json.dumps(facts, default=_plain).encode(), digest_size=16).hexdigest()
 
     def encode(folder: Path) -> None:
-        tally, writer = Tally(rows.name), GroupWriter(folder)
-        cut_prompts = cut_responses = equal = 0
-        quiet = os.environ.get("RANK", "0") != "0"
-        read = tqdm(tally.counted(rows.read()), desc=f"reading {rows.name}", unit=" rows", delay=2, leave=False, disable=quiet)
-        for whole in groups_of(iter(read), tally):
-            try:
-                group = whole if isinstance(whole, BadRow) else budget.fit(whole)
-            except DataError as error:  # its prompt leaves no room
-                group = BadRow.of(error)
-            if isinstance(whole, BadRow) or isinstance(group, BadRow):
-                tally.add(group)
-                continue
-            if group is not whole:
-                cut_prompts += len(group.prompt) < len(whole.prompt)
-                cut_responses += sum(
-                    len(cut) < len(response) for cut, response in zip(group.responses, whole.responses, strict=True)
-                )
-            # Responses may differ only past the cut, or in white space that the chat template strips.
-            if group.is_pair and group.responses[0] == group.responses[1]:
-                equal += 1
-            else:
-                writer.add(group)
+        tally, writer = Tally(opened().name, options.split), GroupWriter(folder)
+        rows = tally.counted(opened().read())
+        with tqdm(rows, desc=f"reading {tally.name}", unit=" rows", delay=2, leave=False) as bar:
+            for found in groups_of(iter(bar), tally):
+                if (group := tally.fitted(found, budget)) is not None:
+                    writer.add(group)
         tally.check(options.on_bad_row)
-        if not len(writer):
-            if equal:
-                raise DataError(f"{rows.name}: all {equal:,} pairs are equal once encoded and cut; raise max_tokens")
-            raise DataError(f"{rows.name}: no examples in split '{options.split}'; check the file and the split")
-        cut = (
-            f"{cut_prompts:,} prompts and {cut_responses:,} responses truncated "
-            f"(max_tokens {budget.max_tokens}, max_prompt_tokens {budget.max_prompt_tokens})"
-        )
-        same = [f"{equal:,} pairs dropped (equal once encoded and cut)"] if equal else []
-        writer.close({"notes": [*tally.notes(), cut, *same], "dropped": tally.dropped + equal})
+        tally.check_any(len(writer))
+        writer.close({"name": tally.name, "notes": [*tally.notes(), *tally.cuts(budget)], "dropped": tally.dropped})
 
-    groups = open_encoded(key, encode)
-    return GroupDataset(groups, rows.name, groups.facts["notes"], budget, groups.facts["dropped"])
+    def encode_again_if_needed(folder: Path) -> None:
+        try:
+            encode(folder)
+        except Disagreement:
+            log.warning(f"{opened().name}: fastokens gives other ids than tokenizers, which is used instead")
+            encode(folder)
+
+    groups = open_encoded(key, encode_again_if_needed)
+    facts = groups.facts
+    return GroupDataset(groups, facts["name"], facts["notes"], budget, facts["dropped"])
 
 
 def map_rows(parse: Callable[[Record], Group], column_map: Mapping[str, str | None]) -> Groups:

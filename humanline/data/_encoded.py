@@ -88,7 +88,8 @@ class GroupWriter:
         self._tokens = (folder / "tokens.bin").open("wb")
         self._ends, self._firsts = array("q"), array("q", [0])
         self._values = array("d"), array("d")
-        self._places, self._files = (array("q"), array("q")), {}
+        self._places = array("q"), array("q")
+        self._files: dict[str, int] = {}
         self._end, self._buffer = 0, array("i")
 
     def __len__(self) -> int:

@@ -14,8 +14,10 @@ __all__ = ["prompt_field", "read_examples", "read_prompt"]
 PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messages", "conversations")
 
 # Of the chat templates that are most common: text with one of them has been through a template.
-_MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>")
-_MARKERS += ("<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>")
+_MARKERS: tuple[str, ...] = (
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"),
+    *("<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>"),
+)
 _CUES = ("### Response:", "### Assistant:", "ASSISTANT:", "Assistant:")
 
 

@@ -79,7 +79,8 @@ def _transcript(text: str) -> list[Message] | None:
     if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
         return None
     _, *parts = _HH_TURN.split(text)
-    turns = [{"role": _ROLES[name.lower()], "content": said.strip()} for name, said in zip(parts[::2], parts[1::2])]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    turns = [{"role": _ROLES[name.lower()], "content": said.strip()} for name, said in pairs]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 

@@ -71,6 +71,7 @@ def open_rows(
             f"streaming: expected false, got {streaming!r}; all rows are checked before training starts. For a part of "
             "a large dataset, set split, such as train[:100000]"
         )
+    source, data_files = _plain(source), _plain(data_files)
     files = _local_files(key, source, data_files)
     if files is None:
         return _from_datasets(key, source, split, name, data_files, revision)
@@ -86,6 +87,13 @@ def open_rows(
         return " ".join(_digest_of(file) for file in files)
 
     return Rows(title, digest, read)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a config's list or mapping as Python's own, which ``datasets`` needs."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [*value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
@@ -166,9 +174,7 @@ def _expand(key: str, pattern: str) -> list[str]:
     return files
 
 
-def _from_datasets(
-    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None
-) -> Rows:
+def _from_datasets(key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None) -> Rows:
     """Opens a source with ``datasets``; the data of a hub dataset is downloaded, and kept in its cache."""
     import datasets
 

@@ -281,11 +281,18 @@ CONTEXT = frozenset(
 )
 """Columns that would change what the model sees, if their content is not in the prompt."""
 
-FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {"system", "system_prompt", "tools", *CONTEXT}
+FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {
+    "system",
+    "system_prompt",
+    "tools",
+    *CONTEXT,
+}
 """Fields that ``column_map`` can name."""
 
 
-def find_schema(rows: Sequence[Mapping[str, Any]], kind: str, column_map: Mapping[str, Any], format: str | None) -> Schema:
+def find_schema(
+    rows: Sequence[Mapping[str, Any]], kind: str, column_map: Mapping[str, Any], format: str | None
+) -> Schema:
     """Recognises the schema of a source from its first rows.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from humanline.data._files import Row
+from humanline.data._group import Group, TokenBudget
 from humanline.data._record import BadRow
 from humanline.errors import DataError
 
@@ -13,31 +14,52 @@ MOST_BAD = 0.1
 
 
 class Tally:
-    """The rows of a source, and those that are left out.
+    """The rows of a source: how many there are, which are left out, and what of the others is cut.
 
     Args:
         name (str): the source, for messages.
+        split (str): its split, for messages.
 
     Attributes:
         schema (str | None): the public schema that the source has.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, split: str = "train") -> None:
+        self.name, self.split = name, split
         self.schema: str | None = None
-        self._rows = 0
+        self._rows = self._cut_prompts = self._cut_responses = self._equal = 0
         self._reasons: dict[str, tuple[BadRow, int]] = {}  # the first row of each, and how many there are
 
     @property
     def dropped(self) -> int:
         """Number of rows that are left out."""
-        return sum(count for _, count in self._reasons.values())
+        return self._equal + sum(count for _, count in self._reasons.values())
 
     def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yields the rows."""
         for row in rows:
             self._rows += 1
             yield row
+
+    def fitted(self, found: Group | BadRow, budget: TokenBudget) -> Group | None:
+        """Returns a group within the budget; None if it, or its row, is left out."""
+        if isinstance(found, BadRow):
+            self.add(found)
+            return None
+        try:
+            group = budget.fit(found)
+        except DataError as error:  # its prompt leaves no room
+            self.add(BadRow.of(error))
+            return None
+        if group is not found:
+            self._cut_prompts += len(group.prompt) < len(found.prompt)
+            pairs = zip(group.responses, found.responses, strict=True)
+            self._cut_responses += sum(len(cut) < len(whole) for cut, whole in pairs)
+        # Responses may differ only past the cut, or in white space that the chat template strips.
+        if group.is_pair and group.responses[0] == group.responses[1]:
+            self._equal += 1
+            return None
+        return group
 
     def add(self, error: BadRow) -> None:
         """Counts a row that is left out."""
@@ -58,10 +80,28 @@ class Tally:
         read_as = f", read as {self.schema}" if self.schema else ""
         raise DataError(f"{reasons} ({bad:,} of {self._rows:,} rows cannot be used{read_as}: {rule})")
 
+    def check_any(self, groups: int) -> None:
+        """
+        Raises:
+            DataError: if there are no groups.
+        """
+        if groups == 0 and self._equal:
+            raise DataError(f"{self.name}: all {self._equal:,} pairs are equal once encoded and cut; raise max_tokens")
+        if groups == 0:
+            raise DataError(f"{self.name}: no examples in split '{self.split}'; check the file and the split")
+
+    def cuts(self, budget: TokenBudget) -> list[str]:
+        """Returns phrases for the report about what the budget has cut."""
+        cut = (
+            f"{self._cut_prompts:,} prompts and {self._cut_responses:,} responses truncated "
+            f"(max_tokens {budget.max_tokens}, max_prompt_tokens {budget.max_prompt_tokens})"
+        )
+        return [cut, f"{self._equal:,} pairs dropped (equal once encoded and cut)"] if self._equal else [cut]
+
     def notes(self) -> list[str]:
-        """Returns phrases for the dataset's report."""
+        """Returns phrases for the report about the schema, and about rows that are left out."""
         notes = [f"schema {self.schema}"] if self.schema else []
         reasons = ", ".join(
             f"{reason} ({count:,}, the first: {first.where})" for reason, (first, count) in self._reasons.items()
         )
-        return [*notes, f"{self.dropped:,} rows dropped: {reasons}"] if reasons else notes
+        return [*notes, f"{self.dropped - self._equal:,} rows dropped: {reasons}"] if reasons else notes

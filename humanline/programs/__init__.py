@@ -6,11 +6,12 @@ from humanline.launch import check_one_process, common_end, hide_known_warnings,
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._output_file import write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
-from humanline.programs._sampler import Sampler, SamplerSettings
+from humanline.programs._sampler import READING, Sampler, SamplerSettings, reading
 from humanline.programs._scored_rows import check_facts, score_sources, scored_rows
 from humanline.programs._whole_number import whole_number, whole_numbers
 
 __all__ = [
+    "READING",
     "PartialFile",
     "Sampler",
     "SamplerSettings",
@@ -24,6 +25,7 @@ __all__ = [
     "one_of",
     "parse",
     "read_weights",
+    "reading",
     "score_sources",
     "scored_rows",
     "warn_of_replaced",

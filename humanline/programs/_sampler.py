@@ -21,12 +21,20 @@ from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngin
 
 log = utils.get_logger("INFO")
 
+READING: dict[str, Any] = {"split": "train", "name": None, "data_files": None, "revision": None, "column_map": None}
+"""The keys that say how a source of prompts or samples is read, and their defaults."""
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def _decides(file: Path) -> bool:
     """Returns whether a checkpoint's file affects its model's output: weights, and config.json with its windows."""
     return file.suffix in _WEIGHTS or file.name == "config.json"
+
+
+def reading(cfg: DictConfig) -> dict[str, Any]:
+    """Returns how a config's prompts or samples are read: the keys in ``READING``, with their defaults."""
+    return {key: cfg.get(key, default) for key, default in READING.items()}
 
 
 class SamplerSettings:
@@ -36,11 +44,15 @@ class SamplerSettings:
         cfg (DictConfig): the whole config; this class reads the keys in ``REQUIRED`` and ``OPTIONAL``.
 
     Keys:
-        prompts (str): a .jsonl, .json or .parquet file with ``prompt`` (text or messages) or ``instruction``, a .txt
-            file with one prompt a line, or a hub dataset.
-        split (str): the split of a hub dataset; of any source also a slice, such as ``train[:100]``.
+        prompts (str | list): a file (.jsonl, .json, .csv, .parquet), a glob, a list, a folder, or a hub dataset. The
+            prompt, text or messages, is in the column ``prompt``, else ``instruction``, ``question``, ``problem``,
+            ``query``, ``messages`` or ``conversations``. A .txt file has one prompt a line.
+        split (str): the split of a dataset; of any source also a slice, such as ``train[:100]``.
+        name (str | None): the config of a dataset, such as ``main``.
+        data_files (str | list | dict | None): the files of a dataset to read; None reads all.
+        revision (str | None): commit, tag or branch of a hub dataset; None for the newest.
         column_map (dict | None): the source's name for each field that it calls otherwise, such as
-            ``{prompt: problem}``.
+            ``{prompt: problem}``; null for a column that is to be ignored.
         system_prompt (str | None): the system message of prompts that have none of their own. Set the one that the
             model was trained with.
         device (str): ``cuda`` or ``cpu``.
@@ -61,8 +73,7 @@ class SamplerSettings:
     REQUIRED = ("model", "checkpointer", "tokenizer", "prompts", "max_new_tokens")
     PARAMS = tuple(field.name for field in fields(SamplingParams))
     DEFAULTS: ClassVar[dict[str, Any]] = {
-        "split": "train",
-        "column_map": None,
+        **READING,
         "system_prompt": None,
         "device": "cuda",
         "dtype": "bf16",
@@ -95,7 +106,7 @@ class SamplerSettings:
             ConfigError: if the source does not exist or holds no prompt.
             DataError: if a line is invalid, or has a value that the output cannot hold; the message names it.
         """
-        found = read_prompts(cfg.prompts, cfg.get("split", self.DEFAULTS["split"]), cfg.get("column_map"))
+        found = read_prompts(cfg.prompts, **reading(cfg))
         own = sum(prompt.has_system_message for prompt in found)
         if self.system_prompt and own:
             log.info(f"system_prompt: {own:,} of {len(found):,} prompts keep their own system message instead")

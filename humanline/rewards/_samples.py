@@ -49,5 +49,5 @@ def _joined(prompts: list[Prompt]) -> list[Prompt]:
         said.append(output)
         if len(said) == 1:
             own = {name: value for name, value in prompt.fields.items() if name != "output"}
-            joined[repr(prompt.messages)] = replace(first, fields=own | first.fields)
+            joined[repr(prompt.messages)] = replace(first, fields={**own, **first.fields})
     return list(joined.values())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from humanline.data import Group
+from humanline.data import DataFiles, Group, SourceName
 from humanline.errors import ConfigError
 from humanline.rollout._prompts import read_prompts
 from humanline.rollout._round_plan import RoundPlan, Steps
@@ -32,7 +32,9 @@ class OnlineSource:
     cannot be written, training continues with the round.
 
     Args:
-        prompts (str): a prompt file (.jsonl, .json, .parquet or .txt), or a hub dataset ``owner/name``.
+        prompts (SourceName): a file (.jsonl, .json, .csv, .parquet or .txt), a glob, a list, a folder, or a hub dataset
+            ``owner/name``. The prompt is in the column ``prompt``, else ``instruction``, ``question``, ``problem``,
+            ``query``, ``messages`` or ``conversations``.
         max_new_tokens (int): the maximum number of tokens in a response.
         generations (int): responses sampled for each prompt, at least 2.
         every (int): optimizer steps that one round serves.
@@ -50,8 +52,11 @@ class OnlineSource:
         system_prompt (str | None): the system message of prompts that have none of their own; None adds none. The
             reward sees it too.
         split (str): the split of the prompts, with an optional slice such as "train[:95%]".
-        column_map (Mapping[str, str] | None): the source's column for each field that has another name there, such as
-            ``{prompt: problem, answer: solution}``; None renames nothing.
+        name (str | None): the config of a dataset, such as "main".
+        data_files (DataFiles | None): the files of a dataset to read; None reads all.
+        revision (str | None): commit, tag or branch of a hub dataset; None for the newest.
+        column_map (Mapping[str, str | None] | None): the source's column for each field that has another name there,
+            such as ``{prompt: problem, answer: solution}``, or None for a column to ignore; None renames nothing.
 
     Raises:
         ConfigError: if a value is invalid.
@@ -59,7 +64,7 @@ class OnlineSource:
 
     def __init__(
         self,
-        prompts: str,
+        prompts: SourceName,
         *,
         max_new_tokens: int,
         generations: int = 8,
@@ -73,7 +78,10 @@ class OnlineSource:
         max_prompt_tokens: int | None = None,
         system_prompt: str | None = None,
         split: str = "train",
-        column_map: Mapping[str, str] | None = None,
+        name: str | None = None,
+        data_files: DataFiles | None = None,
+        revision: str | None = None,
+        column_map: Mapping[str, str | None] | None = None,
     ) -> None:
         for key, value in (("every", every), ("groups_per_round", 1 if groups_per_round is None else groups_per_round)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -88,7 +96,9 @@ class OnlineSource:
             raise ConfigError(f"source.overlap: expected true or false, got {overlap!r}")
         if not isinstance(system_prompt, str | None):
             raise ConfigError(f"source.system_prompt: expected a string or null, got {system_prompt!r}")
-        found = read_prompts(prompts, split, column_map)
+        found = read_prompts(
+            prompts, split, column_map, name=name, data_files=data_files, revision=revision, key="source.prompts"
+        )
         self.all_prompts = [prompt.under(system_prompt) for prompt in found]
         self.own_system_messages = sum(prompt.has_system_message for prompt in found) if system_prompt else 0
         self.every = every

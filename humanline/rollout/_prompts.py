@@ -119,7 +119,8 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
     tally.check("drop")
     for name in sorted(hidden):
         _warn(
-            f"column_map: {{{name}: {column_map[name]}}} hides the source's own column '{name}'; rename one to keep both"
+            f"column_map: {{{name}: {column_map[name]}}} hides the source's own column '{name}'; rename one to keep "
+            "both"
         )
     for note in tally.notes():
         _warn(f"{source}: {note}")
