@@ -373,7 +373,9 @@ def test_a_prompt_that_may_not_be_cut_and_leaves_no_room_is_an_error(tokenizer):
         r"raise max_tokens or set max_prompt_tokens \(1 of 2 rows cannot be used"
     )
     with pytest.raises(DataError, match=message):
-        preference_groups(tokenizer, write_lines("pairs.jsonl", rows), max_tokens=8, max_prompt_tokens=None)
+        preference_groups(
+            tokenizer, write_lines("pairs.jsonl", rows), max_tokens=8, max_prompt_tokens=None, on_bad_row="stop"
+        )
 
 
 # ---- Pairs from scored groups
@@ -593,7 +595,7 @@ BAD_EXAMPLES = [
 def test_a_bad_example_is_one_line_that_names_file_line_field_and_value(tokenizer, builder, row, message):
     good = {preference_groups: PAIR, labelled_groups: LABELLED, scored_groups: SCORED, encoded_groups: ENCODED}[builder]
     with pytest.raises(DataError) as raised:
-        builder(tokenizer, write_lines("data.jsonl", [good, row, good]))
+        builder(tokenizer, write_lines("data.jsonl", [good, row, good]), on_bad_row="stop")
     assert str(raised.value).startswith(f"data.jsonl line 2: field {message}")
     assert "\n" not in str(raised.value)
 
@@ -623,7 +625,7 @@ def test_a_conversation_that_the_chat_template_declines_is_named(tokenizer):
 
     rows = [PAIR, PAIR | {"prompt": [{"role": "system", "content": "s"}, user("u")]}]
     with pytest.raises(DataError, match="^pairs.jsonl line 2: messages: the chat template rejects the chat"):
-        preference_groups(NoSystem(), write_lines("pairs.jsonl", rows))
+        preference_groups(NoSystem(), write_lines("pairs.jsonl", rows), on_bad_row="stop")
 
 
 # ---- Bad files
@@ -647,7 +649,7 @@ BAD_FILES = [
 def test_a_file_that_cannot_be_read_is_one_line_that_names_it(tokenizer, file, content, message):
     Path(file).write_bytes(content)
     with pytest.raises(DataError) as raised:
-        preference_groups(tokenizer, file)
+        preference_groups(tokenizer, file, on_bad_row="stop")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 

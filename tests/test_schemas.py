@@ -204,15 +204,14 @@ def test_of_two_schemas_the_builder_s_kind_is_meant(tokenizer):
     assert schema_of(scored_groups(tokenizer, source)) == "ultrafeedback_armorm"
 
 
+ASKED = {"question": "how?", "instruction": "be kind", "chosen": "a", "rejected": "b"}
+
+
 @pytest.mark.parametrize(
     ("build", "row", "names"),
     [
         (labelled_groups, ARMORM, ["preference (prompt, chosen, rejected)", "ultrafeedback_armorm (prompt, all_gen"]),
-        (
-            preference_groups,
-            {**PAIR, "question": "how?"},
-            ["preference (prompt, ", "orca (question, chosen, rejected)"],
-        ),
+        (preference_groups, ASKED, ["orca (question, ", "instruction_preference (instruction, chosen, rejected)"]),
     ],
 )
 def test_an_ambiguous_file_names_the_candidates_and_format_decides(tokenizer, build, row, names):
@@ -220,12 +219,18 @@ def test_an_ambiguous_file_names_the_candidates_and_format_decides(tokenizer, bu
     with pytest.raises(ConfigError, match="^format: the columns fit several schemas: ") as raised:
         build(tokenizer, source)
     assert all(name in str(raised.value) for name in names)
-    assert schema_of(build(tokenizer, source, format="preference")) == "preference"
+    chosen = names[0].split()[0]
+    assert schema_of(build(tokenizer, source, format=chosen)) == chosen
 
 
 def test_a_column_can_be_left_out_on_purpose(tokenizer):
-    source = write_lines("data.jsonl", [{**PAIR, "question": "how?"}])
-    assert schema_of(preference_groups(tokenizer, source, column_map={"question": None})) == "preference"
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [ASKED]), column_map={"instruction": None})
+    assert schema_of(dataset) == "orca" and tokenizer.decode(dataset[0].prompt) == "<user> how? <assistant>"
+
+
+def test_prompt_wins_over_other_names(tokenizer):
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [{**PAIR, **ASKED}]))
+    assert schema_of(dataset) == "preference"
 
 
 def test_a_file_of_no_schema_says_what_is_missing(tokenizer):
@@ -402,6 +407,12 @@ def test_on_bad_row_stop_lists_every_reason(tokenizer):
     assert said.startswith("data.jsonl line 19: field 'chosen' is empty; fill it or drop the line [2 rows]; data.jsonl")
     assert "data.jsonl line 20: field 'rejected' equals 'chosen'" in said
     assert "(3 of 31 rows cannot be used" in said
+
+
+def test_of_a_few_rows_half_may_be_bad(tokenizer):
+    assert len(preference_groups(tokenizer, write_lines("data.jsonl", [PAIR, EMPTY, EQUAL, PAIR]))) == 2
+    with pytest.raises(DataError, match=r"\(3 of 5 rows cannot be used.*: more than half"):
+        preference_groups(tokenizer, write_lines("data.jsonl", [PAIR, EMPTY, EQUAL, PAIR, EMPTY]))
 
 
 @pytest.mark.parametrize("bad", [10, 11])

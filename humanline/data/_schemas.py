@@ -206,6 +206,11 @@ def _of_type(kind: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda row: row.get("type") == kind
 
 
+def _without(*columns: str) -> Callable[[Mapping[str, Any]], bool]:
+    """A column of the name that the field has in general wins over others that could be the prompt."""
+    return lambda row: not any(column in row for column in columns)
+
+
 def _is_transcript(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("chosen"), str) and row["chosen"].lstrip().startswith("Human:")
 
@@ -218,13 +223,17 @@ SCHEMAS = (
     Schema("anthropic_hh", PAIRS, "chosen rejected", _pair(), when=_is_transcript),
     Schema("ultrafeedback_binarized", PAIRS, "prompt chosen rejected score_chosen score_rejected", _pair()),
     Schema("sharegpt", PAIRS, "conversations chosen rejected", _pair(prompt="conversations")),
-    Schema("orca", PAIRS, "question chosen rejected", _pair(prompt="question")),
+    Schema("orca", PAIRS, "question chosen rejected", _pair(prompt="question"), when=_without("prompt")),
     Schema(
         *("input_preference", PAIRS, "input chosen rejected"),
         _pair(prompt="input"),
-        when=lambda row: not ("instruction" in row or "prompt" in row),
+        when=_without("prompt", "instruction"),
     ),
-    Schema("instruction_preference", PAIRS, "instruction chosen rejected", _pair(prompt="instruction")),
+    Schema(
+        *("instruction_preference", PAIRS, "instruction chosen rejected"),
+        _pair(prompt="instruction"),
+        when=_without("prompt"),
+    ),
     Schema(
         *("argilla", PAIRS, "instruction chosen_response rejected_response"),
         _pair("chosen_response", "rejected_response", "instruction"),

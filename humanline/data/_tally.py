@@ -11,6 +11,8 @@ __all__ = ["Tally"]
 
 MOST_BAD = 0.1
 """Share of bad rows above which the format is wrong, and not the rows."""
+FEW, MOST_OF_FEW = 10, 0.5
+"""Of fewer rows, one is more than a tenth and says nothing about the format; then this share counts."""
 
 
 class Tally:
@@ -69,14 +71,17 @@ class Tally:
     def check(self, on_bad_row: str) -> None:
         """
         Raises:
-            DataError: if more than a tenth of the rows cannot be used, or any with ``on_bad_row`` "stop".
+            DataError: if more than a tenth of the rows cannot be used (of fewer than ten, more than half), or any with
+                ``on_bad_row`` "stop".
         """
         faults = [(first, count) for first, count in self._reasons.values() if first.is_fault]
         bad = sum(count for _, count in faults)
-        if bad <= (MOST_BAD * self._rows if on_bad_row == "drop" else 0):
+        most = MOST_BAD if self._rows >= FEW else MOST_OF_FEW
+        if bad <= (most * self._rows if on_bad_row == "drop" else 0):
             return
         reasons = "; ".join(f"{first}" + (f" [{count:,} rows]" if count > 1 else "") for first, count in faults)
-        rule = "on_bad_row: stop" if on_bad_row == "stop" else "more than a tenth, so check schema and column_map"
+        share = "a tenth" if self._rows >= FEW else "half"
+        rule = "on_bad_row: stop" if on_bad_row == "stop" else f"more than {share}, so check schema and column_map"
         read_as = f", read as {self.schema}" if self.schema else ""
         raise DataError(f"{reasons} ({bad:,} of {self._rows:,} rows cannot be used{read_as}: {rule})")
 
