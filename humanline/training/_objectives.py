@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -155,8 +156,13 @@ class GRPO(Objective):
 
 
 def _with_advantages(group: Group) -> Group:
-    scores = torch.tensor(group.scores, dtype=torch.float64)
-    return replace(group, advantages=tuple(group_advantages(scores, torch.zeros(len(scores))).tolist()))
+    return replace(group, advantages=_advantages(group.scores or ()))
+
+
+@lru_cache(maxsize=1 << 16)  # of pairs and labels all groups have the same
+def _advantages(scores: tuple[float, ...]) -> tuple[float, ...]:
+    each = torch.tensor(scores, dtype=torch.float64)
+    return tuple(group_advantages(each, torch.zeros(len(each))).tolist())
 
 
 def lengths_of(groups: Sequence[Group]) -> list[int]:
