@@ -391,13 +391,6 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
             id="the prompt is dropped",
         ),
         pytest.param(
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-            "{{ m.content if loop.last or m.role == 'user' else 'omitted' }}<|im_end|>\n{% endfor %}"
-            "{% if messages | length > 3 %}<|im_end|>{% endif %}" + HEADER,
-            "puts '<|im_end|>' after <|im_end|>",
-            id="only a longer chat ends otherwise",
-        ),
-        pytest.param(
             "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}"
             "{% endfor %}" + HEADER,
             "renders a prompt differently once it is answered",
@@ -427,12 +420,6 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
             id="text behind the end of turn",
         ),
         pytest.param(
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-            "{{ '<|im_end|>' if messages | length < 4 or not loop.last else '<|endoftext|>' }}\n{% endfor %}" + HEADER,
-            "ends the assistant's turn with <|im_end|> in one chat and another token in another",
-            id="two ends of turn",
-        ),
-        pytest.param(
             LOOP + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
             "renders a prompt differently once it is answered",
             id="another header in the generation prompt",
@@ -440,7 +427,7 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
         pytest.param(
             "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
-            "encode an answer differently alone than after its prompt",
+            "ends a generation prompt with a space, which is a part of the answer's first word",
             id="the header ends in a space that belongs to the first word",
         ),
         pytest.param(
@@ -469,22 +456,6 @@ def test_a_template_that_cannot_be_cut_into_prompt_and_response_is_refused(tmp_p
     assert reason in message
     assert "set tokenizer.chat_template to a Jinja file" in message
     assert "\n" not in message
-
-
-def test_a_tokenizer_that_starts_every_text_with_a_space_is_refused(tmp_path):
-    template = (
-        "{% for m in messages %}"
-        "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + '</s>' }}"
-        "{% endfor %}"
-    )
-    family = Family("gemma2", ("<unk>", "</s>"), None, "</s>", "</s>")
-    folder = write_folder(tmp_path, family, template)
-    assert ChatTokenizer(str(folder)).encode_prompt([user("Hi")])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="encode an answer differently alone than after its prompt"):
-        ChatTokenizer(str(folder))
 
 
 def test_what_is_missing_or_broken_in_a_folder_is_named_with_the_remedy(tmp_path):

@@ -1,5 +1,9 @@
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date as Date
+from datetime import datetime, time
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +12,12 @@ from torchtune.data import Message
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from humanline.data._chat_template import PROBE_RESPONSE, PROBES, Chat, ChatTemplate, squeeze
+from humanline.data._batch_encoder import BatchEncoder
+from humanline.data._chat_template import PLAIN, PROBE, THOUGHTFUL, Chat, ChatTemplate, squeeze
 from humanline.errors import ConfigError, DataError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *NAMED_TOKENS)  # variables of a template
 TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's result -> its name in chat templates
 
 
@@ -25,7 +31,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
     A prompt and its response are tokenised separately, split where generation starts, because a model sees exactly
     that: the prompt's ids, then tokens that it generates. If they were tokenised as one text, the prompt's last token
     could merge with the response's first, such as two newlines. The prompt would then differ from the one that is
-    sampled from.
+    sampled from. Tokenizers that put a space before any text, as Llama 2's, give a response other ids alone than after
+    its prompt. They tokenise the whole chat, and its ids are cut behind those of the prompt.
 
     It is also a torchtune tokenizer (:meth:`tokenize_messages`, :meth:`encode`, and a transform of samples with
     ``messages``), so torchtune's own datasets and recipes work with it.
@@ -37,8 +44,13 @@ class ChatTokenizer(ModelTokenizer, Transform):
         max_seq_len (int | None): length to which :meth:`tokenize_messages`, and nothing else, cuts, tokens; null never
             cuts.
         chat_template (str | None): path of a Jinja file that replaces the folder's template; null uses the folder's.
+        chat_template_kwargs (Mapping[str, Any] | None): variables of the template, such as {"enable_thinking": False};
+            null sets none.
+        date (str | None): the date that the template reads, such as "2026-01-31"; null is the day on which the run
+            started, also where it resumes on another day.
 
     Attributes:
+        date (str | None): the date, if the template reads it; else None.
         stop_tokens (list[int]): ids that end a generated response: the template's end of turn, then EOS, then those in
             generation_config.json.
         special_tokens (dict[str, int]): the tokens outside the ordinary vocabulary, and their ids.
@@ -53,16 +65,29 @@ class ChatTokenizer(ModelTokenizer, Transform):
             response and one special token, the end of turn.
     """
 
-    def __init__(self, path: str, max_seq_len: int | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        max_seq_len: int | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ) -> None:
         if max_seq_len is not None and max_seq_len < 1:
             raise ConfigError(
                 f"tokenizer.max_seq_len: expected a length of at least 1, or null for no limit, got {max_seq_len}"
             )
-        self._arguments = (path, max_seq_len, chat_template)
+        kwargs = dict(chat_template_kwargs or {})
+        for name in kwargs:
+            if name in RESERVED:
+                raise ConfigError(f"tokenizer.chat_template_kwargs: {name} is set by humanline; remove it")
+        day = today() if date is None else read_date(date)
+        self._arguments = (path, max_seq_len, chat_template, kwargs, day.isoformat())
         self.max_seq_len = max_seq_len
 
         folder = Path(path)
         self._tokenizer = read_tokenizer(folder)
+        self._file = folder / "tokenizer.json"
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items()}
         self.token_ids = frozenset(self._tokenizer.get_vocab().values())
@@ -71,8 +96,13 @@ class ChatTokenizer(ModelTokenizer, Transform):
         config = read_tokenizer_config(folder)
         named = {name: token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}
         file, source = find_template(folder, config, chat_template)
-        self._template = ChatTemplate(source, file, named, [token.content for token in added.values() if token.special])
-        self._refuse_context_dependence()
+        special = [token.content for token in added.values() if token.special]
+        now = datetime.combine(day, time())
+        self._template = ChatTemplate(source, file, {**named, **kwargs}, special, now.strftime)
+        self.date = day.isoformat() if self._template.reads_date else None
+        self.markers = tuple(dict.fromkeys((*special, *self._template.markers)))
+        self._whole_chats, self._merging_header = self._boundary()
+        self._encode_batch: BatchEncoder | None = None
 
         end_of_turn = self.special_tokens[self._template.end_of_turn]
         ids = {name: self._named_id(name, token) for name, token in named.items()}
@@ -87,23 +117,84 @@ class ChatTokenizer(ModelTokenizer, Transform):
 
     # ---- Prompts and responses
 
-    def encode_prompt(self, messages: Chat) -> list[int]:
+    def encode_prompt(self, messages: Chat, tools: Sequence[Any] | None = None) -> list[int]:
         """Returns the ids of ``messages`` (``{"role": ..., "content": ...}``), up to where the answer starts.
+
+        Args:
+            messages (Chat): the chat.
+            tools (Sequence[Any] | None): the tools that the model may call, as for ``apply_chat_template``.
 
         Raises:
             DataError: if the template rejects the chat.
+            ConfigError: if the template leaves out tools, or a message's calls or thoughts.
         """
-        return self._encode(self._template.prompt(messages))
+        return self._encode(self.render(messages, [], tools)[0])
 
-    def encode_response(self, prompt: Chat, response: str) -> list[int]:
+    def encode_response(
+        self, prompt: Chat, response: str | Mapping[str, Any], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Returns the ids of ``response`` as the answer to ``prompt``, including the end of turn.
 
-        The template may alter the text; Llama 3's and Gemma's strip surrounding white space.
+        The template may alter white space; Llama 3's and Gemma's strip it around the text.
+
+        Args:
+            prompt (Chat): the chat.
+            response (str | Mapping[str, Any]): a text, or an assistant's message, which may have calls or thoughts.
+            tools (Sequence[Any] | None): the tools that the model may call.
 
         Raises:
-            DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
+            DataError: if the template rejects the chat, or the chat's ids do not start with the prompt's.
+            ConfigError: if the template leaves out a part of the response.
         """
-        return self._encode(self._template.response(prompt, response))
+        _, (ids,) = self.split([self._encode(text) for text in self.render(prompt, [response], tools)])
+        return list(ids)
+
+    def render(
+        self, prompt: Chat, responses: Sequence[str | Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        """Returns the texts that :meth:`encode_texts` tokenises for :meth:`split`: the prompt's, and one per response.
+
+        Raises:
+            DataError: as :meth:`encode_response`.
+            ConfigError: as :meth:`encode_response`.
+        """
+        start, *texts = self._template.split(prompt, responses, tools)
+        if self._merging_header is not None and any(text.startswith(self._merging_header) for text in texts):
+            raise DataError(
+                "messages: the prompt's last token and the template's first one of the answer are one token; set "
+                "tokenizer.chat_template_kwargs (such as enable_thinking: false for answers without thoughts)"
+            )
+        return [start, *([start + text for text in texts] if self._whole_chats else texts)]
+
+    def split(self, encoded: Sequence[Sequence[int]]) -> tuple[Sequence[int], list[Sequence[int]]]:
+        """Returns the ids of a prompt and of its responses, from the ids of the texts of :meth:`render`.
+
+        Raises:
+            DataError: if a whole chat's ids do not start with the prompt's.
+        """
+        prompt, *rest = encoded
+        if not self._whole_chats:
+            return prompt, rest
+        if any(ids[: len(prompt)] != prompt for ids in rest):
+            raise DataError("messages: the ids of the chat do not start with those of its prompt; drop the example")
+        return prompt, [ids[len(prompt) :] for ids in rest]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Any]:
+        """Returns the ids of many texts, each an array of C ints; tokenised in threads.
+
+        Raises:
+            DataError: if a text is not valid Unicode.
+        """
+        if self._encode_batch is None:
+            self._encode_batch = BatchEncoder(self._file, self._tokenizer)
+        return self._encode_batch(texts)
+
+    def fingerprint(self) -> str:
+        """Returns a digest of all that ids depend on."""
+        _, _, _, kwargs, _ = self._arguments
+        config = json.dumps([kwargs, self.date, self._template.source, version("tokenizers"), version("jinja2")])
+        config += json.dumps(self._template.variables, default=str, sort_keys=True)
+        return blake2b(self._file.read_bytes() + config.encode(), digest_size=16).hexdigest()
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ``ids``."""
@@ -152,14 +243,19 @@ class ChatTokenizer(ModelTokenizer, Transform):
                     f"messages: {self._template.file} renders earlier turns differently once later ones follow; "
                     "end each example at its first answer"
                 )
-            ids.extend(self._encode(rendered[len(text) :]))
+            if self._whole_chats:
+                if (whole := self._encode(rendered))[: len(ids)] != ids:
+                    raise DataError("messages: earlier turns have other ids once later ones follow; drop the example")
+                ids[:] = whole
+            else:
+                ids.extend(self._encode(rendered[len(text) :]))
             mask.extend([masked] * (len(ids) - len(mask)))
             text, seen = rendered, until
 
         for i, message in enumerate(messages):
             if message.role == "assistant":
-                append(self._template.prompt(chat[:i]), i, any(m.masked for m in messages[seen:i]) or seen == i)
-                answer = self._template.response(chat[:i], message.text_content)
+                before, answer = self._template.split(chat[:i], [message.text_content])
+                append(before, i, any(m.masked for m in messages[seen:i]) or seen == i)
                 if not add_end_tokens and i == len(messages) - 1:
                     answer = answer.removesuffix(self._template.end_of_turn)
                 append(text + answer, i + 1, message.masked)
@@ -181,11 +277,40 @@ class ChatTokenizer(ModelTokenizer, Transform):
         except TypeError:
             raise DataError("messages: the text is not valid Unicode (it has a lone surrogate); correct it") from None
 
-    def _refuse_context_dependence(self) -> None:
-        """Rejects tokenizers whose ids for an answer depend on the prompt before it, as with a space added in front."""
-        prompt, response = self._template.prompt(PROBES[0]), self._template.response(PROBES[0], PROBE_RESPONSE)
-        if self._encode(prompt) + self._encode(response) != self._encode(prompt + response):
-            raise self._template.refusal("and tokenizer.json encode an answer differently alone than after its prompt")
+    def _boundary(self) -> tuple[bool, str | None]:
+        """Finds out how ids are cut between prompt and response.
+
+        Returns:
+            Whether whole chats have to be tokenised; and, if answers without thoughts merge with their prompts, how the
+            text of such an answer starts.
+
+        Raises:
+            ConfigError: if prompts cannot be told from responses.
+        """
+        start, plain = self._template.split(PROBE, [PLAIN])
+        prompt, whole = self._encode(start), self._encode(start + plain)
+        if prompt + self._encode(plain) == whole:
+            return False, None
+        if whole[: len(prompt)] == prompt:
+            return True, None
+        header = plain.partition(PLAIN)[0]
+        if header.strip() and self._accepts_thoughts(prompt):
+            return False, header
+        if start.endswith(" "):
+            raise self._template.refusal(
+                "ends a generation prompt with a space, which is a part of the answer's first word"
+            )
+        raise ConfigError(
+            f"tokenizer.path: {self._file} merges the end of a prompt with the start of its answer, so that the prompt's "
+            "ids depend on the answer; use the tokenizer.json that the model was published with"
+        )
+
+    def _accepts_thoughts(self, prompt: list[int]) -> bool:
+        try:
+            start, thoughtful = self._template.split(PROBE, [THOUGHTFUL])
+        except (ConfigError, DataError):
+            return False
+        return prompt + self._encode(thoughtful) == self._encode(start + thoughtful)
 
     def _named_id(self, name: str, token: str) -> int:
         id = self._tokenizer.token_to_id(token)
@@ -194,6 +319,17 @@ class ChatTokenizer(ModelTokenizer, Transform):
                 f"tokenizer.path: tokenizer.json has no token {token!r}, the {name} of tokenizer_config.json; add it"
             )
         return id
+
+
+def today() -> Date:
+    return datetime.now().date()
+
+
+def read_date(text: Any) -> Date:
+    try:
+        return Date.fromisoformat(text) if isinstance(text, str) else Date(text.year, text.month, text.day)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"tokenizer.date: expected a day such as 2026-01-31, or null, got {text!r}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,73 +15,67 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from humanline.errors import ConfigError, DataError
 
 Chat = Sequence[Mapping[str, Any]]
-"""Messages, each ``{"role": ..., "content": ...}``."""
+"""Messages, each ``{"role": ..., "content": ...}``, with other fields that the template may read."""
 
-# Chats that every template is tested on. It may reject all but the first (Gemma 2 accepts no system message).
-PROBE_RESPONSE = "Humanline"
-PROBES: tuple[Chat, ...] = (
-    [{"role": "user", "content": "Name?"}],
-    [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Name?"}],
-    [
-        {"role": "user", "content": "Greet."},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Name?"},
-    ],
-)
+PROBE: Chat = [{"role": "user", "content": "Name?"}]
+"""The chat that every template must accept. Others it may reject: Gemma 2's accepts no system message."""
+PLAIN = "Humanline"
+THOUGHTFUL = f"<think>\nA person.\n</think>\n\n{PLAIN}"
+"""Answers to it. Templates of models that think may have a place for thoughts in a generation prompt."""
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+CALLS = ("tool_calls", "function_call")
+"""Fields of a message that change what the model sees, if the template reads them."""
 
 
 class ChatTemplate:
     """A Jinja chat template whose output can be split where generation starts.
 
     The text of a prompt followed by the text of its response is the text of the whole chat. The response ends with one
-    special token, the end of turn. White space after that token is dropped, since no model generates it.
+    special token, the end of turn. What the template writes after that token (white space, or the end of the sequence)
+    is dropped, since no model generates it.
 
     Args:
         source (str): the template.
         file (Path): the template's file, for messages.
-        named_tokens (Mapping[str, str]): values of ``bos_token`` and the like in the template.
+        variables (Mapping[str, Any]): further variables of the template: ``bos_token`` and the like, and those that the
+            user sets.
         special_tokens (Sequence[str]): the tokenizer's special tokens; one of them is the end of turn.
+        strftime_now (Callable[[str], str]): formats the date of the run.
 
     Attributes:
         end_of_turn (str): the token that closes an assistant's turn.
+        source (str): the template.
+        variables (Mapping[str, Any]): its variables.
+        reads_date (bool): whether the template reads the date.
+        markers (tuple[str, ...]): strings that the template writes around messages, and people do not.
 
     Raises:
-        ConfigError: if ``source`` is not a template, or its output for small chats cannot be split as above.
+        ConfigError: if ``source`` is not a template, or its output for the simplest chat cannot be split as above.
     """
 
-    def __init__(self, source: str, file: Path, named_tokens: Mapping[str, str], special_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        file: Path,
+        variables: Mapping[str, Any],
+        special_tokens: Sequence[str],
+        strftime_now: Callable[[str], str],
+    ) -> None:
         self.file = file
-        self._named_tokens = named_tokens
+        self.source = source
+        self.reads_date = "strftime_now" in source
+        self.variables = {"documents": None, **variables}
         try:
-            self._template = environment().from_string(source)
+            self._template = environment(strftime_now).from_string(source)
         except jinja2.TemplateError as error:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
-        self.end_of_turn = self._probe(special_tokens)
+        longest_first = sorted(special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.end_of_turn, self._tail = self._probe()
+        self.markers = self._markers()
 
-    def prompt(self, messages: Chat) -> str:
-        """Returns the text of ``messages``, up to where the assistant's answer starts.
-
-        Raises:
-            DataError: if the template rejects the chat.
-        """
-        return self.render(messages, add_generation_prompt=True)
-
-    def response(self, messages: Chat, content: str) -> str:
-        """Returns the text of ``content`` as the answer to ``messages``, from its start to the end of turn.
-
-        Raises:
-            DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
-        """
-        prompt, whole = self.prompt(messages), self._answered(messages, content)
-        response = whole[len(prompt) :].rstrip()
-        if not whole.startswith(prompt) or not response.endswith(self.end_of_turn):
-            raise DataError(
-                f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
-                "drop the example, or set tokenizer.chat_template to a template that does"
-            )
-        return response
-
-    def render(self, messages: Chat, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Chat, *, add_generation_prompt: bool = False, tools: Any = None) -> str:
         """Returns the template's text for ``messages``.
 
         Raises:
@@ -91,14 +84,38 @@ class ChatTemplate:
         try:
             return self._template.render(
                 # transformers omits fields that are None, and templates rely on it.
-                messages=[{key: value for key, value in message.items() if value is not None} for message in messages],
+                messages=[
+                    {key: value for key, value in message.items() if value is not None}
+                    if None in message.values()
+                    else message
+                    for message in messages
+                ],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._named_tokens,
+                tools=tools,
+                **self.variables,
             )
         except Exception as error:  # a template can fail in any way
             raise DataError(f"messages: {self.file} rejects the chat: {squeeze(error)}") from error
+
+    def split(self, messages: Chat, responses: Sequence[str | Mapping[str, Any]], tools: Any = None) -> list[str]:
+        """Returns the text of a prompt, up to where the answer starts, and of each response, to its end of turn.
+
+        Args:
+            messages (Chat): the prompt.
+            responses (Sequence[str | Mapping[str, Any]]): answers to it: texts, or messages of the assistant.
+            tools (Any): the tools that the model may call.
+
+        Raises:
+            DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
+            ConfigError: if the template leaves out a part of the chat.
+        """
+        prompt = self.render(messages, add_generation_prompt=True, tools=tools)
+        if tools and prompt == self.render(messages, add_generation_prompt=True):
+            raise self._leaves_out("tools")
+        for message in messages:
+            if len(message) > 2:
+                self._check_prompt_fields(message, messages, prompt, tools)
+        return [prompt, *(self._response(messages, prompt, response, tools) for response in responses)]
 
     def refusal(self, what: str) -> ConfigError:
         """Returns the error for an unusable template; ``what`` continues a sentence that starts with its file."""
@@ -107,37 +124,83 @@ class ChatTemplate:
             "a chat as its prompt, the response and an end-of-turn token"
         )
 
-    def _answered(self, messages: Chat, content: str) -> str:
-        return self.render([*messages, {"role": "assistant", "content": content}])
+    def _response(self, messages: Chat, prompt: str, response: str | Mapping[str, Any], tools: Any) -> str:
+        message = {"role": "assistant", "content": response} if isinstance(response, str) else response
+        whole = self.render([*messages, message], tools=tools)
+        text = whole[len(prompt) :].rstrip().removesuffix(self._tail).rstrip()
+        if not whole.startswith(prompt) or not text.endswith(self.end_of_turn):
+            raise DataError(
+                f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
+                "drop the example, or set tokenizer.chat_template or chat_template_kwargs (such as enable_thinking)"
+            )
+        content = message.get("content") or ""
+        if content not in text and (lost := _lost(content, self._opening(prompt) + text)):
+            raise self._leaves_out(f"the response's {lost!r}")
+        for field in (*CALLS, *THOUGHTS) if len(message) > 2 else ():
+            if value := message.get(field):
+                without = {name: each for name, each in message.items() if name != field}
+                if whole == self.render([*messages, without], tools=tools) or (
+                    isinstance(value, str) and _lost(value, self._opening(prompt) + text)
+                ):
+                    raise self._leaves_out(f"'{field}' of the response")
+        return text
 
-    def _probe(self, special_tokens: Sequence[str]) -> str:
-        """Renders small chats, rejects templates whose output cannot be split, and returns the end of turn."""
-        longest_first = sorted(special_tokens, key=len, reverse=True)
-        special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        ends = []
-        for messages in PROBES:
-            try:
-                prompt, whole = self.prompt(messages), self._answered(messages, PROBE_RESPONSE)
-            except DataError as error:
-                if messages is PROBES[0]:
-                    raise self.refusal(f"fails on the simplest chat ({squeeze(error.__cause__ or error)})") from error
-                continue
-            if not whole.startswith(prompt):
-                raise self.refusal("renders a prompt differently once it is answered")
-            header, content, rest = whole[len(prompt) :].partition(PROBE_RESPONSE)
-            if not content:
-                raise self.refusal("omits or alters the assistant's content")
-            if special.search(header) or (header.strip() and prompt == self.render(messages)):
-                raise self.refusal(f"puts {header.strip()!r} before an answer but not into a generation prompt")
-            end = special.search(rest)
-            if end is None:
-                raise self.refusal("ends the assistant's turn without a special token")
-            if tail := rest[end.end() :].strip():
-                raise self.refusal(f"puts {tail!r} after {end[0]}, the end of turn")
-            ends.append(end[0])
-        if len(set(ends)) > 1:
-            raise self.refusal(f"ends the assistant's turn with {ends[0]} in one chat and another token in another")
-        return ends[0]
+    def _opening(self, prompt: str) -> str:
+        """Returns what a prompt has after its last special token; it may open the answer's thought."""
+        return prompt[max((found.end() for found in self._special.finditer(prompt)), default=0) :]
+
+    def _check_prompt_fields(self, message: Mapping[str, Any], messages: Chat, prompt: str, tools: Any) -> None:
+        for field in CALLS:
+            if message.get(field):
+                without = [{name: each for name, each in m.items() if name != field} for m in messages]
+                if prompt == self.render(without, add_generation_prompt=True, tools=tools):
+                    raise self._leaves_out(f"'{field}'")
+        for field in THOUGHTS:  # a template that knows them may leave out those of earlier turns
+            if message.get(field) and field not in self.source:
+                raise self._leaves_out(f"'{field}'")
+
+    def _leaves_out(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"tokenizer.chat_template: {self.file} leaves out {what}, so the model would not see it; set "
+            "tokenizer.chat_template to a Jinja file that writes it, or remove it from the data"
+        )
+
+    def _probe(self) -> tuple[str, str]:
+        """Returns the end of turn and what follows it; rejects templates whose output cannot be split."""
+        try:
+            prompt = self.render(PROBE, add_generation_prompt=True)
+            whole = self.render([*PROBE, {"role": "assistant", "content": PLAIN}])
+        except DataError as error:
+            raise self.refusal(f"fails on the simplest chat ({squeeze(error.__cause__ or error)})") from error
+        if not whole.startswith(prompt):
+            raise self.refusal("renders a prompt differently once it is answered")
+        header, content, rest = whole[len(prompt) :].partition(PLAIN)
+        if not content:
+            raise self.refusal("omits or alters the assistant's content")
+        if self._special.search(header) or (header.strip() and prompt == self.render(PROBE)):
+            raise self.refusal(f"puts {header.strip()!r} before an answer but not into a generation prompt")
+        end = self._special.search(rest)
+        if end is None:
+            raise self.refusal("ends the assistant's turn without a special token")
+        tail = rest[end.end() :].strip()
+        if tail and (tail != self.variables.get("eos_token") or tail == end[0]):
+            raise self.refusal(f"puts {tail!r} after {end[0]}, the end of turn")
+        return end[0], tail
+
+    def _markers(self) -> tuple[str, ...]:
+        text = self.render([*PROBE, {"role": "assistant", "content": PLAIN}]).partition(PROBE[0]["content"])
+        pieces = re.split(r"\s+|" + self._special.pattern, f"{text[0]} {text[2].partition(PLAIN)[0]}")
+        literal = [piece for piece in pieces if re.search(r"[^\w:.,!?'\-]", piece)]
+        return tuple(dict.fromkeys([*self._special.findall("".join(text)), *literal]))
+
+
+def _lost(content: str, text: str) -> str:
+    """Returns the start of what a rendered text lacks of a content, whatever its white space; empty if nothing."""
+    here = "".join(text.split())
+    if "".join(content.split()) in here:
+        return ""
+    lines = [line for line in content.splitlines() if "".join(line.split()) not in here]
+    return " ".join((lines or content.splitlines())[0].split())[:60]
 
 
 class GenerationBlock(Extension):
@@ -151,13 +214,13 @@ class GenerationBlock(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def environment() -> jinja2.Environment:
+def environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
     """Returns a sandbox with the settings, filters and functions that chat templates need."""
     extensions = [GenerationBlock, loopcontrols]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = to_json
     sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = datetime.now().strftime  # the date is fixed, so no prompt changes at midnight
+    sandbox.globals["strftime_now"] = strftime_now
     return sandbox
 
 

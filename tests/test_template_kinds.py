@@ -1,0 +1,349 @@
+"""Templates and tokenizers of many kinds: spaces before any text, thoughts, tools, dates, text that is left out."""
+
+import json
+import pickle
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_chat_tokenizer import FAMILIES, Family, assistant, system, user, write_folder
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
+
+from humanline.data import ChatTokenizer, preference_groups
+from humanline.data._examples import _MARKERS
+from humanline.errors import ConfigError, DataError
+
+CASES = Path(__file__).parent / "data" / "cases"
+HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def chatml(folder, template, family="smollm2", **arguments) -> ChatTokenizer:
+    return ChatTokenizer(str(write_folder(folder, FAMILIES[family], template)), **arguments)
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# ---- Tokenizers that put a space before any text
+
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + (sys if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+LETTERS = [chr(code) for code in range(33, 127)]
+
+
+def sentencepiece(folder: Path, template: str, kind: str, special: tuple[str, ...] = ()) -> Path:
+    """A tokenizer of Llama 2's kind, in the forms that transformers has written; its files in HF layout."""
+    specials = ("<unk>", "<s>", "</s>", *special)
+    pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n", *LETTERS]
+    merges = [*(("▁", letter) for letter in "HaY[sN"), ("▁", "▁"), ("\n", "\n"), ("o", "r"), ("t", "h"), ("l", "l")]
+    pieces += ["".join(pair) for pair in merges]
+    vocab = {piece: id for id, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = special[-1] if special else "</s>"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return folder
+
+
+KINDS = {
+    "llama2": (LLAMA2, "legacy", ()),
+    "llama2, newer file": (LLAMA2, "first", ()),
+    "tinyllama": (ZEPHYR, "legacy", ()),
+    "zephyr": (ZEPHYR, "first", ()),
+    "mistral": (MISTRAL, "legacy", ()),
+    "phi3": (PHI3, "legacy", ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")),
+}
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    root = tmp_path_factory.mktemp("spaced")
+    folders = {name: sentencepiece(root / name, *KINDS[name]) for name in KINDS}
+    return {name: (ChatTokenizer(str(f)), AutoTokenizer.from_pretrained(f)) for name, f in folders.items()}
+
+
+words = st.text(st.sampled_from([*LETTERS, " ", "\n", "é", "東"]), min_size=1, max_size=20).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(question=words, earlier=st.none() | words, answer=words)
+@settings(max_examples=60)
+def test_ids_are_those_of_the_whole_chat_or_the_row_is_declined(spaced, name, question, earlier, answer):
+    ours, theirs = spaced[name]
+    prompt = [] if earlier is None else [user(earlier), assistant("Yes")]
+    prompt += [user(question)]
+    whole = theirs.apply_chat_template([*prompt, assistant(answer)], return_dict=False)
+    start = theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_prompt(prompt) == start
+    try:
+        ids = start + ours.encode_response(prompt, answer)
+    except DataError as error:
+        assert "ids of the chat do not start with those of its prompt" in str(error) and whole[: len(start)] != start
+        return
+    assert ids == whole[: len(ids)]
+    rest = theirs.decode(whole[len(ids) :]).strip()
+    assert rest == ("<|endoftext|>" if name == "phi3" else "")
+    assert ids[-1] == ours.stop_tokens[0]
+
+
+def test_a_response_after_a_space_has_its_own_ids_and_decodes_to_itself(spaced):
+    ours, _ = spaced["llama2"]
+    ids = ours.encode_response([user("Name?")], "Humanline")
+    assert ours.decode(ids).strip() == "Humanline" and ours.decode(ids[:1]) != "Humanline"
+
+
+def test_messages_of_torchtune_have_the_ids_of_the_whole_chat_too(spaced):
+    from torchtune.data import Message
+
+    for name, (ours, theirs) in spaced.items():
+        chat = [("user", "Name?"), ("assistant", "Humanline"), ("user", "Why?"), ("assistant", "All")]
+        messages = [Message(role=role, content=said, masked=role == "user") for role, said in chat]
+        ids, mask = ours.tokenize_messages(messages)
+        whole = theirs.apply_chat_template([{"role": r, "content": said} for r, said in chat], return_dict=False)
+        assert ids == whole[: len(ids)], name
+        learnt = theirs.decode([id for id, masked in zip(ids, mask, strict=True) if not masked])
+        assert "Humanline" in learnt and "All" in learnt and "Why" not in learnt, name
+
+
+def test_only_the_rows_whose_ids_merge_are_dropped(spaced, tmp_path):
+    ours, theirs = spaced["zephyr"]
+    rows = [{"prompt": f"Q{i}", "chosen": f"Yes {i}", "rejected": "No"} for i in range(20)]
+    rows[3]["chosen"] = "\nYes 3"  # the header's newline and this one are one token
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = preference_groups(ours, str(file))
+    assert f"do not start with those of its prompt (1, the first: {file} line 4)" in dataset.report()
+    assert len(dataset) == 19
+    for group, row in zip(dataset, rows[:3] + rows[4:], strict=True):
+        whole = theirs.apply_chat_template([user(row["prompt"]), assistant(row["chosen"])], return_dict=False)
+        ids = [*group.prompt, *group.responses[0]]
+        assert ids == whole[: len(ids)]
+
+
+# ---- Templates that reject a kind of chat decline its rows, not the model
+
+
+def test_a_system_message_moved_into_the_last_turn_declines_those_rows(tmp_path):
+    nemo = (
+        "{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}{% set rest = messages[1:] %}"
+        "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+        "<|im_start|>user\n{% if loop.last and sys is defined %}{{ sys + '\n\n' }}{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% else %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + HEADER
+    )
+    tokenizer = chatml(tmp_path, nemo)
+    chat = [user("Hi"), assistant("Hello"), user("Name?")]
+    assert text(tokenizer, tokenizer.encode_response(chat, "Humanline")) == "Humanline<|im_end|>"
+    with pytest.raises(DataError, match="does not render this chat as its prompt, the response and"):
+        tokenizer.encode_response([system("Be kind."), *chat], "Humanline")
+
+
+# ---- Thoughts
+
+QWEN3 = (
+    "{% for m in messages %}{% set content = m.content %}{% set thought = '' %}"
+    "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}{% elif '</think>' in m.content %}"
+    "{% set thought = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and (loop.last or thought and loop.index0 > last_query | default(99)) %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{{ content.lstrip('\n') }}{% else %}{{ content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+OPEN = QWEN3.replace("</think>\n\n{% endif %}{% endif %}", "</think>\n\n{% else %}<think>\n{% endif %}{% endif %}")
+"""Qwen3.5's: the generation prompt opens the thought."""
+THOUGHT = "<think>\nAdd them.\n</think>\n\nIt is 5."
+
+
+@pytest.mark.parametrize("template", [QWEN3, OPEN], ids=["qwen3", "qwen3.5"])
+@pytest.mark.parametrize(
+    "answer",
+    [assistant(THOUGHT), {"role": "assistant", "content": "It is 5.", "reasoning_content": "Add them."}],
+    ids=["in the content", "beside it"],
+)
+def test_a_real_thought_is_rendered_as_by_transformers(tmp_path, template, answer):
+    tokenizer, prompt = chatml(tmp_path, template, "qwen2_5"), [user("2 + 3?")]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    whole = theirs.apply_chat_template([*prompt, answer], return_dict=False)
+    ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(prompt, answer)
+    assert ids == whole[: len(ids)] and "Add them.\n</think>\n\nIt is 5.<|im_end|>" in text(tokenizer, ids)
+
+
+def test_an_answer_without_a_thought_where_the_prompt_opens_one_needs_enable_thinking_false(tmp_path):
+    prompt = [user("2 + 3?")]
+    with pytest.raises(DataError, match=r"chat_template_kwargs \(such as enable_thinking: false"):
+        chatml(tmp_path, OPEN, "qwen2_5").encode_response(prompt, "It is 5.")
+    tokenizer = chatml(tmp_path, OPEN, "qwen2_5", chat_template_kwargs={"enable_thinking": False})
+    assert text(tokenizer, tokenizer.encode_prompt(prompt)).endswith("<think>\n\n</think>\n\n")
+    assert text(tokenizer, tokenizer.encode_response(prompt, "It is 5.")) == "It is 5.<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+def test_what_humanline_sets_cannot_be_a_variable(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"^tokenizer.chat_template_kwargs: {name} is set by humanline"):
+        chatml(tmp_path, LOOP + HEADER, chat_template_kwargs={name: 1})
+
+
+# ---- Text that a template leaves out
+
+DELETES = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}") + HEADER
+
+
+def test_a_template_that_deletes_thoughts_is_refused_and_says_what_is_lost(tmp_path):
+    tokenizer = chatml(tmp_path, DELETES)
+    assert tokenizer.encode_response([user("2 + 3?")], "It is 5.")
+    message = r"^tokenizer.chat_template: .* leaves out the response's '<think>', .* \(first seen in .*t01_think.jsonl"
+    with pytest.raises(ConfigError, match=message):
+        preference_groups(tokenizer, str(CASES / "t01_think.jsonl"))
+    assert len(preference_groups(chatml(tmp_path / "keeps", LOOP + HEADER), str(CASES / "t01_think.jsonl"))) == 3
+
+
+def test_white_space_that_a_template_strips_is_no_loss(tmp_path):
+    tokenizer = chatml(tmp_path, LOOP.replace("{{ m.content }}", "{{ m.content | trim }}") + HEADER)
+    assert text(tokenizer, tokenizer.encode_response([user("Hi")], "  Hello \n")) == "Hello<|im_end|>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}" + HEADER
+)
+
+
+def test_tools_and_calls_are_rendered_as_by_transformers(tmp_path):
+    tokenizer = chatml(tmp_path, WITH_TOOLS)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    prompt = [user("Oslo?"), called, {"role": "tool", "content": "cold"}]
+    for chat, answer in (([user("Oslo?")], called), (prompt, assistant("It is cold."))):
+        whole = theirs.apply_chat_template([*chat, answer], tools=TOOLS, return_dict=False)
+        ids = tokenizer.encode_prompt(chat, TOOLS) + tokenizer.encode_response(chat, answer, TOOLS)
+        assert ids == whole[: len(ids)] and "weather" in text(tokenizer, ids)
+
+
+@pytest.mark.parametrize(
+    ("file", "lost"),
+    [
+        ("p10b_tool_empty.jsonl", "'tool_calls'"),
+        ("p10c_tools_col.jsonl", "tools"),
+        ("p18_reasoning.jsonl", "'reasoning_content' of the response"),
+    ],
+)
+def test_what_a_template_has_no_place_for_is_refused_by_name(tmp_path, file, lost):
+    with pytest.raises(ConfigError, match=f"^tokenizer.chat_template: .* leaves out {lost}, so the model") as raised:
+        preference_groups(chatml(tmp_path, LOOP + HEADER), str(CASES / file))
+    assert f"(first seen in {CASES / file} line 1)" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "template", "kept"),
+    [
+        ("p10b_tool_empty.jsonl", WITH_TOOLS, ['<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}']),
+        ("p10c_tools_col.jsonl", WITH_TOOLS, ['"description": "Weather"', "Let me look.<tool_call>"]),
+        ("p18_reasoning.jsonl", QWEN3, ["<think>\nadd them\n</think>\n\n5<|im_end|>"]),
+    ],
+)
+def test_and_handed_to_a_template_that_has_one(tmp_path, file, template, kept):
+    tokenizer = chatml(tmp_path, template)
+    (group,) = preference_groups(tokenizer, str(CASES / file))
+    chat = text(tokenizer, [*group.prompt, *group.responses[0]])
+    assert all(part in chat for part in kept)
+
+
+def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
+    tokenizer = chatml(tmp_path, LOOP + HEADER)
+    assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.markers)
+    with pytest.raises(DataError, match=r"line 1: the text has '<\|im_start\|>' of a chat template"):
+        preference_groups(tokenizer, str(CASES / "p27_pretemplated.jsonl"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_markers_are_what_the_template_writes_around_a_message_and_people_do_not(spaced, name):
+    ours, _ = spaced[name]
+    (prompt,) = ours.render([user("Name? My name is: Bob, isn't it? 2 - 1 = 1")], [])
+    found = {marker for marker in ours.markers if marker in prompt}
+    assert found and not any(
+        marker in "Name? My name is: Bob, isn't it? (2 - 1) = 1 <b> [x]" for marker in ours.markers
+    )
+    assert found - set(_MARKERS) or found & set(_MARKERS)
+
+
+# ---- The date
+
+DATED = "<|im_start|>system\nToday: {{ strftime_now('%d %B %Y') }}<|im_end|>\n" + LOOP + HEADER
+
+
+def test_a_template_reads_the_date_of_the_run(tmp_path):
+    tokenizer = chatml(tmp_path, DATED, date="2024-02-29")
+    assert tokenizer.date == "2024-02-29"
+    assert "Today: 29 February 2024<" in text(tokenizer, tokenizer.encode_prompt([user("Hi")]))
+    assert pickle.loads(pickle.dumps(tokenizer)).date == "2024-02-29"
+
+
+def test_without_a_date_it_is_today_s_and_a_template_that_reads_none_has_none(tmp_path):
+    before, tokenizer, after = datetime.now(), chatml(tmp_path, DATED), datetime.now()
+    assert tokenizer.date in (f"{before:%Y-%m-%d}", f"{after:%Y-%m-%d}")
+    assert chatml(tmp_path / "undated", LOOP + HEADER).date is None
+
+
+def test_the_date_is_a_part_of_the_fingerprint_if_it_is_read(tmp_path):
+    first, second = (chatml(tmp_path, DATED, date=date).fingerprint() for date in ("2024-02-28", "2024-02-29"))
+    assert first != second
+    plain = [chatml(tmp_path, LOOP + HEADER, date=date).fingerprint() for date in ("2024-02-28", "2024-02-29")]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("date", ["yesterday", "2024-13-01", 5, ""])
+def test_a_date_that_is_none_is_refused(tmp_path, date):
+    with pytest.raises(ConfigError, match="^tokenizer.date: expected a day such as 2026-01-31, or null, got "):
+        chatml(tmp_path, DATED, date=date)
+
+
+# ---- The tokenizer's fault
+
+
+def test_a_tokenizer_that_merges_prompt_and_answer_is_blamed_and_not_the_template(tmp_path):
+    family = Family("gemma2", ("<unk>", "</s>"), None, "</s>", "</s>")
+    folder = write_folder(tmp_path, family, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].append(["?", "H"])
+    content["model"]["vocab"]["?H"] = len(content["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    with pytest.raises(ConfigError, match=r"^tokenizer.path: .*tokenizer.json merges the end of a prompt") as raised:
+        ChatTokenizer(str(folder))
+    assert "chat_template" not in str(raised.value)
