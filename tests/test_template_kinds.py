@@ -158,7 +158,8 @@ def test_a_system_message_moved_into_the_last_turn_declines_those_rows(tmp_path)
     nemo = (
         "{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}{% set rest = messages[1:] %}"
         "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
-        "<|im_start|>user\n{% if loop.last and sys is defined %}{{ sys + '\n\n' }}{% endif %}{{ m.content }}<|im_end|>\n"
+        "<|im_start|>user\n{% if loop.last and sys is defined %}{{ sys + '\n\n' }}{% endif %}"
+        "{{ m.content }}<|im_end|>\n"
         "{% else %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + HEADER
     )
     tokenizer = chatml(tmp_path, nemo)
@@ -176,7 +177,8 @@ QWEN3 = (
     "{% set thought = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and (loop.last or thought and loop.index0 > last_query | default(99)) %}"
-    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{{ content.lstrip('\n') }}{% else %}{{ content }}{% endif %}<|im_end|>\n"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{{ content.lstrip('\n') }}"
+    "{% else %}{{ content }}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )

@@ -1,10 +1,11 @@
 """Reads and writes weights: model checkpoints, training state, exports, adapter files. Each is complete or absent."""
 
 from humanline.checkpoint._adapter_files import read_adapter
-from humanline.checkpoint._checkpoint import TrainingCheckpoint, has_checkpoints
+from humanline.checkpoint._checkpoint import TrainingCheckpoint
 from humanline.checkpoint._export import export_dtypes
 from humanline.checkpoint._provenance import code_digest, named_files
 from humanline.checkpoint._replace import restore_replaced
+from humanline.checkpoint._steps import has_checkpoints, saved_position
 from humanline.checkpoint._weights import (
     build_decoder,
     fingerprint,
@@ -25,6 +26,7 @@ __all__ = [
     "export_dtypes",
     "fingerprint",
     "has_checkpoints",
+    "saved_position",
     "named_files",
     "read_adapter",
     "read_decoder_weights",

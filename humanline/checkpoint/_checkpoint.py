@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
+from humanline.checkpoint._steps import RUN_FILE, steps_in
 from humanline.distributed import check_same, first_error, gathered
 from humanline.errors import ConfigError
 from humanline.optim import replay
@@ -38,7 +39,7 @@ log = utils.get_logger("INFO")
 
 # The frozen base of an adapter is not stored: the model's own checkpoint has it.
 ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-RUN_FILE, CHECKSUMS_FILE = "run.json", "SHA256SUMS"
+CHECKSUMS_FILE = "SHA256SUMS"
 
 
 class TrainingCheckpoint:
@@ -321,17 +322,7 @@ class TrainingCheckpoint:
         return {"policy": policy, "optimizer": optimizer, "reference": self.reference.state_dict()}
 
     def _steps(self) -> list[int]:
-        return _steps_in(self.folder)
-
-
-def has_checkpoints(output_dir: str) -> bool:
-    """Returns whether a run's folder has checkpoints."""
-    return bool(_steps_in(Path(output_dir) / "checkpoints"))
-
-
-def _steps_in(folder: Path) -> list[int]:
-    names = (path.name.removeprefix("step_") for path in folder.glob("step_*"))
-    return sorted(int(name) for name in names if name.isdigit())
+        return steps_in(self.folder)
 
 
 def _damage(path: Path, rank: int, world_size: int) -> str | None:

@@ -100,7 +100,7 @@ class ChatTokenizer(ModelTokenizer, Transform):
         now = datetime.combine(day, time())
         self._template = ChatTemplate(source, file, {**named, **kwargs}, special, now.strftime)
         self.date = day.isoformat() if self._template.reads_date else None
-        self.markers = tuple(dict.fromkeys((*special, *self._template.markers)))
+        self.markers = self._template.markers
         self._whole_chats, self._merging_header = self._boundary()
         self._encode_batch: BatchEncoder | None = None
 
@@ -301,7 +301,7 @@ class ChatTokenizer(ModelTokenizer, Transform):
                 "ends a generation prompt with a space, which is a part of the answer's first word"
             )
         raise ConfigError(
-            f"tokenizer.path: {self._file} merges the end of a prompt with the start of its answer, so that the prompt's "
+            f"tokenizer.path: {self._file} merges the end of a prompt with the start of its answer, so the prompt's "
             "ids depend on the answer; use the tokenizer.json that the model was published with"
         )
 

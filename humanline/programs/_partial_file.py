@@ -1,6 +1,7 @@
 """Rows that are written one by one, so that an interrupted program resumes with the missing rows."""
 
 import fcntl
+import glob
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -17,16 +18,25 @@ class PartialFile:
         output (str | Path): the path of the output.
         made_of (Any): everything that the rows depend on, as JSON values. The file's name has its digest, so that rows
             made of anything else are not reused.
+        date (str | None): today, if the rows depend on the date. Rows that were begun on another day are completed with
+            that day's date.
 
     Attributes:
+        date (str | None): the date that the rows were begun on; None if they do not depend on it.
         path (Path): the partial file.
         rows (list[Any]): within the block, the rows that an earlier run has written.
     """
 
-    def __init__(self, output: str | Path, made_of: Any) -> None:
+    def __init__(self, output: str | Path, made_of: Any, date: str | None = None) -> None:
         output = Path(output).expanduser()
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        self.path = output.with_name(f"{output.name}.{digest}.partial")
+        start = f"{output.name}.{digest}"
+        if date is not None:
+            begun = sorted(output.parent.glob(f"{glob.escape(start)}.*.partial"))
+            date = begun[-1].suffixes[-2][1:] if begun else date
+            start = f"{start}.{date}"
+        self.date = date
+        self.path = output.with_name(f"{start}.partial")
 
     def __enter__(self) -> "PartialFile":
         """Opens and locks the file, and reads its complete rows.

@@ -12,7 +12,7 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from humanline.checkpoint import build_decoder, code_digest, named_files, read_decoder_weights, rounding_on_load
-from humanline.config import DTYPES, component, one_of
+from humanline.config import DTYPES, component, one_of, with_overrides
 from humanline.errors import ConfigError, DataError
 from humanline.models import adapter_modules, load_decoder
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
@@ -135,8 +135,8 @@ class Sampler:
 
     def __init__(self, cfg: DictConfig, settings: SamplerSettings, prompts: list[Prompt], output: str | Path) -> None:
         self.params, self.prompts = settings.params, prompts
-        self.tokenizer = component(cfg, "tokenizer")
-        self.prompt_ids = [self.tokenizer.encode_prompt(prompt.messages) for prompt in self.prompts]
+        self.partial, self.tokenizer = self._partial(cfg, settings, output)
+        self.prompt_ids = [prompt.encoded(self.tokenizer) for prompt in self.prompts]
         with torch.device("meta"):
             model = build_decoder(cfg)
         if adapter_modules(model):
@@ -155,14 +155,22 @@ class Sampler:
             batch_size=settings.batch_size,
             token_ids=token_ids(self.tokenizer),
         )
+
+    def _partial(self, cfg: DictConfig, settings: SamplerSettings, output: str | Path) -> tuple[PartialFile, Any]:
+        """Returns the partial file, and the tokenizer; if its chat template reads the date, with the file's date."""
+        tokenizer = component(cfg, "tokenizer")
         made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
-            *(settings.settings, self.prompt_ids, [prompt.fields for prompt in self.prompts]),
+            *(settings.settings, [prompt.fields for prompt in self.prompts]),
             [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
-            [list(self.tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
+            [list(tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
             code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
-        self.partial = PartialFile(output, made_of)
+        today = None if cfg.tokenizer.get("date") is not None else getattr(tokenizer, "date", None)
+        partial = PartialFile(output, made_of, today)
+        if partial.date == today:
+            return partial, tokenizer
+        return partial, component(with_overrides(cfg, [f"tokenizer.date='{partial.date}'"]), "tokenizer")
 
     def _check_fit(self, model: TransformerDecoder) -> None:
         rows = model.tok_embeddings.num_embeddings

@@ -47,6 +47,21 @@ class Prompt:
         """Whether the chat starts with a system message of its own."""
         return self.messages[0]["role"] in ("system", "developer")
 
+    def encoded(self, tokenizer: Any) -> list[int]:
+        """Returns the prompt's ids.
+
+        Raises:
+            DataError: if the chat template rejects the chat; the message names the line.
+            ConfigError: if the chat template leaves out a part of it.
+        """
+        tools = {} if self.tools is None else {"tools": self.tools}
+        try:
+            return tokenizer.encode_prompt(self.messages, **tools)
+        except DataError as error:
+            raise DataError(f"{self.where}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{error} (first seen in {self.where})") from error
+
     def under(self, system_prompt: str | None) -> "Prompt":
         """Returns the prompt with a system message before the chat, unless the chat has its own."""
         if not system_prompt or self.has_system_message:

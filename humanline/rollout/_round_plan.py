@@ -61,7 +61,7 @@ class RoundPlan:
         self.round_size = source.groups_per_round or self.every * self.groups_per_step
         self.prompts, self.prompt_ids = [], []
         for prompt in source.all_prompts:
-            ids = tokenizer.encode_prompt(prompt.messages)
+            ids = prompt.encoded(tokenizer)
             if source.max_prompt_tokens is None or len(ids) <= source.max_prompt_tokens:
                 self.prompts.append(prompt)
                 self.prompt_ids.append(ids)

@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from humanline.checkpoint import WeightsOut, build_decoder
-from humanline.config import component, is_given
+from humanline.checkpoint import WeightsOut, build_decoder, saved_position
+from humanline.config import component, is_given, with_overrides
 from humanline.data import GroupDataset, OfflineSource, Rows, Source, pack, parts
-from humanline.distributed import check_same
+from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder
 from humanline.optim import rehearse_optimizer
@@ -51,7 +51,7 @@ class Data:
         self.cfg, self.environment, self.objective = cfg, environment, objective
         settings = environment.settings
         self.budget = settings.row_budget(environment.device)
-        self.tokenizer = component(cfg, "tokenizer")
+        self.tokenizer = _tokenizer(cfg, environment)
         with torch.device("meta"):
             self.shape: TransformerDecoder = build_decoder(cfg)
         self.steps = Steps(
@@ -115,6 +115,11 @@ class Data:
         """Returns a log line for each reason why groups are in no step."""
         return self.known.left_out()
 
+    def date(self) -> dict[str, str]:
+        """Returns the date that the chat template reads, as a part of the run's position; empty if it reads none."""
+        date = getattr(self.tokenizer, "date", None)
+        return {} if date is None else {"tokenizer.date": date}
+
     def _known(self) -> OfflineSource | RoundPlan:
         """Returns the groups of all steps, or the prompts that the policy will answer."""
         if is_given(self.cfg, "source"):
@@ -155,3 +160,17 @@ class Data:
                     "the model's tokenizer"
                 )
         return dataset
+
+
+def _tokenizer(cfg: DictConfig, environment: Environment) -> Any:
+    """Builds the tokenizer. If its template reads the date, it is that of the day on which the run started."""
+    tokenizer = component(cfg, "tokenizer")
+    today = getattr(tokenizer, "date", None)
+    if today is None or cfg.tokenizer.get("date") is not None:
+        return tokenizer
+    which, output_dir = environment.resume_from, environment.settings.output_dir
+    begun = saved_position(output_dir, which).get("tokenizer.date") if which else None
+    date = gathered(begun or today)[0]
+    if date == today:
+        return tokenizer
+    return component(with_overrides(cfg, [f"tokenizer.date='{date}'"]), "tokenizer")

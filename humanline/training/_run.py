@@ -362,6 +362,7 @@ def _position(
     return {
         "groups a step": source.groups_per_step,
         "groups a microbatch": settings.batch_size * environment.world_size,
+        **data.date(),
         **source.position(),
         "max_steps_per_epoch": data.steps_per_epoch,
         "seed": settings.seed,
