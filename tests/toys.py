@@ -38,6 +38,16 @@ class Elsewhere(Letters):
             os.chdir(os.environ["THERE"])
 
 
+class OwnDisk(Letters):
+    """A rank as on a node of its own, whose cache is on its local disk."""
+
+    def __init__(self) -> None:
+        disk = Path(os.environ["HUMANLINE_CACHE"]) / f"node_{os.environ['RANK']}"
+        disk.mkdir(parents=True)
+        os.chdir(disk)  # no other rank sees a relative path
+        os.environ |= {"HUMANLINE_CACHE": "cache", "LOCAL_RANK": "0"}
+
+
 class MeanToken:
     """How large the tokens of a response are on average; no two responses of a few tokens have the same."""
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from humanline.errors import ConfigError
 __all__ = ["EncodedGroups", "GroupWriter", "open_encoded"]
 
 _NAN = float("nan")
+_UNFINISHED = "unfinished_"
 FLUSH = 1 << 20
 """Tokens that are written at a time."""
 
@@ -183,7 +185,10 @@ def cache() -> Path:
 def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
     try:
         cache().mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=cache()))
+        for left in cache().glob(f"{_UNFINISHED}*"):  # by a run that was killed
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache()))
     except OSError as error:
         raise ConfigError(
             f"dataset: encoded groups cannot be written to {cache()} ({error}); set the environment variable "
