@@ -210,6 +210,33 @@ def test_an_answer_without_a_thought_where_the_prompt_opens_one_needs_enable_thi
     assert text(tokenizer, tokenizer.encode_response(prompt, "It is 5.")) == "It is 5.<|im_end|>"
 
 
+CLOSED = OPEN.replace("<think>\n\n</think>\n\n{% else %}<think>", "<think></think>{% else %}<think>").replace(
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n",
+    "{% if thought %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% else %}<think></think>{% endif %}",
+)
+"""Nemotron 3's and QwQ's kind: an answer without a thought does not start as the generation prompt does."""
+
+
+def test_a_template_that_has_no_place_for_answers_without_thoughts_is_used_for_those_with_them(tmp_path):
+    tokenizer, prompt = chatml(tmp_path, CLOSED, "qwen2_5"), [user("2 + 3?")]
+    ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(prompt, THOUGHT)
+    assert text(tokenizer, ids).endswith("<|im_start|>assistant\n<think>\nAdd them.\n</think>\n\nIt is 5.<|im_end|>")
+    with pytest.raises(
+        DataError, match=r"does not render this chat .*chat_template_kwargs \(the template reads enable"
+    ):
+        tokenizer.encode_response(prompt, "It is 5.")
+    tokenizer = chatml(tmp_path, CLOSED, "qwen2_5", chat_template_kwargs={"enable_thinking": False})
+    assert text(tokenizer, tokenizer.encode_response(prompt, "It is 5.")) == "It is 5.<|im_end|>"
+
+
+def test_a_variable_that_the_template_does_not_read_is_not_advised(tmp_path):
+    template = OPEN.replace("enable_thinking", "other")
+    with pytest.raises(
+        DataError, match="opens a thought, and the answer has none; drop the example, or set tokenizer.c"
+    ):
+        chatml(tmp_path, template, "qwen2_5").encode_response([user("2 + 3?")], "It is 5.")
+
+
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
 def test_what_humanline_sets_cannot_be_a_variable(tmp_path, name):
     with pytest.raises(ConfigError, match=f"^tokenizer.chat_template_kwargs: {name} is set by humanline"):
@@ -235,6 +262,20 @@ def test_white_space_that_a_template_strips_is_no_loss(tmp_path):
     assert text(tokenizer, tokenizer.encode_response([user("Hi")], "  Hello \n")) == "Hello<|im_end|>"
 
 
+def test_a_message_that_a_template_leaves_out_is_refused(tmp_path):
+    template = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
+    tokenizer = chatml(tmp_path, template + HEADER)  # Phi-3's kind
+    assert tokenizer.encode_prompt([user("Hi")])
+    with pytest.raises(ConfigError, match="leaves out the message of the system, so the model would not see it"):
+        tokenizer.encode_prompt([system("Be kind."), user("Hi")])
+
+
+def test_a_message_that_a_template_alters_is_not(tmp_path):
+    template = LOOP.replace("m.content }}", "m.content.replace('/no_think', '') }}", 1)
+    tokenizer = chatml(tmp_path, template + HEADER)
+    assert "Be kind. <|im_end|>" in text(tokenizer, tokenizer.encode_prompt([system("Be kind. /no_think"), user("Hi")]))
+
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 WITH_TOOLS = (
@@ -253,6 +294,14 @@ def test_tools_and_calls_are_rendered_as_by_transformers(tmp_path):
         whole = theirs.apply_chat_template([*chat, answer], tools=TOOLS, return_dict=False)
         ids = tokenizer.encode_prompt(chat, TOOLS) + tokenizer.encode_response(chat, answer, TOOLS)
         assert ids == whole[: len(ids)] and "weather" in text(tokenizer, ids)
+
+
+def test_a_call_without_text_is_rendered_by_a_template_that_reads_the_text_of_other_messages(tmp_path):
+    template = WITH_TOOLS.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content + '' }}{% endif %}")
+    tokenizer, prompt = chatml(tmp_path, template), [user("Oslo?")]
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert "weather" in text(tokenizer, tokenizer.encode_response(prompt, called, TOOLS))
+    assert tokenizer.encode_prompt([*prompt, called, {"role": "tool", "content": "cold"}], TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +349,21 @@ def test_markers_are_what_the_template_writes_around_a_message_and_people_do_not
         marker in "Name? My name is: Bob, isn't it? (2 - 1) = 1 <b> [x]" for marker in ours.markers
     )
     assert found - set(_MARKERS) or found & set(_MARKERS)
+
+
+MARKDOWN = '## A title\n\n* 1 => "two" (e.g. `three`) <b>[x]</b> # four\n<think>\nSo.\n</think>\n\n/think'
+
+
+@pytest.mark.parametrize("template", [QWEN3, OPEN, LOOP + HEADER], ids=["qwen3", "qwen3.5", "chatml"])
+def test_what_a_template_says_itself_and_thoughts_are_no_markers(tmp_path, template):
+    said = '<|im_start|>system\n## Metadata\n\n* Ask back (e.g. "What?" => `ask`) <tool> # /think<|im_end|>\n'
+    tokenizer = chatml(tmp_path, said + template, "qwen2_5")
+    assert set(tokenizer.markers) == {"<|im_start|>", "<|im_end|>"}
+    assert not any(marker in MARKDOWN for marker in tokenizer.markers)
+
+
+def test_a_thought_in_a_row_is_no_text_of_a_template(tmp_path):
+    assert len(preference_groups(chatml(tmp_path, QWEN3, "qwen2_5"), str(CASES / "t01_think.jsonl"))) == 3
 
 
 # ---- The date

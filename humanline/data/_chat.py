@@ -161,8 +161,12 @@ class ChatTokenizer(ModelTokenizer, Transform):
         start, *texts = self._template.split(prompt, responses, tools)
         if self._merging_header is not None and any(text.startswith(self._merging_header) for text in texts):
             raise DataError(
-                "messages: the prompt's last token and the template's first one of the answer are one token; set "
-                "tokenizer.chat_template_kwargs (such as enable_thinking: false for answers without thoughts)"
+                "messages: the prompt opens a thought, and the answer has none; "
+                + (
+                    "set tokenizer.chat_template_kwargs (such as enable_thinking: false for answers without thoughts)"
+                    if "enable_thinking" in self._template.source
+                    else "drop the example, or set tokenizer.chat_template"
+                )
             )
         return [start, *([start + text for text in texts] if self._whole_chats else texts)]
 
@@ -287,13 +291,13 @@ class ChatTokenizer(ModelTokenizer, Transform):
         Raises:
             ConfigError: if prompts cannot be told from responses.
         """
-        start, plain = self._template.split(PROBE, [PLAIN])
-        prompt, whole = self._encode(start), self._encode(start + plain)
-        if prompt + self._encode(plain) == whole:
+        start, answer = self._template.split(PROBE, [self._template.sample])
+        prompt, whole = self._encode(start), self._encode(start + answer)
+        if prompt + self._encode(answer) == whole:
             return False, None
         if whole[: len(prompt)] == prompt:
             return True, None
-        header = plain.partition(PLAIN)[0]
+        header = answer.partition(PLAIN)[0]
         if header.strip() and self._accepts_thoughts(prompt):
             return False, header
         if start.endswith(" "):

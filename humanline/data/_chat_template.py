@@ -49,6 +49,7 @@ class ChatTemplate:
         variables (Mapping[str, Any]): its variables.
         reads_date (bool): whether the template reads the date.
         markers (tuple[str, ...]): strings that the template writes around messages, and people do not.
+        sample (str): an answer to ``PROBE`` that can be split: ``PLAIN``, or ``THOUGHTFUL`` if only thoughts fit.
 
     Raises:
         ConfigError: if ``source`` is not a template, or its output for the simplest chat cannot be split as above.
@@ -72,7 +73,7 @@ class ChatTemplate:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
         longest_first = sorted(special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.end_of_turn, self._tail = self._probe()
+        self.sample, self.end_of_turn, self._tail = self._probe()
         self.markers = self._markers()
 
     def render(self, messages: Chat, *, add_generation_prompt: bool = False, tools: Any = None) -> str:
@@ -110,19 +111,23 @@ class ChatTemplate:
             ConfigError: if the template leaves out a part of the chat.
         """
         prompt = self.render(messages, add_generation_prompt=True, tools=tools)
-        if tools and prompt == self.render(messages, add_generation_prompt=True):
+        if tools and self._is_prompt_of(messages, prompt):
             raise self._leaves_out("tools")
-        for message in messages:
-            if len(message) > 2:
-                self._check_prompt_fields(message, messages, prompt, tools)
+        self._check_contents(messages, prompt, tools)
+        if any(len(message) > 2 for message in messages):
+            self._check_prompt_fields(messages, prompt, tools)
         return [prompt, *(self._response(messages, prompt, response, tools) for response in responses)]
 
     def refusal(self, what: str) -> ConfigError:
         """Returns the error for an unusable template; ``what`` continues a sentence that starts with its file."""
         return ConfigError(
             f"tokenizer.chat_template: {self.file} {what}; set tokenizer.chat_template to a Jinja file that renders "
-            "a chat as its prompt, the response and an end-of-turn token"
+            f"a chat as its prompt, the response and an end-of-turn token{self._or_kwargs()}"
         )
+
+    def _or_kwargs(self) -> str:
+        reads = "enable_thinking" in self.source
+        return " or tokenizer.chat_template_kwargs (the template reads enable_thinking)" if reads else ""
 
     def _response(self, messages: Chat, prompt: str, response: str | Mapping[str, Any], tools: Any) -> str:
         message = {"role": "assistant", "content": response} if isinstance(response, str) else response
@@ -131,14 +136,14 @@ class ChatTemplate:
         if not whole.startswith(prompt) or not text.endswith(self.end_of_turn):
             raise DataError(
                 f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
-                "drop the example, or set tokenizer.chat_template or chat_template_kwargs (such as enable_thinking)"
+                f"drop the example, or set tokenizer.chat_template{self._or_kwargs()}"
             )
         content = message.get("content") or ""
         if content not in text and (lost := _lost(content, self._opening(prompt) + text)):
             raise self._leaves_out(f"the response's {lost!r}")
         for field in (*CALLS, *THOUGHTS) if len(message) > 2 else ():
             if value := message.get(field):
-                without = {name: each for name, each in message.items() if name != field}
+                without = {name: each for name, each in message.items() if name != field} | {"content": content}
                 if whole == self.render([*messages, without], tools=tools) or (
                     isinstance(value, str) and _lost(value, self._opening(prompt) + text)
                 ):
@@ -149,15 +154,31 @@ class ChatTemplate:
         """Returns what a prompt has after its last special token; it may open the answer's thought."""
         return prompt[max((found.end() for found in self._special.finditer(prompt)), default=0) :]
 
-    def _check_prompt_fields(self, message: Mapping[str, Any], messages: Chat, prompt: str, tools: Any) -> None:
+    def _check_contents(self, messages: Chat, prompt: str, tools: Any) -> None:
+        for i, message in enumerate(messages):
+            content = (message.get("content") or "").strip()
+            if content not in prompt and message["role"] != "assistant":  # it may just be altered
+                other = [*messages[:i], {**message, "content": PLAIN}, *messages[i + 1 :]]
+                if self._is_prompt_of(other, prompt, tools):
+                    raise self._leaves_out(f"the message of the {message['role']}")
+
+    def _check_prompt_fields(self, messages: Chat, prompt: str, tools: Any) -> None:
         for field in CALLS:
-            if message.get(field):
-                without = [{name: each for name, each in m.items() if name != field} for m in messages]
-                if prompt == self.render(without, add_generation_prompt=True, tools=tools):
+            if any(message.get(field) for message in messages):
+                without = [
+                    {"content": "", **{k: v for k, v in m.items() if k != field and v is not None}} for m in messages
+                ]
+                if self._is_prompt_of(without, prompt, tools):
                     raise self._leaves_out(f"'{field}'")
         for field in THOUGHTS:  # a template that knows them may leave out those of earlier turns
-            if message.get(field) and field not in self.source:
+            if field not in self.source and any(message.get(field) for message in messages):
                 raise self._leaves_out(f"'{field}'")
+
+    def _is_prompt_of(self, messages: Chat, prompt: str, tools: Any = None) -> bool:
+        try:
+            return prompt == self.render(messages, add_generation_prompt=True, tools=tools)
+        except DataError:  # the template needs what these messages lack
+            return False
 
     def _leaves_out(self, what: str) -> ConfigError:
         return ConfigError(
@@ -165,15 +186,18 @@ class ChatTemplate:
             "tokenizer.chat_template to a Jinja file that writes it, or remove it from the data"
         )
 
-    def _probe(self) -> tuple[str, str]:
-        """Returns the end of turn and what follows it; rejects templates whose output cannot be split."""
+    def _probe(self) -> tuple[str, str, str]:
+        """Returns the sample, the end of turn and what follows it; rejects templates whose output cannot be split."""
         try:
             prompt = self.render(PROBE, add_generation_prompt=True)
-            whole = self.render([*PROBE, {"role": "assistant", "content": PLAIN}])
+            for sample in (PLAIN, THOUGHTFUL):
+                whole = self.render([*PROBE, {"role": "assistant", "content": sample}])
+                if whole.startswith(prompt):
+                    break
+            else:
+                raise self.refusal("renders a prompt differently once it is answered")
         except DataError as error:
             raise self.refusal(f"fails on the simplest chat ({squeeze(error.__cause__ or error)})") from error
-        if not whole.startswith(prompt):
-            raise self.refusal("renders a prompt differently once it is answered")
         header, content, rest = whole[len(prompt) :].partition(PLAIN)
         if not content:
             raise self.refusal("omits or alters the assistant's content")
@@ -185,13 +209,22 @@ class ChatTemplate:
         tail = rest[end.end() :].strip()
         if tail and (tail != self.variables.get("eos_token") or tail == end[0]):
             raise self.refusal(f"puts {tail!r} after {end[0]}, the end of turn")
-        return end[0], tail
+        return sample, end[0], tail
 
     def _markers(self) -> tuple[str, ...]:
-        text = self.render([*PROBE, {"role": "assistant", "content": PLAIN}]).partition(PROBE[0]["content"])
-        pieces = re.split(r"\s+|" + self._special.pattern, f"{text[0]} {text[2].partition(PLAIN)[0]}")
-        literal = [piece for piece in pieces if re.search(r"[^\w:.,!?'\-]", piece)]
-        return tuple(dict.fromkeys([*self._special.findall("".join(text)), *literal]))
+        turn = [*PROBE, {"role": "assistant", "content": PLAIN}]
+        first = self.render(turn)
+        try:
+            chat = self.render([*turn, *turn])
+        except DataError:
+            chat = first
+        # A template's own system message is ordinary text, so tags that are no special tokens count only behind it.
+        tags = _TAG.findall(self._special.sub(" ", chat.partition(PROBE[0]["content"])[2]))
+        found = dict.fromkeys([*self._special.findall(first), *tags])
+        return tuple(marker for marker in found if "think" not in marker.lower())  # a text may have thoughts
+
+
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 def _lost(content: str, text: str) -> str:

@@ -133,7 +133,7 @@ def _refuse_templated(
         for marker in markers if any(first in text for first in firsts) else ():
             if marker in text:
                 raise _templated(record, marker)
-    last = prompt[-1].get("content") or ""
+    last = (prompt[-1].get("content") or "").rstrip()
     if last.endswith(":"):
         for cue in _CUES:
             if last.endswith(cue):
