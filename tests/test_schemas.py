@@ -541,7 +541,7 @@ def test_a_config_is_chosen_by_name_and_the_error_lists_all(tokenizer):
     assert len(preference_groups(tokenizer, "some/pairs", name="other")) == 3
     with pytest.raises(ConfigError, match="^name: missing; 'some/pairs' has the configs main, other; set name to one"):
         preference_groups(tokenizer, "some/pairs")
-    with pytest.raises(ConfigError, match="^name: expected one of main, other, got 'mian' for 'some/pairs'"):
-        preference_groups(tokenizer, "some/pairs", name="mian")
+    with pytest.raises(ConfigError, match="^name: expected one of main, other, got 'none' for 'some/pairs'"):
+        preference_groups(tokenizer, "some/pairs", name="none")
     with pytest.raises(ConfigError, match="train"):
         preference_groups(tokenizer, "some/pairs", name="main", split="test")

@@ -77,7 +77,10 @@ def _pair(group: Group) -> Group | None:
         return group
     if group.scores is None:
         found = f"{len(group.responses)} responses with {'labels' if group.labels else 'no scores'}"
-        raise DataError(f"{group.id}: {found} make no pair; provide scores, or two responses with the chosen one first")
+        recipe = "a KTO recipe learns from labels; else " if group.labels else ""
+        raise DataError(
+            f"{group.id}: {found} make no pair; {recipe}provide scores, or two responses with the chosen one first"
+        )
     if (found_both := best_and_worst(group.scores)) is None:
         return None
     chosen, rejected = (group.responses[i] for i in found_both)
