@@ -397,10 +397,7 @@ def test_a_mistake_ends_the_run_before_anything_is_sampled(trajectory, mistake):
 
 def test_labels_make_no_pairs(trajectory):
     run = online(trajectory("dpo_8_k4"), desirable_above=0.5)
-    assert (
-        "source: the longest prompt and responses: 4 responses with labels make no pair; a KTO recipe learns from labels"
-        in run.train()
-    )
+    assert "source: the longest prompt and responses: 4 responses with labels make no pair; a KTO recipe" in run.train()
 
 
 # ---- A server
