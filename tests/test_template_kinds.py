@@ -123,6 +123,17 @@ def test_a_response_after_a_space_has_its_own_ids_and_decodes_to_itself(spaced):
     assert ours.decode(ids).strip() == "Humanline" and ours.decode(ids[:1]) != "Humanline"
 
 
+def test_answers_with_and_without_a_first_space_have_the_ids_of_the_whole_chat(tmp_path):
+    template = LLAMA2.replace("' ' + m.content.strip()", "('' if '[' in m.content else ' ') + m.content.strip()")
+    for kind in ("legacy", "first", "never"):
+        folder = sentencepiece(tmp_path / kind, template, kind)
+        ours, theirs = ChatTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+        for answer in ("Humanline", "[TOOL_CALLS] Humanline"):
+            whole = theirs.apply_chat_template([user("Name?"), assistant(answer)], return_dict=False)
+            ids = ours.encode_prompt([user("Name?")]) + ours.encode_response([user("Name?")], answer)
+            assert ids == whole[: len(ids)], (kind, answer)
+
+
 def test_messages_of_torchtune_have_the_ids_of_the_whole_chat_too(spaced):
     from torchtune.data import Message
 
