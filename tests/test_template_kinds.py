@@ -351,6 +351,15 @@ def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
         preference_groups(tokenizer, str(CASES / "p27_pretemplated.jsonl"))
 
 
+@pytest.mark.parametrize("end", ["", "\n", " "])
+def test_a_prompt_that_ends_with_a_cue_has_been_through_a_template(tmp_path, end):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": f"### Instruction:\nHi\n\n### Response:{end}", "chosen": "Yes", "rejected": "No"}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="the text has '### Response:' of a chat template"):
+        preference_groups(chatml(tmp_path / "folder", LOOP + HEADER), str(file))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_markers_are_what_the_template_writes_around_a_message_and_people_do_not(spaced, name):
     ours, _ = spaced[name]
