@@ -123,6 +123,17 @@ def test_a_response_after_a_space_has_its_own_ids_and_decodes_to_itself(spaced):
     assert ours.decode(ids).strip() == "Humanline" and ours.decode(ids[:1]) != "Humanline"
 
 
+def test_answers_with_and_without_a_first_space_have_the_ids_of_the_whole_chat(tmp_path):
+    template = LLAMA2.replace("' ' + m.content.strip()", "('' if '[' in m.content else ' ') + m.content.strip()")
+    for kind in ("legacy", "first", "never"):
+        folder = sentencepiece(tmp_path / kind, template, kind)
+        ours, theirs = ChatTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+        for answer in ("Humanline", "[TOOL_CALLS] Humanline"):
+            whole = theirs.apply_chat_template([user("Name?"), assistant(answer)], return_dict=False)
+            ids = ours.encode_prompt([user("Name?")]) + ours.encode_response([user("Name?")], answer)
+            assert ids == whole[: len(ids)], (kind, answer)
+
+
 def test_messages_of_torchtune_have_the_ids_of_the_whole_chat_too(spaced):
     from torchtune.data import Message
 
@@ -338,6 +349,15 @@ def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.markers)
     with pytest.raises(DataError, match=r"line 1: the text has '<\|im_start\|>' of a chat template"):
         preference_groups(tokenizer, str(CASES / "p27_pretemplated.jsonl"))
+
+
+@pytest.mark.parametrize("end", ["", "\n", " "])
+def test_a_prompt_that_ends_with_a_cue_has_been_through_a_template(tmp_path, end):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": f"### Instruction:\nHi\n\n### Response:{end}", "chosen": "Yes", "rejected": "No"}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="the text has '### Response:' of a chat template"):
+        preference_groups(chatml(tmp_path / "folder", LOOP + HEADER), str(file))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -294,7 +294,9 @@ class ChatTokenizer(ModelTokenizer, Transform):
         start, answer = self._template.split(PROBE, [self._template.sample])
         prompt, whole = self._encode(start), self._encode(start + answer)
         if prompt + self._encode(answer) == whole:
-            return False, None
+            # Other answers may start without the space that this one's template writes: calls, for example.
+            bare = self._encode(start + PLAIN)
+            return bare[: len(prompt)] == prompt and bare[len(prompt) :] != self._encode(PLAIN), None
         if whole[: len(prompt)] == prompt:
             return True, None
         header = answer.partition(PLAIN)[0]

@@ -27,6 +27,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 CALLS = ("tool_calls", "function_call")
 """Fields of a message that change what the model sees, if the template reads them."""
 
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
 
 class ChatTemplate:
     """A Jinja chat template whose output can be split where generation starts.
@@ -156,8 +158,9 @@ class ChatTemplate:
 
     def _check_contents(self, messages: Chat, prompt: str, tools: Any) -> None:
         for i, message in enumerate(messages):
-            content = (message.get("content") or "").strip()
-            if content not in prompt and message["role"] != "assistant":  # it may just be altered
+            content = message.get("content")
+            if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in prompt:
+                # The template has altered it, or left it out. Then another content makes no difference.
                 other = [*messages[:i], {**message, "content": PLAIN}, *messages[i + 1 :]]
                 if self._is_prompt_of(other, prompt, tools):
                     raise self._leaves_out(f"the message of the {message['role']}")
@@ -222,9 +225,6 @@ class ChatTemplate:
         tags = _TAG.findall(self._special.sub(" ", chat.partition(PROBE[0]["content"])[2]))
         found = dict.fromkeys([*self._special.findall(first), *tags])
         return tuple(marker for marker in found if "think" not in marker.lower())  # a text may have thoughts
-
-
-_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 def _lost(content: str, text: str) -> str:
