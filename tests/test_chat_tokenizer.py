@@ -420,6 +420,12 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
             id="text behind the end of turn",
         ),
         pytest.param(
+            "{% for m in messages %}{{ '<|im_end|>' if m.role == 'assistant' else '<|im_start|>' }}\n{{ m.content }}"
+            "{% endfor %}<|im_end|>",
+            "puts <|im_end|> after every chat, so that no token ends an answer",
+            id="what stands at the end of every chat",
+        ),
+        pytest.param(
             LOOP + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
             "renders a prompt differently once it is answered",
             id="another header in the generation prompt",

@@ -209,10 +209,20 @@ class ChatTemplate:
         end = self._special.search(rest)
         if end is None:
             raise self.refusal("ends the assistant's turn without a special token")
+        if prompt.rstrip().endswith(end[0]) and not self._ends_turns(sample, end[0]):
+            raise self.refusal(f"puts {end[0]} after every chat, so that no token ends an answer")
         tail = rest[end.end() :].strip()
         if tail and (tail != self.variables.get("eos_token") or tail == end[0]):
             raise self.refusal(f"puts {tail!r} after {end[0]}, the end of turn")
         return sample, end[0], tail
+
+    def _ends_turns(self, answer: str, end: str) -> bool:
+        """Returns whether the end of turn follows an answer also if another message does."""
+        try:
+            chat = self.render([*PROBE, {"role": "assistant", "content": answer}, *PROBE])
+        except DataError:
+            return True
+        return chat.partition(PLAIN)[2].lstrip().startswith(end)
 
     def _markers(self) -> tuple[str, ...]:
         turn = [*PROBE, {"role": "assistant", "content": PLAIN}]
