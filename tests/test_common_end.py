@@ -66,6 +66,7 @@ def test_a_step_fails_on_one_rank(two_ranks, part):
 def test_a_data_file_is_missing_or_another_on_one_rank(two_ranks):
     here = [two_ranks.folder / f"groups_{rank}.jsonl" for rank in (0, 1)]
     shutil.copy(two_ranks.data, here[0])
+    two_ranks.config["tokenizer"] = {"_component_": "toys.OwnDisk"}  # ranks of one node read one file
     two_ranks.config["dataset"]["source"] = str(two_ranks.folder / f"groups_{RANK}.jsonl")
     assert_both_say(two_ranks, (f"source: file '{here[1]}' not found",))
     (two_ranks.folder / "output.txt").unlink()

@@ -399,7 +399,7 @@ def test_every_form_of_a_prompt_file_gives_the_same_chats(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("prompts.jsonl", '{"prompt": "a"}\n{"answer": 1}\n', DataError, "line 2: field 'prompt' is missing"),
+        ("prompts.jsonl", '{"prompt": "a"}\n' + 2 * '{"answer": 1}\n', DataError, "line 2: field 'prompt' is missing"),
         (
             "prompts.jsonl",
             '{"prompt": 3}\n',
@@ -627,8 +627,14 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_mistake_ends_the_recipe_with_one_line(sample):
+def test_a_few_bad_rows_are_counted_and_the_others_sampled(sample):
     code, printed, output = sample([*LINES, {"answer": 1}])
+    assert code == 0 and len(output.read_text().splitlines()) == len(LINES)
+    assert "1 rows dropped: 'prompt' is missing (1, the first: " in printed and "prompts.jsonl line 4)" in printed
+
+
+def test_a_mistake_ends_the_recipe_with_one_line(sample):
+    code, printed, output = sample([*LINES, *[{"answer": 1}] * 4])
     assert code == 1
     assert not output.exists()
     assert "Traceback" not in printed

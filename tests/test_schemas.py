@@ -12,6 +12,7 @@ from test_groups import PAIR, WordTokenizer, assistant, in_words, user, write_li
 from humanline.data import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._schemas import SCHEMAS
 from humanline.errors import ConfigError, DataError
+from humanline.rollout import read_prompts
 
 HELLO = "<user> hi <assistant>"
 SAID = f"{HELLO} hello <end>"
@@ -233,11 +234,23 @@ def test_prompt_wins_over_other_names(tokenizer):
     assert schema_of(dataset) == "preference"
 
 
-def test_a_file_of_no_schema_says_what_is_missing(tokenizer):
-    with pytest.raises(
-        DataError, match=r"^data.jsonl line 1: field 'chosen' is missing \(found: a, b\); add it, or map"
-    ):
-        preference_groups(tokenizer, write_lines("data.jsonl", [{"a": 1, "b": 2}]))
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"a": 1, "b": 2},
+            r"the columns a, b fit no schema, such as preference \(prompt, chosen, rejected\); say which",
+        ),
+        (
+            {"prompt": [1], "responses": [[2], [3]]},
+            r"fit no schema, .*; for token ids use humanline.data.encoded_groups",
+        ),
+        ({}, r"the columns \(none\) fit no schema"),
+    ],
+)
+def test_a_file_of_no_schema_says_so(tokenizer, row, said):
+    with pytest.raises(ConfigError, match=f"^column_map: .*{said}"):
+        preference_groups(tokenizer, write_lines("data.jsonl", [row]))
 
 
 # ---- Nothing that carries meaning vanishes
@@ -317,9 +330,11 @@ ROLES = {
 
 @pytest.mark.parametrize(("role", "written"), [(role, name) for role, names in ROLES.items() for name in names])
 def test_roles_as_people_write_them(tokenizer, role, written):
-    rows = [{"prompt": [{"from": written, "value": "a"}, user("b")], "chosen": "c", "rejected": "d"}]
+    before = {"user": [], "assistant": [user("0")], "system": [], "tool": [user("0"), assistant("call")]}[role]
+    after = [assistant("1"), user("b")] if role == "user" else [user("b")]
+    rows = [{"prompt": [*before, {"from": written, "value": "a"}, *after], "chosen": "c", "rejected": "d"}]
     (group,) = preference_groups(tokenizer, write_lines("data.jsonl", rows))
-    assert tokenizer.decode(group.prompt) == f"<{role}> a <user> b <assistant>"
+    assert f"<{role}> a <" in tokenizer.decode(group.prompt)
 
 
 def test_text_parts_are_one_text_and_other_parts_are_refused(tokenizer):
@@ -338,6 +353,31 @@ def test_a_label_may_be_a_number_or_text(tokenizer, label):
     rows = [{**ROWS["kto"][0], "label": label}, {**ROWS["kto"][0], "label": opposite}]
     dataset = labelled_groups(tokenizer, write_lines("data.jsonl", rows))
     assert [group.labels for group in dataset] == [(True,), (False,)]
+
+
+@pytest.mark.parametrize(
+    ("roles", "place"),
+    [
+        (["assistant", "user"], r"\[0\].role' is out of order \('assistant' comes first\)"),
+        (["user", "user"], r"\[1\].role' is out of order \('user' comes after 'user'\)"),
+        (["user", "assistant", "assistant", "user"], r"\[2\].role' is out of order"),
+        (["user", "assistant", "system", "user"], r"\[2\].role' is out of order \('system' comes after 'assistant'\)"),
+        (["tool", "user"], r"\[0\].role' is out of order"),
+    ],
+)
+def test_roles_out_of_order_are_a_bad_row(tokenizer, roles, place):
+    bad = {**PAIR, "prompt": [{"role": role, "content": "x"} for role in roles]}
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [*[PAIR] * 20, bad]))
+    assert len(dataset) == 20 and "'prompt' is out of order (1, the first: data.jsonl line 21)" in dataset.report()
+    with pytest.raises(DataError, match=f"^data.jsonl line 21: field 'prompt{place}"):
+        preference_groups(tokenizer, "data.jsonl", on_bad_row="stop")
+
+
+def test_of_an_answered_conversation_the_prompt_is_what_was_answered():
+    turns = [user("hi"), assistant("hello"), user("who?"), assistant("me")]
+    for field in ("messages", "conversations", "prompt"):
+        (prompt,) = read_prompts(write_lines("prompts.jsonl", [{field: turns}]))
+        assert prompt.messages == turns[:3] and prompt.fields[field] == turns
 
 
 # ---- Text that is templated, or a printed list

@@ -43,7 +43,7 @@ class OwnDisk(Letters):
 
     def __init__(self) -> None:
         disk = Path(os.environ["HUMANLINE_CACHE"]) / f"node_{os.environ['RANK']}"
-        disk.mkdir(parents=True)
+        disk.mkdir(parents=True, exist_ok=True)
         os.chdir(disk)  # no other rank sees a relative path
         os.environ |= {"HUMANLINE_CACHE": "cache", "LOCAL_RANK": "0"}
 

@@ -81,11 +81,13 @@ def prompt_field(row: Mapping[str, Any], column_map: Mapping[str, str | None]) -
 def read_prompt(record: Record, field: str) -> list[Message]:
     """Returns the messages to answer of a row of a prompt file, with its own system message.
 
+    If the conversation ends with an answer, that is left out.
+
     Raises:
         BadRow: if the prompt is empty, of a wrong type, or has been through a chat template.
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
-    messages = instruction(record) if field == "instruction" else record.prompt(field)
+    messages = instruction(record) if field == "instruction" else record.prompt(field, answered=True)
     _refuse_ignored(record, messages, field)
     messages = _with_system(record, messages, None)
     _refuse_templated(record, messages, [], _MARKERS)

@@ -22,6 +22,16 @@ _INT_LIMIT = 2 ** (8 * array("i").itemsize - 1)
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
+_NEXT = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+"""The roles that can follow a role; None is the start."""
+
+
 class BadRow(DataError):
     """A row cannot be used; those around it can.
 
@@ -92,12 +102,19 @@ class Record:
 
     # ---- Conversations
 
-    def prompt(self, field: str = "prompt") -> list[Message]:
-        """Returns a prompt, text or messages, as messages that end with the user's."""
+    def prompt(self, field: str = "prompt", answered: bool = False) -> list[Message]:
+        """Returns a prompt, text or messages, as messages that end with the user's.
+
+        Args:
+            field (str): the prompt's field.
+            answered (bool): leaves out an answer at the end of the messages.
+        """
         value = self.require(field, (str, list, dict), "a string or a list of messages")
         messages = messages_from(field, value, self.error)
         if messages is None:
             return [{"role": "user", "content": self._filled(field, value)}]
+        if answered and len(messages) > 1 and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
         return self._prompt_messages(field, self._filled_list(field, messages))
 
     def turn(self, field: str) -> tuple[list[Message] | None, Message]:
@@ -251,8 +268,15 @@ class Record:
         return text
 
     def _prompt_messages(self, path: str, messages: Sequence[Message]) -> list[Message]:
+        before = None
         for i, message in enumerate(messages):
             self._encodable(f"{path}[{i}].content", message.get("content", ""))
+            if message["role"] not in _NEXT[before]:
+                after = f"after '{before}'" if before else "first"
+                raise self.error(
+                    f"{path}[{i}].role", f"is out of order ('{message['role']}' comes {after}); drop the line"
+                )
+            before = message["role"]
         last, path = messages[-1], f"{path}[{len(messages) - 1}]"
         if last["role"] not in ("user", "tool"):
             raise self.error(f"{path}.role", f"must be 'user' in the prompt's last message, got '{last['role']}'")

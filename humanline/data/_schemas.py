@@ -4,7 +4,7 @@ A new schema is an entry of ``SCHEMAS`` and, if none fits, a function that reads
 that ``column_map`` may rename. ``system`` (or ``system_prompt``) and ``tools`` are read with every schema.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,8 +311,7 @@ def find_schema(
         format (str | None): the schema's name; None recognises it.
 
     Raises:
-        ConfigError: if several schemas match, or the name is unknown.
-        DataError: if no schema matches.
+        ConfigError: if no schema matches, or several, or the name is unknown.
     """
     renamed = {column: name for name, column in column_map.items()}
     columns = {renamed.get(name, name): None for row in rows for name, value in row.items() if value is not None}
@@ -335,12 +334,10 @@ def find_schema(
     if closest:
         names = ", ".join(f"{s.name} ({', '.join(s.columns.split())})" for s in closest)
         raise ConfigError(f"format: the columns fit several schemas: {names}; set format to the name of one")
-    return _nearest(columns, kind)
-
-
-def _nearest(columns: Iterable[str], kind: str) -> Schema:
-    """Returns the schema of this kind that the columns come nearest to; its rows then say what is missing."""
-    return max(
-        (schema for schema in SCHEMAS if schema.kind == kind),
-        key=lambda schema: len(set(columns) & set(schema.columns.split())) / len(schema.columns.split()),
+    usual = {PAIRS: "preference", LABELS: "kto", SCORES: "ultrafeedback_armorm"}[kind]
+    example = next(schema for schema in SCHEMAS if schema.name == usual)
+    ids = "; for token ids use humanline.data.encoded_groups" if "responses" in columns else ""
+    raise ConfigError(
+        f"column_map: the columns {', '.join(map(str, columns)) or '(none)'} fit no schema, such as {usual} "
+        f"({', '.join(example.columns.split())}); say which column is which, or rename them (docs/data.md){ids}"
     )
