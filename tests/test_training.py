@@ -362,8 +362,18 @@ def test_a_bad_line_ends_the_run_with_its_number(trajectory):
     lines = run.data.read_text().splitlines()
     lines[6] = json.dumps({"prompt": [1, 2], "responses": [[3], [3]]})
     run.data.write_text("\n".join(lines))
-    done = run.tune(check=False)
+    done = run.tune("dataset.on_bad_row=stop", check=False)
     assert done.returncode != 0
     last_line = done.stderr.strip().splitlines()[-1]
     assert last_line.startswith(f"humanline_dpo_distributed.py: {run.data} line 7: field 'responses'")
     assert "Traceback" not in done.stderr
+
+
+def test_a_dropped_row_is_counted_in_log_and_metrics(trajectory, caplog):
+    run = trajectory(RUN)
+    lines = run.data.read_text().splitlines()
+    run.data.write_text("\n".join([*lines, json.dumps({"prompt": [1, 2], "responses": [[3], [3]]})]))
+    assert run.train("max_steps_per_epoch=1") is None
+    assert set(run.log("dropped_rows").values()) == {1.0}
+    place = f"{run.data} line {len(lines) + 1}"
+    assert f"1 rows dropped: 'responses' has two equal entries (1, the first: {place})" in caplog.text
