@@ -2,6 +2,7 @@
 
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer
+from humanline.data._chat_template import template_environment
 from humanline.data._dataset import GroupDataset
 from humanline.data._day import read_day
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
@@ -46,4 +47,5 @@ __all__ = [
     "read_prompt",
     "scored_groups",
     "take",
+    "template_environment",
 ]
