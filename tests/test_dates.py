@@ -1,19 +1,23 @@
 """A chat template that reads the date: a run that resumes on another day is the same run."""
 
 import json
+import runpy
 from datetime import datetime
 
 import pytest
 import yaml
+from conftest import ROOT
+from omegaconf import OmegaConf
 from test_chat_tokenizer import user
 from test_online import lines, online, rounds
 from test_rewards import PROMPTS, RESPONSES, classifier, write_classifier
 from test_rewards import TEMPLATE as TURNS
+from test_sampling import hf_llama, of_the_model, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError
-from humanline.programs import PartialFile
+from humanline.programs import PartialFile, Sampler, SamplerSettings
 
 TEMPLATE = (
     "Today : {{ strftime_now('%d %B') }} {% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
@@ -209,3 +213,107 @@ def test_another_date_for_the_reward_is_for_later_rounds_and_is_logged(sampled, 
     assert f"reward.date: was {FIRST} in the checkpoint, is {SECOND} for rounds that are not sampled yet" in caplog.text
     old, new = ([line["scores"] for line in each if line["policy_step"] == 4] for each in (whole, lines(sampled)))
     assert old != new and len(old) == len(new)
+
+
+# ---- Programs
+
+
+def began_on(day, file):
+    """Renames a partial file to that of a run that was begun on another day."""
+    start, _, _ = file.name.removesuffix(".partial").rpartition(".")
+    file.rename(file.with_name(f"{start}.{day}.partial"))
+
+
+SAMPLES = [{"prompt": f"sum {i}", "all_generated_responses": ["right", f"wrong {i}"]} for i in range(3)]
+
+
+@pytest.fixture
+def scoring(tmp_path, dated_classifier):
+    """The config of a program that scores samples with the reward model."""
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SAMPLES))
+    reward = {"_component_": "humanline.rewards.SequenceClassifierReward", "path": dated_classifier}
+    return {"samples": str(tmp_path / "samples.jsonl"), "reward": reward | {"device": "cpu", "dtype": "fp32"}}
+
+
+def recipe(name, config):
+    """A recipe after its setup."""
+    found = runpy.run_path(str(ROOT / "recipes" / f"humanline_{name}.py"))
+    cfg = OmegaConf.create(config)
+    (made,) = (value(cfg) for key, value in found.items() if key == f"Humanline{name.title()}Recipe")
+    made.setup(cfg)
+    return made
+
+
+def test_labels_that_were_begun_on_another_day_are_completed_with_its_date(tmp_path, scoring, caplog):
+    config = scoring | {"output": str(tmp_path / "scored.jsonl")}
+    with recipe("label", config).partial as partial:
+        assert partial.rows == []
+    began_on(FIRST, partial.path)
+    rows = recipe("label", config).label()
+    assert f"reward.date: {FIRST}, the day on which the run began" in caplog.text
+    expected = recipe("label", {**config, "reward": config["reward"] | {"date": FIRST}}).label()
+    assert rows == expected
+    assert rows != recipe("label", config).label()  # today's
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def evaluated(config):
+    made = recipe("eval", config)
+    rows = made.score(made.sample())
+    made.save(rows, made.evaluate(rows))
+    return json.loads(made.output.read_text())
+
+
+def test_an_evaluation_that_was_begun_on_another_day_is_completed_with_its_date(tmp_path, scoring):
+    config = scoring | {"output": str(tmp_path / "figures.json"), "correct_above": None, "bootstrap": 10}
+    made = recipe("eval", config)
+    with made.scorer.partial(tmp_path / "figures.jsonl", made.sample()) as partial:
+        assert partial.rows == []
+    began_on(FIRST, partial.path)
+    written = evaluated(config)
+    assert written["settings"]["reward"] == config["reward"] | {"date": FIRST}
+    assert written == evaluated(written["settings"])
+    today = evaluated(config)
+    assert today["figures"] != written["figures"] and today["settings"]["reward"]["date"] > SECOND
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny Llama whose chat template reads the date and the tools."""
+    folder = tmp_path / "tiny-llama"
+    hf_llama(folder)
+    write_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    read = "{{ strftime_now('%d') }}{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    file.write_text(json.dumps(config | {"chat_template": read + config["chat_template"]}))
+    return folder
+
+
+def sampling(tmp_path, model_folder, **changes):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "sum", "tools": [tool]}) + "\n")
+    given = {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 4, "device": "cpu", "dtype": "fp32"}
+    return {**given, **of_the_model(model_folder, tmp_path / "out"), **changes}
+
+
+def test_an_evaluation_s_settings_have_the_date_of_its_prompts(tmp_path, model_folder):
+    reward = {"reward": {"_component_": "toys.MeanToken"}, "output": str(tmp_path / "figures.json"), "bootstrap": 10}
+    config = sampling(tmp_path, model_folder, **reward)
+    made = recipe("eval", config)
+    made.sample()
+    began_on(FIRST, made.sampler.partial.path)
+    written = evaluated(config)
+    assert written["settings"]["tokenizer"] == config["tokenizer"] | {"date": FIRST}
+    assert written["settings"]["reward"] == config["reward"]
+
+
+def test_responses_are_not_kept_for_prompts_with_other_tools(tmp_path, model_folder):
+    def sampler(**changes):
+        cfg = OmegaConf.create(sampling(tmp_path, model_folder, **changes))
+        settings = SamplerSettings(cfg)
+        return Sampler(cfg, settings, settings.read(cfg), tmp_path / "out.jsonl")
+
+    first, again, without = sampler(), sampler(), sampler(column_map={"tools": None})
+    assert first.prompt_ids != without.prompt_ids
+    assert first.partial.path == again.partial.path != without.partial.path
