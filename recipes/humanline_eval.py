@@ -8,10 +8,10 @@ It reports these figures, each as a mean over prompts with a 95% bootstrap inter
   up to 2 for form to the 8 of a right answer; null for a reward without right and wrong, such as a reward model;
 - the reward, the length of a response in tokens (including its end of turn), the share cut at `max_new_tokens`.
 
-`output` receives settings and figures as JSON. A .jsonl file of the same name has the samples with their scores, a
-dataset for `humanline.data.scored_groups`. The samples are written before they are scored, so a failed reward loses
-none: `samples=FILE.jsonl` scores existing samples, and needs no model. If an interrupted run is started again, it
-resumes with the prompts that are not sampled or not scored yet.
+`output` receives settings, with the dates that chat templates read, and figures as JSON. A .jsonl file of the same name
+has the samples with their scores, a dataset for `humanline.data.scored_groups`. The samples are written before they are
+scored, so a failed reward loses none: `samples=FILE.jsonl` scores existing samples, and needs no model. If an
+interrupted run is started again, it resumes with the prompts that are not sampled or not scored yet.
 
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml
     tune run recipes/humanline_eval --config configs/smollm2_135m_eval.yaml output=eval/again.json samples=FILE.jsonl
@@ -26,18 +26,15 @@ from typing import Any
 
 from humanline.errors import ConfigError
 from humanline.programs import (
-    PartialFile,
     Sampler,
     SamplerSettings,
+    Scorer,
     check_facts,
     check_keys,
     check_one_process,
     common_end,
-    component,
     parse,
     reading,
-    score_sources,
-    scored_rows,
     warn_of_replaced,
     whole_number,
     whole_numbers,
@@ -129,9 +126,7 @@ class HumanlineEvalRecipe:
             self.prompts = with_json_fields(found)
         else:
             self.prompts = self.sampling.read(cfg)
-        self.reward = component(cfg, "reward")
-        self.made_of = score_sources(cfg.reward)
-        self.reward(self.prompts, [[] for _ in self.prompts])
+        self.scorer = Scorer(cfg, self.prompts)
         if self.sampling is not None:
             self.sampler = Sampler(cfg, self.sampling, self.prompts, self.output)
 
@@ -145,9 +140,9 @@ class HumanlineEvalRecipe:
 
     def score(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the samples with the reward's scores in ``all_rm_scores``."""
-        self.scored = PartialFile(self.output.with_suffix(".jsonl"), [self.made_of, rows])
+        self.scored = self.scorer.partial(self.output.with_suffix(".jsonl"), rows)
         with self.scored as partial:
-            return scored_rows(self.reward, self.prompts, rows, partial, PROMPTS_PER_CALL)
+            return self.scorer.score(rows, partial, PROMPTS_PER_CALL)
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         """Returns each figure's mean over the prompts, and the ends of its interval."""
@@ -167,6 +162,9 @@ class HumanlineEvalRecipe:
     def save(self, rows: list[dict[str, Any]], figures: dict[str, dict[str, float]]) -> None:
         """Writes figures and samples, and prints the figures."""
         responses = sum(len(row["all_rm_scores"]) for row in rows)
+        for key, part in (("tokenizer", self.sampler and self.sampler.tokenizer), ("reward", self.scorer.reward)):
+            if date := getattr(part, "date", None):  # of today, or of the day on which an interrupted run began
+                self.settings[key]["date"] = date
         write_jsonl(self.output.with_suffix(".jsonl"), rows)
         counts = {"prompts": len(rows), "responses": responses}
         write_json(self.output, {"settings": self.settings, **counts, "figures": figures})

@@ -10,7 +10,7 @@ and start one process per device).
 
 Lines are written as they are scored, to a file beside the output. It gets the output's name once it is complete. If an
 interrupted run is started again, it resumes with the missing lines; with another reward or other samples it starts from
-the beginning.
+the beginning. A reward model whose chat template reads the date keeps the day on which the file was begun.
 """
 
 import math
@@ -21,15 +21,12 @@ from typing import Any
 
 from humanline.programs import (
     READING,
-    PartialFile,
+    Scorer,
     check_keys,
     check_one_process,
     common_end,
-    component,
     parse,
     reading,
-    score_sources,
-    scored_rows,
     warn_of_replaced,
     whole_number,
     with_json_fields,
@@ -78,14 +75,13 @@ class HumanlineLabelRecipe:
         warn_of_replaced("samples", found, ["all_rm_scores"])
         self.prompts = with_json_fields(found)
         self.rows = [dict(prompt.fields) for prompt in self.prompts]
-        self.reward = component(cfg, "reward")
-        self.reward(self.prompts, [[] for _ in self.prompts])  # without responses it only checks the prompts
-        self.partial = PartialFile(self.output, [score_sources(cfg.reward), self.rows])
+        self.scorer = Scorer(cfg, self.prompts)
+        self.partial = self.scorer.partial(self.output, self.rows)
 
     def label(self) -> list[dict[str, Any]]:
         """Scores the lines that have no scores yet, and returns all lines with scores."""
         with self.partial as partial:
-            rows = scored_rows(self.reward, self.prompts, self.rows, partial, self.batch_size)
+            rows = self.scorer.score(self.rows, partial, self.batch_size)
             os.replace(partial.path, self.output)
         return rows
 

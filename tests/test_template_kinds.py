@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from test_chat_tokenizer import FAMILIES, Family, assistant, system, user, write_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
@@ -248,10 +249,20 @@ def test_a_variable_that_the_template_does_not_read_is_not_advised(tmp_path):
         chatml(tmp_path, template, "qwen2_5").encode_response([user("2 + 3?")], "It is 5.")
 
 
-@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "add_generation_prompt", "bos_token", "strftime_now", "raise_exception"]
+)
 def test_what_humanline_sets_cannot_be_a_variable(tmp_path, name):
     with pytest.raises(ConfigError, match=f"^tokenizer.chat_template_kwargs: {name} is set by humanline"):
         chatml(tmp_path, LOOP + HEADER, chat_template_kwargs={name: 1})
+
+
+@pytest.mark.parametrize("given", [5, [1], "x", {1: 2}, {"ok": 1, 2: 3}], ids=str)
+def test_variables_of_a_template_have_names(tmp_path, given):
+    for kwargs in (given, OmegaConf.create({"it": given}).it):  # as in Python, and as in a config
+        with pytest.raises(ConfigError, match="^tokenizer.chat_template_kwargs: expected .*, got ") as error:
+            chatml(tmp_path, LOOP + HEADER, chat_template_kwargs=kwargs)
+        assert "\n" not in str(error.value)
 
 
 # ---- Text that a template leaves out

@@ -5,7 +5,7 @@ from humanline.checkpoint._checkpoint import TrainingCheckpoint
 from humanline.checkpoint._export import export_dtypes
 from humanline.checkpoint._provenance import code_digest, named_files
 from humanline.checkpoint._replace import restore_replaced
-from humanline.checkpoint._steps import has_checkpoints, saved_position
+from humanline.checkpoint._steps import has_checkpoints, saved_dates
 from humanline.checkpoint._weights import (
     build_decoder,
     fingerprint,
@@ -26,7 +26,6 @@ __all__ = [
     "export_dtypes",
     "fingerprint",
     "has_checkpoints",
-    "saved_position",
     "named_files",
     "read_adapter",
     "read_decoder_weights",
@@ -34,4 +33,5 @@ __all__ = [
     "restore_replaced",
     "rounding_on_load",
     "sampled_digest",
+    "saved_dates",
 ]

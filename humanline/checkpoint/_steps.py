@@ -12,19 +12,21 @@ def has_checkpoints(output_dir: str) -> bool:
     return bool(steps_in(Path(output_dir) / "checkpoints"))
 
 
-def saved_position(output_dir: str, which: bool | str) -> dict[str, Any]:
-    """Returns the position in the checkpoint that ``which`` names, as for :meth:`TrainingCheckpoint.load`.
+def saved_dates(output_dir: str, which: bool | str) -> dict[str, str]:
+    """Returns the dates in the checkpoint that ``which`` names, as for :meth:`TrainingCheckpoint.load`.
 
-    It is empty if there is no such checkpoint, or it cannot be read; loading it then says why.
+    They are the days that chat templates read, by config key: ``tokenizer.date`` and ``reward.date``. There is none if
+    there is no such checkpoint, or it cannot be read; loading it then says why.
     """
     folder = Path(output_dir) / "checkpoints"
     newest = (folder / f"step_{step}" for step in reversed(steps_in(folder)))
     for path in newest if which is True or which == "latest" else [Path(str(which))]:
         try:
-            position: dict[str, Any] = json.loads((path / RUN_FILE).read_text())["position"]
+            run: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
+            settings = run["position"] | run["progress"].get("source", {}).get("settings", {})
         except (OSError, ValueError, KeyError):
             continue
-        return position
+        return {key: settings[key] for key in ("tokenizer.date", "reward.date") if key in settings}
     return {}
 
 

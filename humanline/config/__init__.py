@@ -2,6 +2,7 @@
 
 from humanline.config._component import accepts, check_component, component, is_given
 from humanline.config._config_file import load_config, read_config, with_overrides
+from humanline.config._dated import date_is_open, dated_component, today
 from humanline.config._keys import check_keys, one_of
 from humanline.config._missing_package import missing_package
 from humanline.config._settings import COMPONENTS, DTYPES, Settings, values_of
@@ -14,11 +15,14 @@ __all__ = [
     "check_component",
     "check_keys",
     "component",
+    "date_is_open",
+    "dated_component",
     "is_given",
     "load_config",
     "missing_package",
     "one_of",
     "read_config",
+    "today",
     "values_of",
     "with_overrides",
 ]

@@ -2,7 +2,9 @@
 
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer
+from humanline.data._chat_template import template_environment
 from humanline.data._dataset import GroupDataset
+from humanline.data._day import read_day
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
 from humanline.data._examples import prompt_field, read_prompt
 from humanline.data._group import Group, TokenBudget
@@ -41,7 +43,9 @@ __all__ = [
     "parts",
     "preference_groups",
     "prompt_field",
+    "read_day",
     "read_prompt",
     "scored_groups",
     "take",
+    "template_environment",
 ]

@@ -1,7 +1,5 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date as Date
-from datetime import datetime, time
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +12,12 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from humanline.data._batch_encoder import BatchEncoder
 from humanline.data._chat_template import PLAIN, PROBE, THOUGHTFUL, Chat, ChatTemplate, squeeze
+from humanline.data._day import read_day
 from humanline.errors import ConfigError, DataError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *NAMED_TOKENS)  # variables of a template
+FUNCTIONS = ("raise_exception", "strftime_now")
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *FUNCTIONS, *NAMED_TOKENS)  # names in a template
 TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's result -> its name in chat templates
 
 
@@ -77,12 +77,9 @@ class ChatTokenizer(ModelTokenizer, Transform):
             raise ConfigError(
                 f"tokenizer.max_seq_len: expected a length of at least 1, or null for no limit, got {max_seq_len}"
             )
-        kwargs = dict(chat_template_kwargs or {})
-        for name in kwargs:
-            if name in RESERVED:
-                raise ConfigError(f"tokenizer.chat_template_kwargs: {name} is set by humanline; remove it")
-        day = today() if date is None else read_date(date)
-        self._arguments = (path, max_seq_len, chat_template, kwargs, day.isoformat())
+        kwargs = read_variables(chat_template_kwargs)
+        day = read_day("tokenizer.date", date)
+        self._arguments = (path, max_seq_len, chat_template, kwargs, day.date().isoformat())
         self.max_seq_len = max_seq_len
 
         folder = Path(path)
@@ -97,9 +94,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
         named = {name: token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}
         file, source = find_template(folder, config, chat_template)
         special = [token.content for token in added.values() if token.special]
-        now = datetime.combine(day, time())
-        self._template = ChatTemplate(source, file, {**named, **kwargs}, special, now.strftime)
-        self.date = day.isoformat() if self._template.reads_date else None
+        self._template = ChatTemplate(source, file, {**named, **kwargs}, special, day.strftime)
+        self.date = day.date().isoformat() if self._template.reads_date else None
         self.markers = self._template.markers
         self._whole_chats, self._merging_header = self._boundary()
         self._encode_batch: BatchEncoder | None = None
@@ -327,15 +323,18 @@ class ChatTokenizer(ModelTokenizer, Transform):
         return id
 
 
-def today() -> Date:
-    return datetime.now().date()
-
-
-def read_date(text: Any) -> Date:
-    try:
-        return Date.fromisoformat(text) if isinstance(text, str) else Date(text.year, text.month, text.day)
-    except (ValueError, AttributeError):
-        raise ConfigError(f"tokenizer.date: expected a day such as 2026-01-31, or null, got {text!r}") from None
+def read_variables(given: Any) -> dict[str, Any]:
+    """Returns the variables that ``chat_template_kwargs`` sets, after checking their names."""
+    key = "tokenizer.chat_template_kwargs"
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(f"{key}: expected a mapping such as {{enable_thinking: false}}, or null, got {given!r}")
+    for name in given or ():
+        if not isinstance(name, str):
+            raise ConfigError(f"{key}: expected names of variables, such as enable_thinking, got {name!r}")
+        if name in RESERVED:
+            remedy = "set tokenizer.date instead" if name == "strftime_now" else "remove it"
+            raise ConfigError(f"{key}: {name} is set by humanline; {remedy}")
+    return dict(given or {})
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ChatTemplate:
         self.reads_date = "strftime_now" in source
         self.variables = {"documents": None, **variables}
         try:
-            self._template = environment(strftime_now).from_string(source)
+            self._template = template_environment(strftime_now).from_string(source)
         except jinja2.TemplateError as error:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
         longest_first = sorted(special_tokens, key=len, reverse=True)
@@ -257,7 +257,7 @@ class GenerationBlock(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
+def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
     """Returns a sandbox with the settings, filters and functions that chat templates need."""
     extensions = [GenerationBlock, loopcontrols]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)

@@ -7,7 +7,7 @@ from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._output_file import write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
 from humanline.programs._sampler import READING, Sampler, SamplerSettings, reading
-from humanline.programs._scored_rows import check_facts, score_sources, scored_rows
+from humanline.programs._scored_rows import Scorer, check_facts, score_sources
 from humanline.programs._whole_number import whole_number, whole_numbers
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PartialFile",
     "Sampler",
     "SamplerSettings",
+    "Scorer",
     "check_facts",
     "check_keys",
     "check_one_process",
@@ -27,7 +28,6 @@ __all__ = [
     "read_weights",
     "reading",
     "score_sources",
-    "scored_rows",
     "warn_of_replaced",
     "whole_number",
     "whole_numbers",

@@ -12,7 +12,7 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from humanline.checkpoint import build_decoder, code_digest, named_files, read_decoder_weights, rounding_on_load
-from humanline.config import DTYPES, component, one_of, with_overrides
+from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
 from humanline.errors import ConfigError, DataError
 from humanline.models import adapter_modules, load_decoder
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
@@ -161,16 +161,16 @@ class Sampler:
         tokenizer = component(cfg, "tokenizer")
         made_of = [
             *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
-            *(settings.settings, [prompt.fields for prompt in self.prompts]),
+            *(settings.settings, [[prompt.fields, prompt.messages, prompt.tools] for prompt in self.prompts]),
             [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
             [list(tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
             code_digest(cfg.model._component_, cfg.tokenizer._component_),
         ]
-        today = None if cfg.tokenizer.get("date") is not None else getattr(tokenizer, "date", None)
-        partial = PartialFile(output, made_of, today)
-        if partial.date == today:
+        date = getattr(tokenizer, "date", None) if date_is_open(cfg, "tokenizer") else None
+        partial = PartialFile(output, made_of, date)
+        if partial.date is None or partial.date == date:
             return partial, tokenizer
-        return partial, component(with_overrides(cfg, [f"tokenizer.date='{partial.date}'"]), "tokenizer")
+        return partial, dated_component(cfg, "tokenizer", partial.date)
 
     def _check_fit(self, model: TransformerDecoder) -> None:
         rows = model.tok_embeddings.num_embeddings

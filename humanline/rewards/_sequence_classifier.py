@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from torchtune import utils
 
-from humanline.data import Message
+from humanline.data import Message, read_day, template_environment
 from humanline.errors import ConfigError, DataError
 from humanline.rewards._prompts import pairs, regroup
 from humanline.rewards._settings import check_count
@@ -39,6 +40,11 @@ class SequenceClassifierReward:
         system_message (bool): whether the chat has the prompt's system message. Use False for a model whose chat
             template rejects one.
         trust_remote_code (bool): True runs the Python code in the folder, which some models need. Read it first.
+        date (str | None): the date that the template reads, such as "2026-01-31"; null is the day on which the run
+            started, also where it resumes on another day.
+
+    Attributes:
+        date (str | None): the date, if the template reads it; else None.
 
     Raises:
         ConfigError: if a value is invalid, the folder has no such model, or transformers is not installed.
@@ -54,7 +60,9 @@ class SequenceClassifierReward:
         max_tokens: int | None = None,
         system_message: bool = True,
         trust_remote_code: bool = False,
+        date: str | None = None,
     ) -> None:
+        self._day = read_day("reward.date", date)
         check_count("batch_size", batch_size)
         if max_tokens is not None:
             check_count("max_tokens", max_tokens)
@@ -69,6 +77,7 @@ class SequenceClassifierReward:
         self._head = head
         self._system_message = system_message
         self._load(device, dtype, trust_remote_code)
+        self.date = self._day.date().isoformat() if "strftime_now" in str(self._tokenizer.chat_template) else None
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if max_tokens is not None and positions is not None and max_tokens > positions:
             raise ConfigError(f"reward.max_tokens: {max_tokens} exceeds the model's {positions} positions; lower it")
@@ -133,10 +142,18 @@ class SequenceClassifierReward:
         skipped = int(prompt.has_system_message and not self._system_message)
         return prompt.messages[skipped:]
 
+    @cached_property
+    def _dated(self) -> Template:
+        """The chat template with the reward's date; transformers would give it today's."""
+        return template_environment(self._day.strftime).from_string(self._tokenizer.get_chat_template())
+
     def _render(self, messages: list[Message], response: str, where: str) -> str:
         """Returns the text of a chat."""
         try:
             chat = [*messages, {"role": "assistant", "content": response}]
+            if self.date is not None:
+                variables = {"tools": None, "documents": None, "add_generation_prompt": False}
+                return self._dated.render(messages=chat, **variables, **self._tokenizer.special_tokens_map)
             return self._tokenizer.apply_chat_template(chat, tokenize=False)
         except (TemplateError, ValueError) as error:
             reason = " ".join(str(error).split())

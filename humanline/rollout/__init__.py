@@ -8,6 +8,7 @@ from humanline.rollout._in_process import InProcessEngine
 from humanline.rollout._online_source import OnlineSource
 from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._reward import Reward, checked_scores
+from humanline.rollout._round_file import dates_of_rounds
 from humanline.rollout._round_plan import RoundPlan, Steps
 from humanline.rollout._sampled_source import SampledSource
 from humanline.rollout._sampling import SamplingParams
@@ -33,6 +34,7 @@ __all__ = [
     "Stopped",
     "TorchtuneEngine",
     "checked_scores",
+    "dates_of_rounds",
     "read_prompts",
     "token_ids",
 ]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,13 @@ def scores_of(groups: Sequence[Group]) -> list[float]:
     return [score for group in groups for score in group.scores or ()]
 
 
-def write_round(file: Path, found: Round) -> None:
+def write_round(file: Path, found: Round, dates: Mapping[str, str]) -> None:
     """Writes a round. The file gets its final name once it is complete and synced to disk.
+
+    Args:
+        file (Path): the file.
+        found (Round): the round.
+        dates (Mapping[str, str]): the days that chat templates read, by config key; they are in the first line.
 
     Raises:
         OSError: if it cannot be written.
@@ -54,7 +59,9 @@ def write_round(file: Path, found: Round) -> None:
     partial = file.with_name("round.partial")
     of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
     # A resumed run logs the same values, except for the time, which is not reproducible.
-    of_round = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
+    of_round: dict[str, Any] = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
+    if dates:
+        of_round["dates"] = dict(dates)
     with open(partial, "w") as lines:
         for index, group in enumerate(found.groups):
             line = {"prompt": list(group.prompt), "responses": list(map(list, group.responses)), "scores": group.scores}
@@ -76,6 +83,20 @@ def policy_step(file: Path) -> int:
             return step
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(file, repr(error)) from None
+
+
+def dates_of_rounds(output_dir: str) -> dict[str, str]:
+    """Returns the days that chat templates read in the rounds of a run's folder, by config key.
+
+    There is none without rounds, or if a round cannot be read; training on it then says why.
+    """
+    for file in sorted((Path(output_dir) / "rounds").glob("round_*.jsonl")):
+        try:
+            with open(file) as lines:
+                return dict(json.loads(next(lines))["dates"])
+        except (OSError, LookupError, TypeError, ValueError, StopIteration):
+            continue
+    return {}
 
 
 def read_round(file: Path, tokenizer: Any) -> Round:

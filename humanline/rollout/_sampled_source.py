@@ -59,6 +59,8 @@ class SampledSource(Source):
         self.plan, self.derive, self.hand_over, self.total_steps = plan, derive, hand_over, total_steps
         self.groups_per_step, self.steps_per_epoch = plan.groups_per_step, plan.steps_per_epoch
         self.folder = Path(output_dir) / "rounds"
+        read = {"tokenizer.date": getattr(plan.tokenizer, "date", None), "reward.date": getattr(reward, "date", None)}
+        self.dates = {key: date for key, date in read.items() if isinstance(date, str)}
         self.empty_rounds = EmptyRounds(
             highest_score=getattr(reward, "highest_score", None), desirable_above=plan.source.desirable_above
         )
@@ -135,7 +137,7 @@ class SampledSource(Source):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": self.plan.changeable(),
+            "settings": self._changeable(),
             "empty_rounds": self.empty_rounds.state_dict(),
             "unlogged": list(self._unlogged),
         }
@@ -144,10 +146,14 @@ class SampledSource(Source):
         """Restores the state, and logs which settings have changed since."""
         self.empty_rounds.load_state_dict(state["empty_rounds"])
         self._unlogged = state["unlogged"]
-        for name, here in self.plan.changeable().items():
+        for name, here in self._changeable().items():
             before = state["settings"].get(name)
             if before != here and dist.get_rank() == 0:
                 log.warning(f"{name}: was {before} in the checkpoint, is {here} for rounds that are not sampled yet")
+
+    def _changeable(self) -> dict[str, Any]:
+        """Returns the settings that a resumed run may change, with the day that the reward's chat template reads."""
+        return self.plan.changeable() | {key: date for key, date in self.dates.items() if key == "reward.date"}
 
     def _enter(self, round: int, step: int) -> None:
         """Makes a round the current one from ``step`` on; with ``overlap`` starts sampling the next one."""
@@ -198,7 +204,7 @@ class SampledSource(Source):
         found = self.sampler.sample(round, policy_step)
         if dist.get_rank() == 0:
             try:
-                write_round(self._file(round), found)
+                write_round(self._file(round), found, self.dates)
             except OSError as error:
                 log.warning(
                     f"round {round} could not be written ({error}); training continues with it, and a run that "

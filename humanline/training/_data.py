@@ -9,14 +9,14 @@ from omegaconf import DictConfig
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from humanline.checkpoint import WeightsOut, build_decoder, saved_position
-from humanline.config import component, is_given, with_overrides
+from humanline.checkpoint import WeightsOut, build_decoder, saved_dates
+from humanline.config import component, dated_component, is_given, today
 from humanline.data import GroupDataset, OfflineSource, Rows, Source, pack, parts
 from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError, DataError
 from humanline.models import LogProbDecoder
 from humanline.optim import rehearse_optimizer
-from humanline.rollout import OnlineSource, RoundPlan, SampledSource, Steps
+from humanline.rollout import OnlineSource, RoundPlan, SampledSource, Steps, dates_of_rounds
 from humanline.training._environment import Environment
 from humanline.training._hand_over import HandOver
 from humanline.training._objectives import Objective
@@ -51,7 +51,8 @@ class Data:
         self.cfg, self.environment, self.objective = cfg, environment, objective
         settings = environment.settings
         self.budget = settings.row_budget(environment.device)
-        self.tokenizer = _tokenizer(cfg, environment)
+        begun = _begun(environment)
+        self.tokenizer = dated_component(cfg, "tokenizer", begun["tokenizer.date"])
         with torch.device("meta"):
             self.shape: TransformerDecoder = build_decoder(cfg)
         self.steps = Steps(
@@ -79,7 +80,7 @@ class Data:
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.passes = Passes(objective, self.budget, self.known.budget, environment.device, settings.seed)
         rehearse_optimizer(cfg, self.shape, environment.device, self.total_steps)
-        self.engine, self.reward = component(cfg, "engine"), component(cfg, "reward")
+        self.engine, self.reward = component(cfg, "engine"), dated_component(cfg, "reward", begun["reward.date"])
         if isinstance(self.known, RoundPlan) and self.known.source.overlap and self.engine.in_process:
             raise ConfigError(
                 f"source.overlap: expected an engine outside this process, got {type(self.engine).__name__}; use "
@@ -162,15 +163,16 @@ class Data:
         return dataset
 
 
-def _tokenizer(cfg: DictConfig, environment: Environment) -> Any:
-    """Builds the tokenizer. If its template reads the date, it is that of the day on which the run started."""
-    tokenizer = component(cfg, "tokenizer")
-    today = getattr(tokenizer, "date", None)
-    if today is None or cfg.tokenizer.get("date") is not None:
-        return tokenizer
+def _begun(environment: Environment) -> dict[str, str]:
+    """Returns the day on which the run began, for each component whose chat template may read it. Collective.
+
+    It is in the checkpoint to resume from. A run that was restarted before its first checkpoint has it in its rounds.
+    """
     which, output_dir = environment.resume_from, environment.settings.output_dir
-    begun = saved_position(output_dir, which).get("tokenizer.date") if which else None
-    date = gathered(begun or today)[0]
-    if date == today:
-        return tokenizer
-    return component(with_overrides(cfg, [f"tokenizer.date='{date}'"]), "tokenizer")
+    begun = dict.fromkeys(("tokenizer.date", "reward.date"), today())
+    if which:
+        begun |= saved_dates(output_dir, which)
+    elif environment.restarted:
+        begun |= dates_of_rounds(output_dir)
+    ranks: list[dict[str, str]] = gathered(begun)
+    return ranks[0]
