@@ -14,12 +14,13 @@ finds it. It is written under another name and renamed when it is complete.
 import json
 import os
 import shutil
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
+from uuid import uuid4
 
 import numpy as np
 import torch.distributed as dist
@@ -115,6 +116,7 @@ class GroupWriter:
 
     def _flush(self) -> None:
         self._buffer.tofile(self._tokens)
+        self._tokens.flush()  # so that a writer that is given up writes nothing later into the file of its successor
         del self._buffer[:]
 
     def close(self, facts: dict[str, Any]) -> None:
@@ -150,7 +152,8 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
         digest = key()
         folder = None if digest is None else cache() / digest
         if folder is not None and (folder / "facts.json").is_file():
-            os.utime(folder)  # tells old folders from those in use
+            with suppress(OSError):  # another user's
+                os.utime(folder)  # tells old folders from those in use
             return folder, True
         return _written(folder, encode), folder is not None
 
@@ -186,9 +189,11 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
     try:
         cache().mkdir(parents=True, exist_ok=True)
         for left in cache().glob(f"{_UNFINISHED}*"):  # by a run that was killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache()))
+            with suppress(OSError):  # another run has completed or removed it
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
+        unfinished = cache() / f"{_UNFINISHED}{uuid4().hex}"
+        unfinished.mkdir()  # not by mkdtemp, whose folder no other user of the cache can read
     except OSError as error:
         raise ConfigError(
             f"dataset: encoded groups cannot be written to {cache()} ({error}); set the environment variable "
