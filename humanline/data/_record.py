@@ -16,7 +16,10 @@ from typing import Any
 from humanline.data._messages import Message, messages_from
 from humanline.errors import DataError
 
-__all__ = ["BadRow", "Message", "Record", "WrongFormat"]
+__all__ = ["SYSTEM", "BadRow", "Message", "Record", "WrongFormat"]
+
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+"""Fields that hold a system message; the first with text counts."""
 
 _INT_LIMIT = 2 ** (8 * array("i").itemsize - 1)
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -141,7 +144,7 @@ class Record:
 
     def system(self) -> str | None:
         """Returns the system message that stands in a column of its own; None if there is none."""
-        for field in ("system", "system_prompt"):
+        for field in SYSTEM:
             if (value := self.get(field)) is not None:
                 if not isinstance(value, str):
                     raise self._type_error(field, value, "a string")
@@ -280,7 +283,7 @@ class Record:
         last, path = messages[-1], f"{path}[{len(messages) - 1}]"
         if last["role"] not in ("user", "tool"):
             raise self.error(f"{path}.role", f"must be 'user' in the prompt's last message, got '{last['role']}'")
-        self._filled(f"{path}.content", last["content"])
+        self._filled(f"{path}.content", last.get("content", ""))
         return list(messages)
 
     def _token_ids(self, path: str, value: Any, vocab_size: int | None) -> array:

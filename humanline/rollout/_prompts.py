@@ -85,7 +85,7 @@ def read_prompts(
         source (SourceName): a file of objects (.jsonl, .json, .csv, .parquet), a glob, a list, or a dataset, as in
             :func:`humanline.data.preference_groups`; or a .txt file with one prompt per line. The prompt is text or a
             list of messages, in the column ``prompt``, or else ``instruction`` (with ``input``), ``question``,
-            ``problem``, ``query``, ``messages`` or ``conversations``.
+            ``problem``, ``query``, ``messages``, ``conversations`` or ``conversation``.
         split (str): the split, with an optional slice such as "train[:95%]"; files have one split, "train".
         column_map (Mapping[str, str | None] | None): the source's column for each field that has another name there,
             such as ``{prompt: problem}``; None renames nothing.
