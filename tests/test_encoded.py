@@ -171,6 +171,15 @@ def test_users_can_share_a_cache(cache, tokenizer, monkeypatch):
     assert list(preference_groups(tokenizer, source)) == list(first)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "places.npy", "facts.json"])
+def test_a_folder_that_has_lost_a_file_is_written_again(cache, tokenizer, name):
+    source = write_lines("pairs.jsonl", [PAIR] * 3)
+    first = list(preference_groups(tokenizer, source))
+    (folder,) = cache.iterdir()
+    (folder / name).unlink()  # as what removes old files does
+    assert list(preference_groups(tokenizer, source)) == first and [*cache.iterdir()] == [folder]
+
+
 def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(cache, tokenizer):
     cache.parent.write_text("a file, where a folder should be")
     with pytest.raises(ValueError, match=r"^dataset: encoded groups cannot be written to .*HUMANLINE_CACHE"):

@@ -32,6 +32,7 @@ from humanline.errors import ConfigError
 __all__ = ["EncodedGroups", "GroupWriter", "open_encoded"]
 
 _NAN = float("nan")
+_FILES = ("tokens.bin", "ends.npy", "firsts.npy", "values.npy", "places.npy", "facts.json")
 _UNFINISHED = "unfinished_"
 FLUSH = 1 << 20
 """Tokens that are written at a time."""
@@ -151,7 +152,7 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
     def ensure() -> tuple[Path, bool]:
         digest = key()
         folder = None if digest is None else cache() / digest
-        if folder is not None and (folder / "facts.json").is_file():
+        if folder is not None and _is_complete(folder):
             with suppress(OSError):  # another user's
                 os.utime(folder)  # tells old folders from those in use
             return folder, True
@@ -164,7 +165,7 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
     else:
         task, mine = "encoding the dataset", dist.get_rank() == 0
         folder, kept = together(ensure, task=task, on_rank_0=True)[0]
-        missing = gathered(not (folder / "facts.json").is_file())
+        missing = gathered(not _is_complete(folder))
         if any(missing):  # the cache is local; ranks are numbered node by node
             rank = dist.get_rank()
             mine = mine or (missing[rank] and os.environ.get("LOCAL_RANK", "0") == "0")
@@ -206,9 +207,11 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not (folder / "facts.json").is_file():
-                raise
-            shutil.rmtree(unfinished)  # another run was faster
+            if _is_complete(folder):  # another run was faster
+                shutil.rmtree(unfinished)
+            else:  # what removes old files has left some
+                shutil.rmtree(folder)
+                unfinished.rename(folder)
         return folder
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -219,6 +222,10 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
 
 
 def _split(place: str) -> tuple[str, int]:
