@@ -433,6 +433,12 @@ def test_roles_out_of_order_are_a_bad_row(tokenizer, roles, place):
         preference_groups(tokenizer, "data.jsonl", on_bad_row="stop")
 
 
+def test_a_mapped_prompt_is_never_read_from_another_column():
+    source = write_lines("prompts.jsonl", [{"question": "hi"}])
+    with pytest.raises(DataError, match="field 'problem' is missing .found: question."):
+        read_prompts(source, column_map={"prompt": "problem"})
+
+
 def test_a_prompt_that_ends_with_a_call_of_the_user_is_a_bad_row(tokenizer):
     bad = {**PAIR, "prompt": [{"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]}
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", [*[PAIR] * 20, bad]))

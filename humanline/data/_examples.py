@@ -65,11 +65,14 @@ def read_examples(
 
 
 def prompt_field(row: Mapping[str, Any], column_map: Mapping[str, str | None]) -> str:
-    """Returns the field that holds the prompt in a row of a prompt file; ``prompt`` wins over all others.
+    """Returns the field that holds the prompt in a row of a prompt file; ``prompt`` wins over all others, and what
+    ``column_map`` says of it over all columns.
 
     Raises:
         ConfigError: if several columns could be the prompt.
     """
+    if column_map.get("prompt") is not None:
+        return "prompt"
     record = Record("", row, column_map)
     found = [field for field in PROMPT_FIELDS if record.get(field) is not None] or ["prompt"]
     if found[0] != "prompt" and len(found) > 1:
