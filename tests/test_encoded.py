@@ -186,6 +186,14 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(cache, tokenize
         preference_groups(tokenizer, write_lines("pairs.jsonl", [PAIR]))
 
 
+def test_half_of_a_character_is_a_bad_row_wherever_it_is(cache, tokenizer):
+    rows = [{"instruction": "hi", "chosen": f"hello {i}", "rejected": "go"} for i in range(20)]
+    dataset = preference_groups(tokenizer, write_lines("pairs.jsonl", [*rows, {**rows[0], "input": "\ud800"}]))
+    assert (
+        len(dataset) == 20 and "a text has half of a character (1, the first: pairs.jsonl line 21)" in dataset.report()
+    )
+
+
 # ---- Ranks
 
 

@@ -433,6 +433,31 @@ def test_roles_out_of_order_are_a_bad_row(tokenizer, roles, place):
         preference_groups(tokenizer, "data.jsonl", on_bad_row="stop")
 
 
+SCORED = ROWS["ultrafeedback_armorm"][0]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (ROWS["nectar"][0], {"answers": ["hello"]}),
+        (ROWS["nectar"][0], {"answers": []}),
+        (ROWS["ultrafeedback"][0], {"completions": ["hello", None]}),
+        (SCORED, {"all_rm_scores": [10**400, 1]}),
+        (ROWS["helpsteer2"][0], {"helpfulness": 10**400}),
+        (SCORED, {"prompt": "{'role': 1, {}: 2}"}),
+    ],
+)
+def test_no_value_ends_a_run(tokenizer, good, bad):
+    many = [{**good, "prompt": f"hi {i}", "instruction": f"hi {i}"} for i in range(20)]
+    dataset = scored_groups(tokenizer, write_lines("data.jsonl", [*many, {**good, **bad}]))
+    assert len(dataset) >= 20
+
+
+def test_tools_that_are_no_json_do_not_end_the_reading_of_prompts():
+    rows = [*[{"prompt": "hi"}] * 20, {"prompt": "hi", "tools": "{"}]
+    assert len(read_prompts(write_lines("prompts.jsonl", rows))) == 20
+
+
 def test_a_mapped_prompt_is_never_read_from_another_column():
     source = write_lines("prompts.jsonl", [{"question": "hi"}])
     with pytest.raises(DataError, match="field 'problem' is missing .found: question."):

@@ -70,7 +70,7 @@ def _printed(path: str, text: str, error: Error) -> list[Any] | None:
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(inside)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, list):
             return found

@@ -188,8 +188,10 @@ class Record:
         for i, score in enumerate(value):
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise self._type_error(f"{field}[{i}]", score, "a number")
-            if not math.isfinite(score):
-                raise self.error(f"{field}[{i}]", f"must be a finite number, got {score}; correct it or drop the line")
+            if not _is_finite(score):
+                raise self.error(
+                    f"{field}[{i}]", f"must be a finite number, got {short_repr(score)}; correct it or drop the line"
+                )
         return tuple(map(float, value))
 
     def labels(self, field: str, count: int) -> tuple[bool, ...]:
@@ -208,7 +210,7 @@ class Record:
         value = self.require(field, object, "a number")
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._type_error(field, value, "a number") from None
         if not math.isfinite(number):
             raise self.error(field, f"must be a finite number, got {value}; correct it or drop the line")
@@ -297,3 +299,10 @@ class Record:
                 problem = f"must be a token id from 0 to {limit - 1}, got {token}; encode with this model's tokenizer"
                 raise WrongFormat(self.error(f"{path}[{i}]", problem))
         return array("i", value)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float can hold
+        return False

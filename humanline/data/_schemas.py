@@ -130,20 +130,26 @@ def _all_scored(record: Record) -> Example:
 
 def _completions(record: Record) -> Example:
     """Reads UltraFeedback's completions: objects with the response and its ``overall_score``."""
-    completions = record.require("completions", list, "a list of objects")
-    parts = [Record(f"{record.where}, completion {i}", row, {}) for i, row in enumerate(completions)]
+    parts = _parts(record, "completions", "completion")
     answers = [_answer(part, "response") for part in parts]
     key = "overall_score" if all("overall_score" in part.row for part in parts) else "fine-grained_score"
     scores = tuple(part.number(key) for part in parts)
-    if not answers:
-        raise record.error("completions", "is empty; drop the line")
     return Example(record.where, record.prompt("instruction"), answers, scores=scores)
+
+
+def _parts(record: Record, field: str, name: str) -> list[Record]:
+    """Returns the objects of a list as rows, whose places have the name."""
+    rows = record.require(field, list, "a list of objects")
+    if not rows:
+        raise record.error(field, "is empty; drop the line")
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise record.error(field, "must be a list of objects, got other values in it; correct them")
+    return [Record(f"{record.where}, {name} {i}", row, {}) for i, row in enumerate(rows)]
 
 
 def _ranked(record: Record) -> Example:
     """Reads Nectar's answers: objects with the answer and its rank, 1 for the best."""
-    rows = record.require("answers", list, "a list of objects")
-    parts = [Record(f"{record.where}, answer {i}", row, {}) for i, row in enumerate(rows)]
+    parts = _parts(record, "answers", "answer")
     answers = [_answer(part, "answer") for part in parts]
     return Example(record.where, record.prompt(), answers, scores=tuple(-part.number("rank") for part in parts))
 

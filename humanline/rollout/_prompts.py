@@ -123,14 +123,14 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
                 raise row
             field = prompt_field(row, column_map)
             record = Record(where, row, column_map)
-            messages = read_prompt(record, field)
+            messages, tools = read_prompt(record, field), record.tools()
         except BadRow as error:
             tally.add(error)
             continue
         renamed = {name: row[column] for name, column in column_map.items() if column in row}
         hidden.update(name for name, column in column_map.items() if name in row and column in row and name != column)
         fields = {**row, **renamed, "prompt": record.get(field)}
-        prompts.append(Prompt(where, messages, fields, record.tools()))
+        prompts.append(Prompt(where, messages, fields, tools))
     tally.check("drop")
     for name in sorted(hidden):
         _warn(
