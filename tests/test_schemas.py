@@ -14,6 +14,7 @@ from test_groups import PAIR, WordTokenizer, assistant, in_words, user, write_li
 from humanline.data import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._schemas import SCHEMAS
 from humanline.errors import ConfigError, DataError
+from humanline.rewards import read_samples
 from humanline.rollout import read_prompts
 
 HELLO = "<user> hi <assistant>"
@@ -458,6 +459,11 @@ def test_tools_that_are_no_json_do_not_end_the_reading_of_prompts():
     assert len(read_prompts(write_lines("prompts.jsonl", rows))) == 20
 
 
+def test_samples_of_a_prompt_with_other_tools_are_of_another_prompt():
+    rows = [{"prompt": "hi", "tools": [{"name": name}], "output": "hello"} for name in "ab"]
+    assert read_samples(write_lines("samples.jsonl", rows))[1] == [["hello"], ["hello"]]
+
+
 def test_a_mapped_prompt_is_never_read_from_another_column():
     source = write_lines("prompts.jsonl", [{"question": "hi"}])
     with pytest.raises(DataError, match="field 'problem' is missing .found: question."):
@@ -517,9 +523,9 @@ def test_a_printed_list_is_read_as_the_messages_it_was(tokenizer, write):
 
 @pytest.mark.parametrize("write", [json.dumps, str])
 def test_a_printed_message_is_read_but_other_json_is_text(tokenizer, write):
-    rows = [{"prompt": "hi", "chosen": write(assistant("hello")), "rejected": '{"role": "admin"}'}]
+    rows = [{"prompt": "hi", "chosen": write(assistant("hello")), "rejected": '{"role": "admin", "content": 1}'}]
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
-    assert in_words(tokenizer, dataset) == [(HELLO, ["hello <end>", '{"role": "admin"} <end>'])]
+    assert in_words(tokenizer, dataset) == [(HELLO, ["hello <end>", '{"role": "admin", "content": 1} <end>'])]
 
 
 def test_a_printed_array_is_refused(tokenizer):

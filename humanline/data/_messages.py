@@ -74,7 +74,7 @@ def _printed(path: str, text: str, error: Error) -> list[Any] | None:
             continue
         if isinstance(found, list):
             return found
-        if isinstance(found, dict) and (found.keys() >= {"role", "content"} or found.keys() >= {"from", "value"}):
+        if isinstance(found, dict) and str(found.get("role", found.get("from"))).lower() in _ROLES:
             return [found]
     if not is_list:  # some other JSON
         return None
