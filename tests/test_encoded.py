@@ -1,5 +1,6 @@
 """A dataset is encoded once: the next start reads it, ranks map the same file, and fast ids are the exact ids."""
 
+import gc
 import json
 import math
 import os
@@ -61,6 +62,19 @@ def test_groups_that_are_derived_when_asked_for_are_those_of_a_list(tmp_path, de
     lazy, eager = derive(GroupDataset(EncodedGroups(tmp_path))), derive(GroupDataset(groups))
     assert list(lazy) == list(eager) and lazy.dropped == eager.dropped == 3
     assert lazy.digest() == eager.digest() and lazy.report() == eager.report()
+
+
+def test_a_writer_that_is_given_up_writes_nothing_into_the_file_of_its_successor(tmp_path, monkeypatch):
+    monkeypatch.setattr("humanline.data._encoded.FLUSH", 0)
+    given_up = GroupWriter(tmp_path)
+    given_up.add(Group(array("i", [7] * 9), (array("i", [7]), array("i", [7]))))
+    writer = GroupWriter(tmp_path)
+    group = Group(array("i", [1]), (array("i", [2]), array("i", [3])), id="line 1")
+    writer.add(group)
+    writer.close({})
+    del given_up
+    gc.collect()
+    assert list(EncodedGroups(tmp_path)) == [group]
 
 
 # ---- The cache
@@ -136,10 +150,48 @@ def test_what_a_killed_run_left_is_removed_after_a_day(cache, tokenizer):
     assert not (cache / "unfinished_old").exists() and (cache / "unfinished_new").exists()
 
 
+def test_another_run_may_complete_its_folder_meanwhile(cache, tokenizer):
+    cache.mkdir(parents=True)
+    (cache / "unfinished_other").symlink_to("renamed")  # listed, but gone when it is looked at
+    assert len(preference_groups(tokenizer, write_lines("pairs.jsonl", [PAIR]))) == 1
+
+
+def test_users_can_share_a_cache(cache, tokenizer, monkeypatch):
+    def not_the_owner(*_):
+        raise PermissionError
+
+    source, umask = write_lines("pairs.jsonl", [PAIR]), os.umask(0o022)
+    try:
+        first = preference_groups(tokenizer, source)
+    finally:
+        os.umask(umask)
+    (folder,) = cache.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o755
+    monkeypatch.setattr(os, "utime", not_the_owner)
+    assert list(preference_groups(tokenizer, source)) == list(first)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "places.npy", "facts.json"])
+def test_a_folder_that_has_lost_a_file_is_written_again(cache, tokenizer, name):
+    source = write_lines("pairs.jsonl", [PAIR] * 3)
+    first = list(preference_groups(tokenizer, source))
+    (folder,) = cache.iterdir()
+    (folder / name).unlink()  # as what removes old files does
+    assert list(preference_groups(tokenizer, source)) == first and [*cache.iterdir()] == [folder]
+
+
 def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(cache, tokenizer):
     cache.parent.write_text("a file, where a folder should be")
     with pytest.raises(ValueError, match=r"^dataset: encoded groups cannot be written to .*HUMANLINE_CACHE"):
         preference_groups(tokenizer, write_lines("pairs.jsonl", [PAIR]))
+
+
+def test_half_of_a_character_is_a_bad_row_wherever_it_is(cache, tokenizer):
+    rows = [{"instruction": "hi", "chosen": f"hello {i}", "rejected": "go"} for i in range(20)]
+    dataset = preference_groups(tokenizer, write_lines("pairs.jsonl", [*rows, {**rows[0], "input": "\ud800"}]))
+    assert (
+        len(dataset) == 20 and "a text has half of a character (1, the first: pairs.jsonl line 21)" in dataset.report()
+    )
 
 
 # ---- Ranks

@@ -1,8 +1,10 @@
 """Public schemas are recognised by their columns; what cannot be used is counted, and what would be lost is refused."""
 
+import base64
 import csv
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -12,6 +14,7 @@ from test_groups import PAIR, WordTokenizer, assistant, in_words, user, write_li
 from humanline.data import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._schemas import SCHEMAS
 from humanline.errors import ConfigError, DataError
+from humanline.rewards import read_samples
 from humanline.rollout import read_prompts
 
 HELLO = "<user> hi <assistant>"
@@ -78,6 +81,19 @@ ROWS = {
         {"domain": "g", "context": [user("hi")], "response1": "hello", "response2": "go", "overall_preference": -1},
         {"domain": "g", "context": [user("hi")], "response1": "hello", "response2": "go", "overall_preference": 0},
     ],
+    "helpsteer2_preference": [
+        {"prompt": "hi", "response_1": "go", "response_2": "hello", "preference_strength": 3, "split": "train"}
+    ],
+    "unified_feedback": [
+        {
+            "conv_A": [user("hi"), assistant("go")],
+            "conv_B": [user("hi"), assistant("hello")],
+            "conv_A_rating": 1.0,
+            "conv_B_rating": 5.0,
+            "num_turns": 2,
+        }
+    ],
+    "stack_exchange": [{"qid": 1, "question": "hi", "response_j": "hello", "response_k": "go"}],
     "shp": [{"history": "hi", "human_ref_A": "go", "human_ref_B": "hello", "labels": 0, "score_A": 2}],
     "chatbot_arena": [
         {
@@ -104,6 +120,10 @@ ROWS = {
     "kto": [
         {"prompt": "hi", "completion": "hello", "label": True},
         {"prompt": "hi", "completion": "go", "label": False},
+    ],
+    "labelled_conversation": [
+        {"messages": [user("hi"), assistant("hello")], "label": True},
+        {"messages": [user("hi"), assistant("go")], "label": False},
     ],
     "halos_binary": [
         {"type": "binary_feedback", "prompt": [user("hi")], "output": [assistant("hello")], "label": 1, "reward": 0.9},
@@ -142,12 +162,17 @@ NO_PREFERENCE = {
     "alpaca_eval_outputs": [{"instruction": "hi", "output": "hello", "generator": "x", "dataset": "y"}],
     "halos_samples": [{"type": "sample", "prompt": [user("hi")], "instruction": "hi", "output": "hello"}],
 }
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 SECOND = {  # what comes after the first group
     "helpsteer3": [GOOD_AND_BAD],
     "kto": [(HELLO, ["go <end>"])],
+    "labelled_conversation": [(HELLO, ["go <end>"])],
     "halos_binary": [(HELLO, ["go <end>"])],
     "halos_scalar": [("<user> who <assistant>", ["me <end>"])],
 }
+LABELLED = ("kto", "labelled_conversation", "halos_binary")
 SCORES = {
     "halos_scalar": (0.9, 0.1),
     "ultrafeedback_armorm": (0.2, 0.1),
@@ -166,10 +191,10 @@ def test_every_schema_of_the_table_is_tested():
 def test_every_builder_recognises_the_schema_and_reads_the_same_groups(tokenizer, build, name):
     dataset = build(tokenizer, write_lines("data.jsonl", ROWS[name]))
     assert schema_of(dataset) == name
-    first = (HELLO, ["hello <end>"]) if name in ("kto", "halos_binary") else GOOD_AND_BAD
+    first = (HELLO, ["hello <end>"]) if name in LABELLED else GOOD_AND_BAD
     assert in_words(tokenizer, dataset) == [first, *SECOND.get(name, [])]
     assert dataset[0].scores == SCORES.get(name)
-    assert dataset[0].labels == ((True,) if name in ("kto", "halos_binary") else None)
+    assert dataset[0].labels == ((True,) if name in LABELLED else None)
     assert dataset[0].is_pair == (name not in SCORES and dataset[0].labels is None)
 
 
@@ -186,6 +211,25 @@ def test_a_tie_is_left_out_and_counted_but_is_no_fault(tokenizer):
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", ROWS["helpsteer3"]), on_bad_row="stop")
     assert "1 rows dropped: neither response is better (1, the first: data.jsonl line 3)" in dataset.report()
     assert dataset.dropped == 1
+
+
+def test_conversations_of_the_arena_that_differ_earlier_are_left_out_and_no_fault(tokenizer):
+    later = [user("who?"), assistant("me")]
+    sound = ROWS["chatbot_arena"][0]
+    other = {**sound, **{side: [*sound[side], *later] for side in ("conversation_a", "conversation_b")}}
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [sound, other, other]), on_bad_row="stop")
+    assert len(dataset) == 1 and "2 rows dropped: the last responses answer different conv" in dataset.report()
+
+
+def test_ties_alone_are_said_to_be_the_reason(tokenizer):
+    tie = {**ROWS["chatbot_arena"][0], "winner": "tie"}
+    with pytest.raises(DataError, match=r"no examples are left of 2 rows; .* neither response is better \(2,"):
+        preference_groups(tokenizer, write_lines("data.jsonl", [tie] * 2))
+
+
+def test_outputs_beside_scored_responses_are_no_second_schema(tokenizer):
+    row = {**NO_PREFERENCE["alpaca_eval_outputs"][0], **ROWS["ultrafeedback_armorm"][0]}  # AlpacaEval, sampled again
+    assert schema_of(preference_groups(tokenizer, write_lines("data.jsonl", [row]))) == "ultrafeedback_armorm"
 
 
 @pytest.mark.parametrize("name", NO_PREFERENCE)
@@ -256,7 +300,7 @@ def test_a_file_of_no_schema_says_so(tokenizer, row, said):
 # ---- Nothing that carries meaning vanishes
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message", "system_instruction"])
 @pytest.mark.parametrize(
     ("build", "row"),
     [
@@ -296,6 +340,9 @@ def test_a_row_does_not_get_a_second_system_message(tokenizer):
     ("name", "value"),
     [
         ("context", "a long text"),
+        ("choices", {"text": ["red", "blue"], "label": ["A", "B"]}),  # ARC
+        ("initial_reason_steps", "Step 1: ..."),  # Math-Step-DPO
+        ("history", [{"role": "user", "content": "before"}]),
         ("input", "2 + 3"),
         ("history", [user("before")]),
         ("images", [{"bytes": b"x".hex()}]),
@@ -307,6 +354,20 @@ def test_a_column_that_would_be_ignored_and_changes_the_prompt_is_an_error(token
         preference_groups(tokenizer, source)
     assert f"column_map: {{{name}: null}}" in str(raised.value)
     assert len(preference_groups(tokenizer, source, column_map={name: None})) == 51
+
+
+def test_an_image_is_never_ignored(tokenizer):
+    images = datasets.Features({**dict.fromkeys(PAIR, datasets.Value("string")), "image": datasets.Image()})
+    row = {**PAIR, "image": {"bytes": PNG, "path": None}}
+    datasets.Dataset.from_list([row], features=images).save_to_disk("images")  # read as an object of PIL
+    with pytest.raises(DataError, match="column 'image' would be ignored"):
+        preference_groups(tokenizer, "images")
+
+
+def test_the_messages_before_in_a_column_of_their_own_are_no_loss(tokenizer):
+    before = [user("hi"), assistant("hello")]
+    rows = [{**PAIR, "prompt": [*before, user("who?")], "history": before}]
+    assert len(preference_groups(tokenizer, write_lines("data.jsonl", rows))) == 1
 
 
 def test_a_column_whose_content_is_in_the_prompt_is_no_loss(tokenizer):
@@ -373,9 +434,51 @@ def test_roles_out_of_order_are_a_bad_row(tokenizer, roles, place):
         preference_groups(tokenizer, "data.jsonl", on_bad_row="stop")
 
 
+SCORED = ROWS["ultrafeedback_armorm"][0]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (ROWS["nectar"][0], {"answers": ["hello"]}),
+        (ROWS["nectar"][0], {"answers": []}),
+        (ROWS["ultrafeedback"][0], {"completions": ["hello", None]}),
+        (SCORED, {"all_rm_scores": [10**400, 1]}),
+        (ROWS["helpsteer2"][0], {"helpfulness": 10**400}),
+        (SCORED, {"prompt": "{'role': 1, {}: 2}"}),
+    ],
+)
+def test_no_value_ends_a_run(tokenizer, good, bad):
+    many = [{**good, "prompt": f"hi {i}", "instruction": f"hi {i}"} for i in range(20)]
+    dataset = scored_groups(tokenizer, write_lines("data.jsonl", [*many, {**good, **bad}]))
+    assert len(dataset) >= 20
+
+
+def test_tools_that_are_no_json_do_not_end_the_reading_of_prompts():
+    rows = [*[{"prompt": "hi"}] * 20, {"prompt": "hi", "tools": "{"}]
+    assert len(read_prompts(write_lines("prompts.jsonl", rows))) == 20
+
+
+def test_samples_of_a_prompt_with_other_tools_are_of_another_prompt():
+    rows = [{"prompt": "hi", "tools": [{"name": name}], "output": "hello"} for name in "ab"]
+    assert read_samples(write_lines("samples.jsonl", rows))[1] == [["hello"], ["hello"]]
+
+
+def test_a_mapped_prompt_is_never_read_from_another_column():
+    source = write_lines("prompts.jsonl", [{"question": "hi"}])
+    with pytest.raises(DataError, match="field 'problem' is missing .found: question."):
+        read_prompts(source, column_map={"prompt": "problem"})
+
+
+def test_a_prompt_that_ends_with_a_call_of_the_user_is_a_bad_row(tokenizer):
+    bad = {**PAIR, "prompt": [{"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]}
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [*[PAIR] * 20, bad]))
+    assert len(dataset) == 20 and dataset.dropped == 1
+
+
 def test_of_an_answered_conversation_the_prompt_is_what_was_answered():
     turns = [user("hi"), assistant("hello"), user("who?"), assistant("me")]
-    for field in ("messages", "conversations", "prompt"):
+    for field in ("messages", "conversations", "conversation", "prompt"):
         (prompt,) = read_prompts(write_lines("prompts.jsonl", [{field: turns}]))
         assert prompt.messages == turns[:3] and prompt.fields[field] == turns
 
@@ -410,12 +513,34 @@ def test_a_response_with_tokens_of_a_template_is_found_too(tokenizer):
     assert len(dataset) == 20 and dataset.dropped == 1
 
 
-@pytest.mark.parametrize("write", [json.dumps, str, lambda messages: f" {messages}\n"])
+@pytest.mark.parametrize("write", [json.dumps, str, lambda messages: f" {messages}\n", partial(json.dumps, indent=2)])
 def test_a_printed_list_is_read_as_the_messages_it_was(tokenizer, write):
     chosen, rejected = [user("hi"), assistant('it\'s "good"')], [user("hi"), assistant("go")]
     rows = [{"prompt": "hi", "chosen": write(chosen), "rejected": write(rejected)}]
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
     assert in_words(tokenizer, dataset) == [(HELLO, ['it\'s "good" <end>', "go <end>"])]
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_a_printed_message_is_read_but_other_json_is_text(tokenizer, write):
+    rows = [{"prompt": "hi", "chosen": write(assistant("hello")), "rejected": '{"role": "admin", "content": 1}'}]
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
+    assert in_words(tokenizer, dataset) == [(HELLO, ["hello <end>", '{"role": "admin", "content": 1} <end>'])]
+
+
+def test_a_printed_array_is_refused(tokenizer):
+    printed = f"array([{user('hi')},\n       {assistant('hello')}], dtype=object)"
+    with pytest.raises(DataError, match="'chosen' is a printed list of messages that cannot be read"):
+        preference_groups(tokenizer, write_lines("data.jsonl", [{**PAIR, "chosen": printed}] * 3))
+
+
+def test_turns_of_helpsteer2_become_messages(tokenizer):
+    prompt = "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nwho?"
+    rows = [{"prompt": prompt, "response": said, "helpfulness": score} for said, score in (("me", 4), ("go", 1))]
+    (group,) = scored_groups(tokenizer, write_lines("data.jsonl", rows))
+    assert tokenizer.decode(group.prompt) == "<user> hi <assistant> hello <user> who? <assistant>"
+    (asked,) = read_prompts(write_lines("prompts.jsonl", [{"prompt": prompt}]))
+    assert asked.messages == [user("hi"), assistant("hello"), user("who?")]
 
 
 def test_a_printed_list_that_cannot_be_read_is_refused(tokenizer):

@@ -167,7 +167,13 @@ def _rendered(tokenizer: Any, example: Example | BadRow) -> list[str] | BadRow:
     if isinstance(example, BadRow):
         return example
     try:
-        return tokenizer.render(example.prompt, example.responses, example.tools)
+        texts: list[str] = tokenizer.render(example.prompt, example.responses, example.tools)
+        for text in texts:
+            text.encode("utf-8")
+        return texts
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        reason = "a text has half of a character"
+        return BadRow(example.where, f"{reason} (a lone surrogate); remove it", reason)
     except DataError as error:  # the chat template rejects the conversation, but does not know its place
         return BadRow.of(error, example.where)
     except ConfigError as error:

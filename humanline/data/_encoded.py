@@ -14,12 +14,13 @@ finds it. It is written under another name and renamed when it is complete.
 import json
 import os
 import shutil
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
+from uuid import uuid4
 
 import numpy as np
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from humanline.errors import ConfigError
 __all__ = ["EncodedGroups", "GroupWriter", "open_encoded"]
 
 _NAN = float("nan")
+_FILES = ("tokens.bin", "ends.npy", "firsts.npy", "values.npy", "places.npy", "facts.json")
 _UNFINISHED = "unfinished_"
 FLUSH = 1 << 20
 """Tokens that are written at a time."""
@@ -115,6 +117,7 @@ class GroupWriter:
 
     def _flush(self) -> None:
         self._buffer.tofile(self._tokens)
+        self._tokens.flush()  # so that a writer that is given up writes nothing later into the file of its successor
         del self._buffer[:]
 
     def close(self, facts: dict[str, Any]) -> None:
@@ -149,8 +152,9 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
     def ensure() -> tuple[Path, bool]:
         digest = key()
         folder = None if digest is None else cache() / digest
-        if folder is not None and (folder / "facts.json").is_file():
-            os.utime(folder)  # tells old folders from those in use
+        if folder is not None and _is_complete(folder):
+            with suppress(OSError):  # another user's
+                os.utime(folder)  # tells old folders from those in use
             return folder, True
         return _written(folder, encode), folder is not None
 
@@ -161,7 +165,7 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
     else:
         task, mine = "encoding the dataset", dist.get_rank() == 0
         folder, kept = together(ensure, task=task, on_rank_0=True)[0]
-        missing = gathered(not (folder / "facts.json").is_file())
+        missing = gathered(not _is_complete(folder))
         if any(missing):  # the cache is local; ranks are numbered node by node
             rank = dist.get_rank()
             mine = mine or (missing[rank] and os.environ.get("LOCAL_RANK", "0") == "0")
@@ -186,9 +190,11 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
     try:
         cache().mkdir(parents=True, exist_ok=True)
         for left in cache().glob(f"{_UNFINISHED}*"):  # by a run that was killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache()))
+            with suppress(OSError):  # another run has completed or removed it
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
+        unfinished = cache() / f"{_UNFINISHED}{uuid4().hex}"
+        unfinished.mkdir()  # not by mkdtemp, whose folder no other user of the cache can read
     except OSError as error:
         raise ConfigError(
             f"dataset: encoded groups cannot be written to {cache()} ({error}); set the environment variable "
@@ -201,9 +207,11 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not (folder / "facts.json").is_file():
-                raise
-            shutil.rmtree(unfinished)  # another run was faster
+            if _is_complete(folder):  # another run was faster
+                shutil.rmtree(unfinished)
+            else:  # what removes old files has left some
+                shutil.rmtree(folder)
+                unfinished.rename(folder)
         return folder
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -214,6 +222,10 @@ def _written(folder: Path | None, encode: Callable[[Path], None]) -> Path:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
 
 
 def _split(place: str) -> tuple[str, int]:

@@ -11,12 +11,13 @@ from humanline.errors import ConfigError
 
 __all__ = ["prompt_field", "read_examples", "read_prompt"]
 
-PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messages", "conversations")
+PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messages", "conversations", "conversation")
 
 # Of the chat templates that are most common: text with one of them has been through a template.
 _MARKERS: tuple[str, ...] = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>"),
+    *("<extra_id_0>", "<extra_id_1>"),
 )
 _CUES = ("### Response:", "### Assistant:", "ASSISTANT:", "Assistant:")
 
@@ -64,11 +65,14 @@ def read_examples(
 
 
 def prompt_field(row: Mapping[str, Any], column_map: Mapping[str, str | None]) -> str:
-    """Returns the field that holds the prompt of a prompt file, by its first row; ``prompt`` wins over all others.
+    """Returns the field that holds the prompt in a row of a prompt file; ``prompt`` wins over all others, and what
+    ``column_map`` says of it over all columns.
 
     Raises:
         ConfigError: if several columns could be the prompt.
     """
+    if column_map.get("prompt") is not None:
+        return "prompt"
     record = Record("", row, column_map)
     found = [field for field in PROMPT_FIELDS if record.get(field) is not None] or ["prompt"]
     if found[0] != "prompt" and len(found) > 1:
@@ -120,10 +124,10 @@ def _lost(value: Any, prompt: list[Message]) -> str:
     if isinstance(value, str):
         return "" if value.strip() in text_of(prompt) else value.strip()[:40]
     if isinstance(value, Mapping):
-        return next((lost for each in value.values() if (lost := _lost(each, prompt))), "")
+        value = [each for name, each in value.items() if name not in ("role", "from")]
     if isinstance(value, list):
         return next((lost for each in value if (lost := _lost(each, prompt))), "")
-    return repr(value)[:40] if isinstance(value, bytes) else ""
+    return "" if value is None or isinstance(value, int | float) else repr(value)[:40]  # an image is some object
 
 
 def _refuse_templated(

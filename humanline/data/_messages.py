@@ -25,6 +25,8 @@ _NAMES = {
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+_PRINTED_LIST = re.compile(r"(?:array\()?\[\s*\{.*\}\s*\](?:, dtype=object\))?", re.DOTALL)
 _ROLE_KEY = re.compile(r"""['"](?:role|from)['"]\s*:""")
 _OTHER_MEDIA = ("image", "images", "audio", "video", "function_call")
 
@@ -32,8 +34,8 @@ _OTHER_MEDIA = ("image", "images", "audio", "video", "function_call")
 def messages_from(path: str, value: Any, error: Error) -> list[Message] | None:
     """Returns the messages that a field holds; None if it is text without turns.
 
-    A field may hold a list of messages, a single message, a list printed into a string, or a transcript of Anthropic HH
-    ("\\n\\nHuman: ...\\n\\nAssistant: ...").
+    A field may hold a list of messages, a single message, either printed into a string, or a transcript of Anthropic HH
+    ("\\n\\nHuman: ...\\n\\nAssistant: ...") or HelpSteer2 ("...\\n<extra_id_1>Assistant\\n...").
 
     Args:
         path (str): the field's name.
@@ -62,26 +64,35 @@ def text_of(messages: Iterable[Message]) -> str:
 def _printed(path: str, text: str, error: Error) -> list[Any] | None:
     """Returns the messages that were printed into a string, as JSON or by Python; None if there are none."""
     inside = text.strip()
-    if not (inside.startswith("[{") and inside.endswith("}]") and _ROLE_KEY.search(inside)):
+    is_list = _PRINTED_LIST.fullmatch(inside) is not None
+    if not (is_list or (inside.startswith("{") and inside.endswith("}"))) or not _ROLE_KEY.search(inside):
         return None
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(inside)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, list):
             return found
+        if isinstance(found, dict) and str(found.get("role", found.get("from"))).lower() in _ROLES:
+            return [found]
+    if not is_list:  # some other JSON
+        return None
     raise error(path, "is a printed list of messages that cannot be read; store the messages as a list")
 
 
 def _transcript(text: str) -> list[Message] | None:
-    """Parses a transcript of Anthropic HH. A last turn without text is the one to answer, and is left out."""
-    if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
+    """Parses a transcript of Anthropic HH or HelpSteer2, without a last turn that has no text: the one to answer."""
+    if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
+        _, *parts = _HH_TURN.split(text)
+    elif "<extra_id_1>" in text:
+        first, *parts = _HELPSTEER_TURN.split(text)
+        parts = ["User", first, *parts] if first.strip() else parts
+    else:
         return None
-    _, *parts = _HH_TURN.split(text)
     pairs = zip(parts[::2], parts[1::2], strict=True)
     turns = [{"role": _ROLES[name.lower()], "content": said.strip()} for name, said in pairs]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _message(path: str, value: Any, error: Error) -> Message:

@@ -16,7 +16,10 @@ from typing import Any
 from humanline.data._messages import Message, messages_from
 from humanline.errors import DataError
 
-__all__ = ["BadRow", "Message", "Record", "WrongFormat"]
+__all__ = ["SYSTEM", "BadRow", "Message", "Record", "WrongFormat"]
+
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+"""Fields that hold a system message; the first with text counts."""
 
 _INT_LIMIT = 2 ** (8 * array("i").itemsize - 1)
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -141,7 +144,7 @@ class Record:
 
     def system(self) -> str | None:
         """Returns the system message that stands in a column of its own; None if there is none."""
-        for field in ("system", "system_prompt"):
+        for field in SYSTEM:
             if (value := self.get(field)) is not None:
                 if not isinstance(value, str):
                     raise self._type_error(field, value, "a string")
@@ -185,8 +188,10 @@ class Record:
         for i, score in enumerate(value):
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise self._type_error(f"{field}[{i}]", score, "a number")
-            if not math.isfinite(score):
-                raise self.error(f"{field}[{i}]", f"must be a finite number, got {score}; correct it or drop the line")
+            if not _is_finite(score):
+                raise self.error(
+                    f"{field}[{i}]", f"must be a finite number, got {short_repr(score)}; correct it or drop the line"
+                )
         return tuple(map(float, value))
 
     def labels(self, field: str, count: int) -> tuple[bool, ...]:
@@ -205,7 +210,7 @@ class Record:
         value = self.require(field, object, "a number")
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._type_error(field, value, "a number") from None
         if not math.isfinite(number):
             raise self.error(field, f"must be a finite number, got {value}; correct it or drop the line")
@@ -280,7 +285,7 @@ class Record:
         last, path = messages[-1], f"{path}[{len(messages) - 1}]"
         if last["role"] not in ("user", "tool"):
             raise self.error(f"{path}.role", f"must be 'user' in the prompt's last message, got '{last['role']}'")
-        self._filled(f"{path}.content", last["content"])
+        self._filled(f"{path}.content", last.get("content", ""))
         return list(messages)
 
     def _token_ids(self, path: str, value: Any, vocab_size: int | None) -> array:
@@ -294,3 +299,10 @@ class Record:
                 problem = f"must be a token id from 0 to {limit - 1}, got {token}; encode with this model's tokenizer"
                 raise WrongFormat(self.error(f"{path}[{i}]", problem))
         return array("i", value)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float can hold
+        return False

@@ -1,7 +1,7 @@
 """Public schemas of preference data: which columns a source must have to be read as which.
 
 A new schema is an entry of ``SCHEMAS`` and, if none fits, a function that reads a row. Field names stand for columns
-that ``column_map`` may rename. ``system`` (or ``system_prompt``) and ``tools`` are read with every schema.
+that ``column_map`` may rename. ``system`` (or ``system_prompt`` or the like) and ``tools`` are read with every schema.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from humanline.data._messages import Message
-from humanline.data._record import Record
+from humanline.data._record import SYSTEM, Record
 from humanline.errors import ConfigError
 
 __all__ = [
@@ -104,6 +104,14 @@ def _preferred(record: Record, prompt: str, first: str, second: str, first_is_be
     return Example(record.where, _prompt(record, prompt, before), [a, b] if first_is_better else [b, a])
 
 
+def _arena(record: Record) -> Example:
+    """Reads two conversations and the winner. After different first answers, they have no prompt in common."""
+    (before, _), (before_second, _) = record.turn("conversation_a"), record.turn("conversation_b")
+    if before != before_second:
+        raise record.tie("the last responses answer different conversations")
+    return _choice("conversation_a", "conversation_b", "prompt", _winner)(record)
+
+
 def _labelled(response: str) -> Callable[[Record], Example]:
     """Reads a response with a label."""
 
@@ -122,20 +130,26 @@ def _all_scored(record: Record) -> Example:
 
 def _completions(record: Record) -> Example:
     """Reads UltraFeedback's completions: objects with the response and its ``overall_score``."""
-    completions = record.require("completions", list, "a list of objects")
-    parts = [Record(f"{record.where}, completion {i}", row, {}) for i, row in enumerate(completions)]
+    parts = _parts(record, "completions", "completion")
     answers = [_answer(part, "response") for part in parts]
     key = "overall_score" if all("overall_score" in part.row for part in parts) else "fine-grained_score"
     scores = tuple(part.number(key) for part in parts)
-    if not answers:
-        raise record.error("completions", "is empty; drop the line")
     return Example(record.where, record.prompt("instruction"), answers, scores=scores)
+
+
+def _parts(record: Record, field: str, name: str) -> list[Record]:
+    """Returns the objects of a list as rows, whose places have the name."""
+    rows = record.require(field, list, "a list of objects")
+    if not rows:
+        raise record.error(field, "is empty; drop the line")
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise record.error(field, "must be a list of objects, got other values in it; correct them")
+    return [Record(f"{record.where}, {name} {i}", row, {}) for i, row in enumerate(rows)]
 
 
 def _ranked(record: Record) -> Example:
     """Reads Nectar's answers: objects with the answer and its rank, 1 for the best."""
-    rows = record.require("answers", list, "a list of objects")
-    parts = [Record(f"{record.where}, answer {i}", row, {}) for i, row in enumerate(rows)]
+    parts = _parts(record, "answers", "answer")
     answers = [_answer(part, "answer") for part in parts]
     return Example(record.where, record.prompt(), answers, scores=tuple(-part.number("rank") for part in parts))
 
@@ -197,6 +211,16 @@ def _sign(field: str, tie: float = 0.0) -> Callable[[Record], bool | None]:
     return decide
 
 
+def _higher(first: str, second: str) -> Callable[[Record], bool | None]:
+    """The response with the higher score is better."""
+
+    def decide(record: Record) -> bool | None:
+        scores = record.number(first), record.number(second)
+        return None if scores[0] == scores[1] else scores[0] > scores[1]
+
+    return decide
+
+
 def _winner(record: Record) -> bool | None:
     winner = record.require("winner", str, "model_a, model_b or a tie")
     return {"model_a": True, "model_b": False}.get(winner)
@@ -247,13 +271,19 @@ SCHEMAS = (
         _choice("response1", "response2", "context", _sign("overall_preference")),
     ),
     Schema(
+        *("helpsteer2_preference", PAIRS, "prompt response_1 response_2 preference_strength"),
+        _choice("response_1", "response_2", "prompt", _sign("preference_strength")),
+    ),
+    Schema(
         *("shp", PAIRS, "history human_ref_A human_ref_B labels"),
         _choice("human_ref_A", "human_ref_B", "history", _is_first("labels", 1, 0)),
     ),
+    Schema("chatbot_arena", PAIRS, "conversation_a conversation_b winner", _arena),
     Schema(
-        *("chatbot_arena", PAIRS, "conversation_a conversation_b winner"),
-        _choice("conversation_a", "conversation_b", "prompt", _winner),
+        *("unified_feedback", PAIRS, "conv_A conv_B conv_A_rating conv_B_rating"),
+        _choice("conv_A", "conv_B", "prompt", _higher("conv_A_rating", "conv_B_rating")),
     ),
+    Schema("stack_exchange", PAIRS, "question response_j response_k", _pair("response_j", "response_k", "question")),
     Schema(
         *("alpaca_eval_annotations", PAIRS, "instruction output_1 output_2 preference"),
         _choice("output_1", "output_2", "instruction", _sign("preference", 1.5)),
@@ -263,6 +293,11 @@ SCHEMAS = (
         _choice("output_A", "output_B", "prompt", _is_first("label", 1, 0)),
     ),
     Schema("kto", LABELS, "prompt completion label", _labelled("completion")),
+    Schema(
+        *("labelled_conversation", LABELS, "messages label"),
+        _labelled("messages"),
+        when=_without("completion", "output", "chosen"),
+    ),
     Schema(
         *("halos_binary", LABELS, "type prompt output label"),
         _labelled("output"),
@@ -286,13 +321,15 @@ SCHEMAS = (
 )
 
 CONTEXT = frozenset(
-    "input context history documents document passage functions image images audio video videos".split()
+    (
+        "input context history chat_history conversation_history documents document article passage background "
+        "knowledge premise choices options functions initial_reason_steps image images image_url audio video videos"
+    ).split()
 )
 """Columns that would change what the model sees, if their content is not in the prompt."""
 
 FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {
-    "system",
-    "system_prompt",
+    *SYSTEM,
     "tools",
     *CONTEXT,
 }
@@ -325,6 +362,7 @@ def find_schema(
             raise ConfigError(f"format: expected one of {', '.join(named)}, or null, got {format!r}")
         return named[format]
     matching = [s for s in SCHEMAS if columns.keys() >= set(s.columns.split()) and s.when(first)]
+    matching = [s for s in matching if s.kind != RESPONSES] or matching  # a prompt file's columns beside new responses
     if first.get("type") is not None:  # HALOs' own samples also have AlpacaEval's columns
         matching = [s for s in matching if s.name.startswith("halos_")] or matching
     closest = [s for s in matching if not any(set(s.columns.split()) < set(o.columns.split()) for o in matching)]

@@ -93,6 +93,8 @@ class Tally:
         if groups == 0 and self._equal:
             raise DataError(f"{self.name}: all {self._equal:,} pairs are equal once encoded and cut; raise max_tokens")
         if groups == 0:
+            if self._reasons:  # ties alone
+                raise DataError(f"{self.name}: no examples are left of {self._rows:,} rows; {'; '.join(self.notes())}")
             raise DataError(f"{self.name}: no examples in split '{self.split}'; check the file and the split")
 
     def cuts(self, budget: TokenBudget) -> list[str]:

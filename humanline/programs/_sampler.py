@@ -46,7 +46,7 @@ class SamplerSettings:
     Keys:
         prompts (str | list): a file (.jsonl, .json, .csv, .parquet), a glob, a list, a folder, or a hub dataset. The
             prompt, text or messages, is in the column ``prompt``, else ``instruction``, ``question``, ``problem``,
-            ``query``, ``messages`` or ``conversations``. A .txt file has one prompt a line.
+            ``query``, ``messages``, ``conversations`` or ``conversation``. A .txt file has one prompt a line.
         split (str): the split of a dataset; of any source also a slice, such as ``train[:100]``.
         name (str | None): the config of a dataset, such as ``main``.
         data_files (str | list | dict | None): the files of a dataset to read; None reads all.

@@ -44,10 +44,11 @@ def _joined(prompts: list[Prompt]) -> list[Prompt]:
         output = prompt.fields.get("output")
         if output is None:
             return prompts
-        first = joined.setdefault(repr(prompt.messages), replace(prompt, fields={"all_generated_responses": []}))
+        key = repr((prompt.messages, prompt.tools))
+        first = joined.setdefault(key, replace(prompt, fields={"all_generated_responses": []}))
         said = first.fields["all_generated_responses"]
         said.append(output)
         if len(said) == 1:
             own = {name: value for name, value in prompt.fields.items() if name != "output"}
-            joined[repr(prompt.messages)] = replace(first, fields={**own, **first.fields})
+            joined[key] = replace(first, fields={**own, **first.fields})
     return list(joined.values())

@@ -85,7 +85,7 @@ def read_prompts(
         source (SourceName): a file of objects (.jsonl, .json, .csv, .parquet), a glob, a list, or a dataset, as in
             :func:`humanline.data.preference_groups`; or a .txt file with one prompt per line. The prompt is text or a
             list of messages, in the column ``prompt``, or else ``instruction`` (with ``input``), ``question``,
-            ``problem``, ``query``, ``messages`` or ``conversations``.
+            ``problem``, ``query``, ``messages``, ``conversations`` or ``conversation``.
         split (str): the split, with an optional slice such as "train[:95%]"; files have one split, "train".
         column_map (Mapping[str, str | None] | None): the source's column for each field that has another name there,
             such as ``{prompt: problem}``; None renames nothing.
@@ -123,14 +123,14 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
                 raise row
             field = prompt_field(row, column_map)
             record = Record(where, row, column_map)
-            messages = read_prompt(record, field)
+            messages, tools = read_prompt(record, field), record.tools()
         except BadRow as error:
             tally.add(error)
             continue
         renamed = {name: row[column] for name, column in column_map.items() if column in row}
         hidden.update(name for name, column in column_map.items() if name in row and column in row and name != column)
         fields = {**row, **renamed, "prompt": record.get(field)}
-        prompts.append(Prompt(where, messages, fields, record.tools()))
+        prompts.append(Prompt(where, messages, fields, tools))
     tally.check("drop")
     for name in sorted(hidden):
         _warn(
