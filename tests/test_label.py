@@ -186,8 +186,8 @@ def test_a_mistake_is_named_before_anything_is_scored(label, changes, message):
         ),
     ],
 )
-def test_a_bad_line_ends_the_recipe_with_one_line(label, line, message):
-    label.write([*LINES, line])
+def test_more_than_a_tenth_of_bad_lines_end_the_recipe_with_one_line(label, line, message):
+    label.write([*LINES, *[line] * 3])
     code, output = label.start()
     last = output.strip().splitlines()[-1]
     assert code == 1 and last.startswith("humanline_label.py: ") and message in last

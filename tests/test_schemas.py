@@ -710,3 +710,22 @@ def test_a_config_is_chosen_by_name_and_the_error_lists_all(tokenizer):
         preference_groups(tokenizer, "some/pairs", name="none")
     with pytest.raises(ConfigError, match="train"):
         preference_groups(tokenizer, "some/pairs", name="main", split="test")
+
+
+def test_two_columns_with_other_system_messages_are_a_bad_row(tokenizer):
+    rows = [*[{**PAIR, "system": "be kind", "system_prompt": "be kind"}] * 20]
+    rows += [{**PAIR, "system": "be kind", "system_prompt": "be loud"}]
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", rows))
+    assert (len(dataset), dataset.dropped) == (20, 1)
+
+
+def test_a_few_bad_rows_of_samples_are_counted_and_the_others_scored(caplog):
+    good = {"prompt": "hi", "all_generated_responses": ["a", "b"]}
+    source = write_lines("samples.jsonl", [*[good] * 12, {**good, "all_generated_responses": None}])
+    prompts, responses = read_samples(source)
+    assert len(prompts) == 12 and responses[0] == ["a", "b"]
+    assert "'all_generated_responses' is missing (1, the first: samples.jsonl line 13)" in caplog.text
+    outputs = [{"instruction": f"q {i // 2}", "output": f"a {i}"} for i in range(24)]
+    source = write_lines("samples.jsonl", [*outputs, {"instruction": "q", "output": None}])
+    prompts, responses = read_samples(source)
+    assert len(prompts) == 12 and responses[0] == ["a 0", "a 1"]

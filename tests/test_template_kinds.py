@@ -355,6 +355,18 @@ def test_and_handed_to_a_template_that_has_one(tmp_path, file, template, kept):
     assert all(part in chat for part in kept)
 
 
+@pytest.mark.parametrize("field", ["context", "documents", "thought", "functions"])
+def test_a_field_of_a_message_that_the_template_does_not_read_is_refused(tmp_path, field):
+    tokenizer = chatml(tmp_path, LOOP + HEADER)
+    with pytest.raises(ConfigError, match=f"leaves out '{field}'"):
+        tokenizer.encode_prompt([{**user("q"), field: "Oslo is cold."}])
+    with pytest.raises(ConfigError, match=f"leaves out '{field}' of the response"):
+        tokenizer.encode_response([user("q")], {**assistant("a"), field: "Oslo is cold."})
+    template = LOOP.replace("{{ m.content }}", f"{{{{ m.{field} }}}}{{{{ m.content }}}}") + HEADER
+    reads = chatml(tmp_path / "reads", template)
+    assert "Oslo is cold.q" in text(reads, reads.encode_prompt([{**user("q"), field: "Oslo is cold."}]))
+
+
 def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
     tokenizer = chatml(tmp_path, LOOP + HEADER)
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.markers)

@@ -23,8 +23,9 @@ PLAIN = "Humanline"
 THOUGHTFUL = f"<think>\nA person.\n</think>\n\n{PLAIN}"
 """Answers to it. Templates of models that think may have a place for thoughts in a generation prompt."""
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
-CALLS = ("tool_calls", "function_call")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+CALLS = ("tool_calls",)
+SOURCES = ("context", "documents", "attachments", "functions", "citations")
 """Fields of a message that change what the model sees, if the template reads them."""
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -143,7 +144,7 @@ class ChatTemplate:
         content = message.get("content") or ""
         if content not in text and (lost := _lost(content, self._opening(prompt) + text)):
             raise self._leaves_out(f"the response's {lost!r}")
-        for field in (*CALLS, *THOUGHTS) if len(message) > 2 else ():
+        for field in (*CALLS, *THOUGHTS, *SOURCES) if len(message) > 2 else ():
             if value := message.get(field):
                 without = {name: each for name, each in message.items() if name != field} | {"content": content}
                 if whole == self.render([*messages, without], tools=tools) or (
@@ -173,7 +174,7 @@ class ChatTemplate:
                 ]
                 if self._is_prompt_of(without, prompt, tools):
                     raise self._leaves_out(f"'{field}'")
-        for field in THOUGHTS:  # a template that knows them may leave out those of earlier turns
+        for field in (*THOUGHTS, *SOURCES):  # a template that knows them may leave out those of earlier turns
             if field not in self.source and any(message.get(field) for message in messages):
                 raise self._leaves_out(f"'{field}'")
 

@@ -171,9 +171,10 @@ def open_encoded(key: Callable[[], str | None], encode: Callable[[Path], None]) 
             mine = mine or (missing[rank] and os.environ.get("LOCAL_RANK", "0") == "0")
             made = together(lambda: ensure() if mine and missing[rank] else None, task=task)
             if missing[rank]:
-                folder, kept = next(each for each in made[rank::-1] if each is not None)
-        groups = EncodedGroups(folder)
-        gathered(None)  # all have mapped it
+                folder, kept = next((each for each in made[rank::-1] if each is not None), (folder, kept))
+        opened: list[EncodedGroups] = []
+        together(lambda: opened.append(EncodedGroups(folder)), task=task)  # before it may be removed
+        groups = opened[0]
     if mine and not kept:
         shutil.rmtree(folder)  # its files live on until they are unmapped
     return groups

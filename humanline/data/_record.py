@@ -144,13 +144,15 @@ class Record:
 
     def system(self) -> str | None:
         """Returns the system message that stands in a column of its own; None if there is none."""
+        found = None
         for field in SYSTEM:
             if (value := self.get(field)) is not None:
                 if not isinstance(value, str):
                     raise self._type_error(field, value, "a string")
-                if value.strip():
-                    return self._encodable(field, value)
-        return None
+                if value.strip() and found not in (None, value):
+                    raise self.error(field, "differs from another column with a system message; keep one of them")
+                found = self._encodable(field, value) if value.strip() else found
+        return found
 
     def tools(self) -> list[Any] | None:
         """Returns the tools that the model may call, a list or its JSON; None if there are none."""

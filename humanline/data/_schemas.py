@@ -323,7 +323,8 @@ SCHEMAS = (
 CONTEXT = frozenset(
     (
         "input context history chat_history conversation_history documents document article passage background "
-        "knowledge premise choices options functions initial_reason_steps image images image_url audio video videos"
+        "knowledge premise choices options functions initial_reason_steps image images image_url audio video videos "
+        "reasoning_content thinking tool_calls"
     ).split()
 )
 """Columns that would change what the model sees, if their content is not in the prompt."""

@@ -111,6 +111,11 @@ class SamplerSettings:
         if self.system_prompt and own:
             log.info(f"system_prompt: {own:,} of {len(found):,} prompts keep their own system message instead")
         warn_of_replaced("prompts", found, (*self.WRITTEN, "all_rm_scores"))
+        if any({"chosen", "rejected"} <= prompt.fields.keys() for prompt in found):
+            log.warning(
+                "prompts: the output keeps the columns chosen and rejected, which preference_groups would read; train "
+                "on the samples with scored_groups"
+            )
         prompts = [prompt.under(self.system_prompt) for prompt in found]
         return with_json_fields(
             [replace(prompt, fields={**prompt.fields, "prompt": prompt.messages}) for prompt in prompts]

@@ -1,11 +1,14 @@
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from humanline.data import Record, SourceName
+from torchtune.utils import get_logger
+
+from humanline.data import BadRow, Record, SourceName, Tally
 from humanline.rollout import Prompt, read_prompts
 
 __all__ = ["read_samples"]
+
+log = get_logger("INFO")
 
 
 def read_samples(source: SourceName, **options: Any) -> tuple[list[Prompt], list[list[str]]]:
@@ -24,17 +27,22 @@ def read_samples(source: SourceName, **options: Any) -> tuple[list[Prompt], list
 
     Raises:
         ConfigError: if the file does not exist or has an unsupported type.
-        DataError: if a line cannot be used; the message names it.
+        DataError: if more than a tenth of the lines cannot be used; the message names the first of each reason.
     """
-    prompts = read_prompts(source, key="samples", **options)
-    if not any(prompt.fields.get("all_generated_responses") is not None for prompt in prompts):
-        prompts = _joined(prompts)
-    return prompts, [_responses(prompt.where, prompt.fields) for prompt in prompts]
-
-
-def _responses(where: str, fields: Mapping[str, Any]) -> list[str]:
-    answers = Record(where, fields, {}).answers("all_generated_responses")
-    return [answer["content"] for answer in answers]
+    found = _joined(read_prompts(source, key="samples", **options))
+    tally = Tally(str(source))
+    samples = []
+    for _, prompt in tally.counted((prompt.where, prompt) for prompt in found):
+        try:
+            answers = Record(prompt.where, prompt.fields, {}).answers("all_generated_responses")
+        except BadRow as error:
+            tally.add(error)
+        else:
+            samples.append((prompt, [answer["content"] for answer in answers]))
+    tally.check("drop")
+    for note in tally.notes():
+        log.warning(f"samples: {note}")
+    return [prompt for prompt, _ in samples], [responses for _, responses in samples]
 
 
 def _joined(prompts: list[Prompt]) -> list[Prompt]:
@@ -42,13 +50,11 @@ def _joined(prompts: list[Prompt]) -> list[Prompt]:
     joined: dict[str, Prompt] = {}
     for prompt in prompts:
         output = prompt.fields.get("output")
-        if output is None:
-            return prompts
+        if output is None or prompt.fields.get("all_generated_responses") is not None:
+            joined[prompt.where] = prompt
+            continue
         key = repr((prompt.messages, prompt.tools))
-        first = joined.setdefault(key, replace(prompt, fields={"all_generated_responses": []}))
-        said = first.fields["all_generated_responses"]
-        said.append(output)
-        if len(said) == 1:
-            own = {name: value for name, value in prompt.fields.items() if name != "output"}
-            joined[key] = replace(first, fields={**own, **first.fields})
+        own = {name: value for name, value in prompt.fields.items() if name != "output"}
+        first = joined.setdefault(key, replace(prompt, fields={**own, "all_generated_responses": []}))
+        first.fields["all_generated_responses"].append(output)
     return list(joined.values())
