@@ -370,6 +370,14 @@ def test_the_messages_before_in_a_column_of_their_own_are_no_loss(tokenizer):
     assert len(preference_groups(tokenizer, write_lines("data.jsonl", rows))) == 1
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_a_part_of_a_response_in_a_column_of_its_own_is_an_error_but_not_in_a_prompt_file(tokenizer, name):
+    source = write_lines("data.jsonl", [{**PAIR, name: "I think."}])
+    with pytest.raises(DataError, match=f"^data.jsonl line 1: column '{name}' would be ignored"):
+        preference_groups(tokenizer, source)
+    assert read_prompts(source)[0].fields[name] == "I think."
+
+
 def test_a_column_whose_content_is_in_the_prompt_is_no_loss(tokenizer):
     rows = [{**PAIR, "context": "how are"}, {**PAIR, "context": None}, {**PAIR, "context": ""}]
     assert len(preference_groups(tokenizer, write_lines("data.jsonl", rows))) == 3

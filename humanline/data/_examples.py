@@ -6,7 +6,7 @@ from typing import Any
 from humanline.data._files import Row
 from humanline.data._messages import Message, text_of
 from humanline.data._record import BadRow, Record, WrongFormat
-from humanline.data._schemas import CONTEXT, Example, Schema, instruction
+from humanline.data._schemas import ANSWER_PARTS, CONTEXT, Example, Schema, instruction
 from humanline.errors import ConfigError
 
 __all__ = ["prompt_field", "read_examples", "read_prompt"]
@@ -46,6 +46,7 @@ def read_examples(
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
     markers = tuple(dict.fromkeys((*markers, *_MARKERS)))
+    known = CONTEXT | ANSWER_PARTS
 
     def read() -> Iterator[Example | BadRow]:
         for where, row in rows:
@@ -56,7 +57,7 @@ def read_examples(
 
     def example(record: Record) -> Example:
         found = schema.read(record)
-        _refuse_ignored(record, found.prompt, schema.columns)
+        _refuse_ignored(record, found.prompt, known.difference(schema.columns.split()))
         prompt = _with_system(record, found.prompt, system_prompt)
         _refuse_templated(record, prompt, found.responses, markers)
         return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
@@ -92,7 +93,7 @@ def read_prompt(record: Record, field: str) -> list[Message]:
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
     messages = instruction(record) if field == "instruction" else record.prompt(field, answered=True)
-    _refuse_ignored(record, messages, field)
+    _refuse_ignored(record, messages, CONTEXT.difference([field]))
     messages = _with_system(record, messages, None)
     _refuse_templated(record, messages, [], _MARKERS)
     return messages
@@ -107,10 +108,10 @@ def _with_system(record: Record, messages: list[Message], default: str | None) -
     return messages if own or not text else [{"role": "system", "content": text}, *messages]
 
 
-def _refuse_ignored(record: Record, prompt: list[Message], read: str) -> None:
-    if not record.column_map and CONTEXT.isdisjoint(record.row):  # to be fast
+def _refuse_ignored(record: Record, prompt: list[Message], columns: frozenset[str]) -> None:
+    if not record.column_map and columns.isdisjoint(record.row):  # to be fast
         return
-    for name in sorted(CONTEXT.difference(read.split())):
+    for name in sorted(columns):
         if (value := record.get(name)) is not None and (lost := _lost(value, prompt)):
             column = record.column_map.get(name) or name
             raise WrongFormat(

@@ -13,6 +13,7 @@ from humanline.data._record import SYSTEM, Record
 from humanline.errors import ConfigError
 
 __all__ = [
+    "ANSWER_PARTS",
     "CONTEXT",
     "FIELDS",
     "LABELS",
@@ -323,17 +324,14 @@ SCHEMAS = (
 CONTEXT = frozenset(
     (
         "input context history chat_history conversation_history documents document article passage background "
-        "knowledge premise choices options functions initial_reason_steps image images image_url audio video videos "
-        "reasoning_content thinking tool_calls"
+        "knowledge premise choices options functions initial_reason_steps image images image_url audio video videos"
     ).split()
 )
 """Columns that would change what the model sees, if their content is not in the prompt."""
+ANSWER_PARTS = frozenset(("reasoning_content", "thinking", "tool_calls"))
+"""Columns that may hold a part of a response."""
 
-FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {
-    *SYSTEM,
-    "tools",
-    *CONTEXT,
-}
+FIELDS = {name for schema in SCHEMAS for name in schema.columns.split()} | {*SYSTEM, "tools", *CONTEXT, *ANSWER_PARTS}
 """Fields that ``column_map`` can name."""
 
 
