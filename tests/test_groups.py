@@ -510,7 +510,7 @@ BAD_EXAMPLES = [
     (preference_groups, PAIR | {"chosen": "a \ud800 b"}, r"'chosen' has half of a character, '\ud800', at position 2"),
     (
         preference_groups,
-        PAIR | {"chosen": ["very well"]},
+        PAIR | {"chosen": ["very well", "indeed"]},
         "'chosen[0]' must be a message with role and content, got 'very well' (str)",
     ),
     (

@@ -62,6 +62,15 @@ ROWS = {
             "rejected": {"from": "gpt", "value": "go"},
         }
     ],
+    "ultrainteract": [
+        {"task": "x", "trajectory": [{"from": "user", "value": "hi"}], "chosen": "hello", "rejected": "go", "id": "1"}
+    ],
+    "scored_responses": [{"prompt": "hi", "responses": ["hello", "go"], "scores": [0.2, 0.1]}],
+    "scored_completions": [{"prompt": "hi", "completions": ["hello", "go"], "scores": [0.2, 0.1]}],
+    "labelled_sharegpt": [
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "kto_tag": True},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "go"}], "kto_tag": False},
+    ],
     "orca": [{"system": "", "question": "hi", "chosen": "hello", "rejected": "go"}],
     "input_preference": [{"input": "hi", "chosen": "hello", "rejected": "go", "rating": [9, 8]}],
     "instruction_preference": [{"instruction": "hi", "input": "", "chosen": "hello", "rejected": "go"}],
@@ -169,13 +178,16 @@ SECOND = {  # what comes after the first group
     "helpsteer3": [GOOD_AND_BAD],
     "kto": [(HELLO, ["go <end>"])],
     "labelled_conversation": [(HELLO, ["go <end>"])],
+    "labelled_sharegpt": [(HELLO, ["go <end>"])],
     "halos_binary": [(HELLO, ["go <end>"])],
     "halos_scalar": [("<user> who <assistant>", ["me <end>"])],
 }
-LABELLED = ("kto", "labelled_conversation", "halos_binary")
+LABELLED = ("kto", "labelled_conversation", "labelled_sharegpt", "halos_binary")
 SCORES = {
     "halos_scalar": (0.9, 0.1),
     "ultrafeedback_armorm": (0.2, 0.1),
+    "scored_responses": (0.2, 0.1),
+    "scored_completions": (0.2, 0.1),
     "ultrafeedback": (8.5, 2.0),
     "nectar": (-1.0, -7.0),
     "helpsteer2": (4.0, 1.0),
@@ -737,3 +749,30 @@ def test_a_few_bad_rows_of_samples_are_counted_and_the_others_scored(caplog):
     source = write_lines("samples.jsonl", [*outputs, {"instruction": "q", "output": None}])
     prompts, responses = read_samples(source)
     assert len(prompts) == 12 and responses[0] == ["a 0", "a 1"]
+
+
+def test_two_columns_with_the_same_question_are_no_ambiguity():
+    rows = [{"problem": "2+3?", "messages": [user("2+3?"), assistant("5")], "solution": "5"}]
+    (prompt,) = read_prompts(write_lines("prompts.jsonl", rows))
+    assert prompt.messages == [user("2+3?")]
+    rows = [{"problem": "2+3?", "messages": [user("Add 2 and 3."), assistant("5")]}]
+    with pytest.raises(ConfigError, match="^column_map: any of the columns problem, messages could be the prompt"):
+        read_prompts(write_lines("prompts.jsonl", rows))
+
+
+def test_a_prompt_that_is_the_start_of_the_conversation_is_no_contradiction(tokenizer):
+    before = [user("hi"), assistant("yo"), user("how are you")]
+    row = {"prompt": [user("hi")], "chosen": [*before, assistant("well")], "rejected": [*before, assistant("bad")]}
+    (group,) = preference_groups(tokenizer, write_lines("data.jsonl", [row]))
+    assert tokenizer.decode(group.prompt) == "<user> hi <assistant> yo <user> how are you <assistant>"
+
+
+def test_a_list_of_one_text_is_the_text(tokenizer):
+    rows = [{"prompt": "hi", "chosen": ["hello"], "rejected": ["go"]}]
+    assert in_words(tokenizer, preference_groups(tokenizer, write_lines("data.jsonl", rows))) == [GOOD_AND_BAD]
+
+
+def test_token_ids_where_text_is_expected_are_named(tokenizer):
+    rows = [{"prompt": [1, 2], "responses": [[3], [4]], "scores": [1, 0]}]
+    with pytest.raises(DataError, match="for token ids use humanline.data.encoded_groups"):
+        scored_groups(tokenizer, write_lines("data.jsonl", rows))

@@ -76,11 +76,19 @@ def prompt_field(row: Mapping[str, Any], column_map: Mapping[str, str | None]) -
         return "prompt"
     record = Record("", row, column_map)
     found = [field for field in PROMPT_FIELDS if record.get(field) is not None] or ["prompt"]
-    if found[0] != "prompt" and len(found) > 1:
+    if found[0] != "prompt" and len(found) > 1 and len({_asked(record, field) for field in found}) > 1:
         raise ConfigError(
             f"column_map: any of the columns {', '.join(found)} could be the prompt; set column_map: {{prompt: ...}}"
         )
     return found[0]
+
+
+def _asked(record: Record, field: str) -> str:
+    """Returns the user's last text in a field; the field's name if there is none."""
+    try:
+        return record.prompt(field, answered=True)[-1]["content"].strip()
+    except BadRow:
+        return field
 
 
 def read_prompt(record: Record, field: str) -> list[Message]:

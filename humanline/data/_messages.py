@@ -97,7 +97,8 @@ def _transcript(text: str) -> list[Message] | None:
 
 def _message(path: str, value: Any, error: Error) -> Message:
     if not isinstance(value, Mapping):
-        raise error(path, f"must be a message with role and content, got {_shown(value)}")
+        ids = "; for token ids use humanline.data.encoded_groups" if isinstance(value, int) else ""
+        raise error(path, f"must be a message with role and content, got {_shown(value)}{ids}")
     given = {key: each for key, each in value.items() if each is not None and each != [] and each != {}}
     role, content = given.pop("role", None), given.pop("content", None)
     if role is None:  # ShareGPT

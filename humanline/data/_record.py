@@ -127,6 +127,8 @@ class Record:
             The messages before the response (None if the field holds only the response), and the assistant's message.
         """
         value = self.require(field, (str, list, dict), "a string or a list of messages")
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+            (value,) = value
         messages = messages_from(field, value, self.error)
         if messages is None:
             return None, {"role": "assistant", "content": self._filled(field, value)}

@@ -113,20 +113,24 @@ def _arena(record: Record) -> Example:
     return _choice("conversation_a", "conversation_b", "prompt", _winner)(record)
 
 
-def _labelled(response: str) -> Callable[[Record], Example]:
+def _labelled(response: str, label: str = "label") -> Callable[[Record], Example]:
     """Reads a response with a label."""
 
     def read(record: Record) -> Example:
         before, answer = record.turn(response)
-        return Example(record.where, _prompt(record, "prompt", before), [answer], labels=(record.label("label"),))
+        return Example(record.where, _prompt(record, "prompt", before), [answer], labels=(record.label(label),))
 
     return read
 
 
-def _all_scored(record: Record) -> Example:
+def _all_scored(responses: str, scores: str) -> Callable[[Record], Example]:
     """Reads all responses to a prompt, with a score for each."""
-    answers = record.answers("all_generated_responses")
-    return Example(record.where, record.prompt(), answers, scores=record.scores("all_rm_scores", len(answers)))
+
+    def read(record: Record) -> Example:
+        answers = record.answers(responses)
+        return Example(record.where, record.prompt(), answers, scores=record.scores(scores, len(answers)))
+
+    return read
 
 
 def _completions(record: Record) -> Example:
@@ -180,7 +184,7 @@ def _prompt(record: Record, field: str, before: list[Message] | None) -> list[Me
     """Returns the messages before a response if there are any, else the prompt's field."""
     if before is None:
         return instruction(record) if field == "instruction" else record.prompt(field)
-    if isinstance(record.get(field), list) and record.prompt(field) != before:
+    if isinstance(record.get(field), list) and (given := record.prompt(field)) != before[: len(given)]:
         raise record.error(field, "differs from the messages before the response; provide the prompt once")
     return before
 
@@ -248,6 +252,7 @@ SCHEMAS = (
     Schema("anthropic_hh", PAIRS, "chosen rejected", _pair(), when=_is_transcript),
     Schema("ultrafeedback_binarized", PAIRS, "prompt chosen rejected score_chosen score_rejected", _pair()),
     Schema("sharegpt", PAIRS, "conversations chosen rejected", _pair(prompt="conversations")),
+    Schema("ultrainteract", PAIRS, "trajectory chosen rejected", _pair(prompt="trajectory")),
     Schema("orca", PAIRS, "question chosen rejected", _pair(prompt="question"), when=_without("prompt")),
     Schema(
         *("input_preference", PAIRS, "input chosen rejected"),
@@ -294,6 +299,7 @@ SCHEMAS = (
         _choice("output_A", "output_B", "prompt", _is_first("label", 1, 0)),
     ),
     Schema("kto", LABELS, "prompt completion label", _labelled("completion")),
+    Schema("labelled_sharegpt", LABELS, "conversations kto_tag", _labelled("conversations", "kto_tag")),
     Schema(
         *("labelled_conversation", LABELS, "messages label"),
         _labelled("messages"),
@@ -310,7 +316,12 @@ SCHEMAS = (
         by_prompt=True,
         when=_of_type("scalar_feedback"),
     ),
-    Schema("ultrafeedback_armorm", SCORES, "prompt all_generated_responses all_rm_scores", _all_scored),
+    Schema(
+        *("ultrafeedback_armorm", SCORES, "prompt all_generated_responses all_rm_scores"),
+        _all_scored("all_generated_responses", "all_rm_scores"),
+    ),
+    Schema("scored_responses", SCORES, "prompt responses scores", _all_scored("responses", "scores")),
+    Schema("scored_completions", SCORES, "prompt completions scores", _all_scored("completions", "scores")),
     Schema("ultrafeedback", SCORES, "instruction completions", _completions),
     Schema("nectar", SCORES, "prompt answers", _ranked),
     Schema(
