@@ -440,7 +440,6 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
         ({}, {"k": [5]}, "k: 5 exceeds the 4 responses of "),
         ({"response_lengths": [1, 2]}, {}, "samples.jsonl line 4: field 'response_lengths': expected one int for each"),
         ({"finish_reasons": [1] * 4}, {}, "samples.jsonl line 4: field 'finish_reasons': expected one str for each"),
-        ({"all_generated_responses": None}, {}, "samples.jsonl line 4: field 'all_generated_responses' is missing"),
         ({"answer": "five"}, {}, "samples.jsonl line 4: field 'answer' has no number"),
     ],
 )
@@ -449,6 +448,12 @@ def test_a_mistake_in_samples_is_named_before_anything_is_written(tmp_path, line
         evaluate(of_samples(tmp_path, [*SAMPLES, SAMPLES[0] | line], **changes))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "eval").exists()
+
+
+def test_a_line_without_responses_is_left_out_and_counted(tmp_path, caplog):
+    evaluate(of_samples(tmp_path, [*SAMPLES, SAMPLES[0] | {"all_generated_responses": None}]))
+    assert json.loads((tmp_path / "eval" / "figures.json").read_text())["prompts"] == len(SAMPLES)
+    assert "'all_generated_responses' is missing (1, the first: " in caplog.text
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
