@@ -1,4 +1,4 @@
-"""Tokenises many texts at once: with fastokens, four times as fast as tokenizers, where both give the same ids."""
+"""Tokenises many texts at once: with fastokens, which is faster than tokenizers, where both give the same ids."""
 
 import logging
 from array import array

@@ -191,10 +191,10 @@ class ChatTokenizer(ModelTokenizer, Transform):
 
     def fingerprint(self) -> str:
         """Returns a digest of all that ids depend on."""
-        _, _, _, kwargs, _ = self._arguments
-        config = json.dumps([kwargs, self.date, self._template.source, version("tokenizers"), version("jinja2")])
-        config += json.dumps(self._template.variables, default=str, sort_keys=True)
-        return blake2b(self._file.read_bytes() + config.encode(), digest_size=16).hexdigest()
+        template = self._template
+        config = [template.variables, self.date, template.source, version("tokenizers"), version("jinja2")]
+        text = json.dumps(config, default=str, sort_keys=True)
+        return blake2b(self._file.read_bytes() + text.encode(), digest_size=16).hexdigest()
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ``ids``."""

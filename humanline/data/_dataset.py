@@ -3,11 +3,10 @@
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from typing import overload
 
 from torch.utils.data import Dataset
 
-from humanline.data._group import Group, TokenBudget
+from humanline.data._group import Group, LazyGroups, TokenBudget
 
 __all__ = ["GroupDataset"]
 
@@ -78,7 +77,7 @@ class GroupDataset(Dataset[Group]):
         return f"{len(self):,} groups from {self.name}: " + "; ".join([*self.notes, lengths])
 
 
-class _Derived(Sequence[Group]):
+class _Derived(LazyGroups):
     """Some of the groups, each converted when it is asked for, so that they need no memory of their own."""
 
     def __init__(self, groups: Sequence[Group], kept: Sequence[int], convert: Callable[[Group], Group | None]) -> None:
@@ -87,13 +86,7 @@ class _Derived(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def group(self, index: int) -> Group:
         group = self._convert(self._groups[self._kept[index]])
         assert group is not None
         return group

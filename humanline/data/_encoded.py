@@ -16,16 +16,16 @@ import os
 import shutil
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch.distributed as dist
 
-from humanline.data._group import Group
+from humanline.data._group import Group, LazyGroups
 from humanline.distributed import gathered, together
 from humanline.errors import ConfigError
 
@@ -38,7 +38,7 @@ FLUSH = 1 << 20
 """Tokens that are written at a time."""
 
 
-class EncodedGroups(Sequence[Group]):
+class EncodedGroups(LazyGroups):
     """The groups of a folder, mapped into memory. A group is made when it is asked for.
 
     Args:
@@ -55,14 +55,7 @@ class EncodedGroups(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._firsts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def group(self, index: int) -> Group:
         first, last = self._firsts[index], self._firsts[index + 1]
         ends = self._ends[max(first - 1, 0) : last].tolist()
         start = ends.pop(0) if first else 0

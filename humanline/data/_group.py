@@ -4,14 +4,15 @@ A preference pair is a group of two responses. A KTO example is a group with lab
 sampling both produce groups, so later stages do not depend on where a group comes from.
 """
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 from humanline.errors import ConfigError, DataError
 
-__all__ = ["Group", "TokenBudget"]
+__all__ = ["Group", "LazyGroups", "TokenBudget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,22 @@ class Group:
     def is_pair(self) -> bool:
         """Whether this is (chosen, rejected): two responses without scores or labels."""
         return len(self.responses) == 2 and self.scores is None and self.labels is None
+
+
+class LazyGroups(Sequence[Group]):
+    """Groups that are made when they are asked for. A subclass has ``__len__`` and :meth:`group`."""
+
+    @abstractmethod
+    def group(self, index: int) -> Group:
+        """Returns the group at an index from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        places = range(len(self))
+        return [self.group(i) for i in places[index]] if isinstance(index, slice) else self.group(places[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

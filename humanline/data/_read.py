@@ -16,14 +16,14 @@ from typing import Any
 from humanline.data._files import READERS, Row, kind_of, without_gaps
 from humanline.errors import ConfigError
 
-__all__ = ["DataFiles", "Rows", "SourceName", "open_rows", "take"]
+__all__ = ["DataFiles", "RowSource", "SourceName", "open_rows", "take"]
 
 SourceName = str | Sequence[str]
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSource:
     """The rows of a source, which are read when they are iterated.
 
     Attributes:
@@ -46,7 +46,7 @@ def open_rows(
     revision: str | None = None,
     streaming: bool = False,
     key: str = "source",
-) -> Rows:
+) -> RowSource:
     """Opens a source.
 
     Args:
@@ -86,7 +86,7 @@ def open_rows(
     def digest() -> str:
         return " ".join(_digest_of(file) for file in files)
 
-    return Rows(title, digest, read)
+    return RowSource(title, digest, read)
 
 
 def _plain(value: Any) -> Any:
@@ -174,7 +174,9 @@ def _expand(key: str, pattern: str) -> list[str]:
     return files
 
 
-def _from_datasets(key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None) -> Rows:
+def _from_datasets(
+    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None
+) -> RowSource:
     """Opens a source with ``datasets``; the data of a hub dataset is downloaded, and kept in its cache."""
     import datasets
 
@@ -200,7 +202,7 @@ def _from_datasets(key: str, source: Any, split: str, name: str | None, data_fil
                 count += 1
                 yield f"{title} ({split}) row {count}", without_gaps(dict(zip(columns, values, strict=True)))
 
-    return Rows(title, lambda: f"{dataset._fingerprint} {len(dataset)}", read)
+    return RowSource(title, lambda: f"{dataset._fingerprint} {len(dataset)}", read)
 
 
 def _saved(folder: Path, split: str) -> Any:
