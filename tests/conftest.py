@@ -36,6 +36,15 @@ def cache_of_datasets(tmp_path_factory):
     os.environ["HUMANLINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Files are named as a user names them, relative to the folder they work in, and `datasets` caches nowhere else."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 def pytest_collection_modifyitems(items):
     """Marks as slow what trains on a golden trajectory; slow files say so themselves, with ``pytestmark``."""
     for item in items:

@@ -13,16 +13,12 @@ from humanline.data import labelled_groups, preference_groups, scored_groups
 from humanline.errors import ConfigError, DataError
 from humanline.rollout import read_prompts
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
 
 @pytest.fixture
 def tokenizer():
     return WordTokenizer()
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def case(name):

@@ -29,6 +29,8 @@ from humanline.data import (
 )
 from humanline.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
 
 class WordTokenizer:
     """A token for each word, role and end of turn: a prompt is <user> words <assistant>, a response words <end>."""
@@ -56,13 +58,6 @@ class WordTokenizer:
 @pytest.fixture
 def tokenizer() -> WordTokenizer:
     return WordTokenizer()
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    """Files are named as a user names them, relative to the folder they work in, and `datasets` caches nowhere else."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_lines(file: str, rows: list) -> str:

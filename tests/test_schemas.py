@@ -21,15 +21,12 @@ HELLO = "<user> hi <assistant>"
 SAID = f"{HELLO} hello <end>"
 
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
 @pytest.fixture
 def tokenizer():
     return WordTokenizer()
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def schema_of(dataset):
