@@ -617,6 +617,12 @@ def test_a_line_that_is_no_json_is_a_bad_row(tokenizer):
     )
 
 
+def test_the_schema_is_that_of_the_first_sound_rows(tokenizer):
+    Path("data.jsonl").write_text("\n".join([*["{"] * 70, *[json.dumps(PAIR)] * 1000]))
+    dataset = preference_groups(tokenizer, "data.jsonl")
+    assert (len(dataset), dataset.dropped) == (1000, 70)
+
+
 def test_ids_outside_the_vocabulary_mean_another_tokenizer_however_few(tokenizer):
     rows = [*[{"prompt": [1], "responses": [[2], [3]]}] * 50, {"prompt": [1], "responses": [[2], [1000]]}]
     with pytest.raises(DataError, match="^ids.jsonl line 51: .* encode with this model's tokenizer$"):

@@ -111,8 +111,11 @@ def parse_text(kind: str, tokenizer: Any, source: SourceName, options: DatasetOp
     """Builds the dataset of a source of text; of several schemas that fit, one of ``kind`` is meant."""
 
     def groups_of(rows: Iterator[Row], tally: Tally) -> Iterator[Group | BadRow]:
-        head = list(islice(rows, 64))
-        sound = [row for _, row in head if not isinstance(row, BadRow)]
+        head: list[Row] = []
+        sound: list[Any] = []
+        while not sound and (part := list(islice(rows, 64))):  # the first rows may all be bad
+            head += part
+            sound = [row for _, row in part if not isinstance(row, BadRow)]
         column_map = options.column_map or {}
         if not sound:
             return (row for _, row in head)
