@@ -1,47 +1,303 @@
-"""Repeats the paper's table at a small scale: online, sparse and offline GRPO, with and without humanline.
+"""Tests the paper's claims at a small scale: which data, which clip, which syncing, how long, on which model.
 
-    python benchmarks/replicate.py                  # three seeds, one run after the other; hours on a CPU
-    python benchmarks/replicate.py --seeds 1        # one seed; other seeds may run at the same time
+    python benchmarks/replicate.py                        # every experiment, three seeds; many hours on a CPU
+    python benchmarks/replicate.py ablation clip --seeds 1
+    python benchmarks/replicate.py --list                 # the experiments, with their arms and what is finished
 
-The task is the demo's sums. Every run starts from the same model and takes the same number of optimizer steps. The
-config is that of the online demo (configs/smollm2_135m_grpo_online.yaml) with the changes below. The result is pass@1
-on the held-out sums. The offline runs share a dataset: one round of the initial policy over nearly all training
-prompts.
+The task is sums of two numbers from 1 to 99, after a solved example. The model knows from it when to stop, so what
+it learns is to add. The result is pass@1 on held-out sums. All arms of an experiment start from the same model and take
+the same number of optimizer steps, unless the number of steps is what the experiment varies.
 
-If the program is started again, it keeps finished runs and resumes an unfinished one from its last checkpoint. The cost
-of a run is counted in seconds of CPU time, which other work on the machine does not change. With OMP_NUM_THREADS=1 this
-is the time on one core. The cost of a killed attempt is not counted. Sampling is counted in wall-clock time.
-Results are written to results.json, and to results.png if matplotlib is installed.
+Finished runs are kept in docs/results.json, from which `python docs/make_results.py` draws the figures and tables of
+docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint. The
+program may be started several times at once: a run belongs to the process that locks its folder. The cost of a run is
+counted in seconds of CPU time, which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the time
+on one core. The cost of a killed attempt is not counted.
 """
 
 import argparse
 import fcntl
 import json
 import os
+import random
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-STEPS, GROUPS, GENERATIONS, TOKENS, SPARSE, DATASET = 128, 8, 8, 32, 64, 640
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+RESULTS = ROOT / "docs" / "results.json"
+LARGEST, HELD_OUT = 99, 240
+STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SPARSE, SYNC, CLIP = 64, 8, 8, 16, 32, 4, (-1.5, 1.5)
+LR = 2e-5
+DATASET = 256  # groups with a right and a wrong answer in an offline dataset
 
-PLAIN = {"loss.perception": "none"}
-DATA = {"source": None, "engine": None, "reward": None, "dataset._component_": "humanline.data.encoded_groups"}
-METHODS: dict[str, dict[str, Any]] = {
-    "online": {"source.every": 1, "reference.sync_every": 1, **PLAIN},
-    "sparse": {"source.every": SPARSE, "reference.sync_every": SPARSE, **PLAIN},
-    "sparse + humanline": {"source.every": SPARSE, "reference.sync_every": 4},
-    "offline": {"reference.sync_every": None, **PLAIN, **DATA},
-    "offline + humanline": {"reference.sync_every": 4, **DATA},
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run, but for its seed.
+
+    ``data`` is ``online`` (a round of answers for every step), ``sparse`` (a round for 32 steps), or the name of an
+    offline dataset. ``sync`` is None for a frozen reference, ``clip`` is None for an unclipped log-ratio.
+    """
+
+    data: str = "initial"
+    sync: int | None = SYNC
+    clip: Bounds | None = CLIP
+    objective: str = "grpo"
+    steps: int = STEPS
+    model: str = "smollm2"
+
+    @property
+    def name(self) -> str:
+        clip = f"clip_{self.clip[0]:g}_{self.clip[1]:g}" if self.clip else "plain"
+        return f"{self.model}-{self.objective}-{self.data}-{clip}-sync_{self.sync}-{self.steps}"
+
+
+HUMANLINE, OFFLINE = Arm(), Arm(sync=None, clip=None)
+UNTRAINED = Arm("none", sync=None, clip=None, steps=0)
+ONLINE = Arm("online", sync=1, clip=None)
+FIVE = (UNTRAINED, ONLINE, Arm("sparse", sync=SPARSE, clip=None), Arm("sparse"), OFFLINE, HUMANLINE)
+EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
+    "five": FIVE,
+    "ablation": tuple(
+        replace(HUMANLINE, objective=objective, sync=sync, clip=clip)
+        for objective in ("dpo", "kto", "grpo")
+        for sync, clip in ((None, None), (None, CLIP), (SYNC, None), (SYNC, CLIP))
+    ),
+    "clip": tuple(replace(HUMANLINE, clip=clip) for clip in (None, CLIP, (-0.1, 1.0), (-0.1, 0.5))),
+    "sync": tuple(replace(HUMANLINE, sync=sync) for sync in (1, 4, 12, 24, None)),
+    "longer": (
+        ONLINE,
+        *(replace(HUMANLINE, steps=4 * STEPS, data=data) for data in ("initial", "initial_x4")),
+    ),
+    "better": tuple(
+        replace(arm, data=data) for data in ("hot", "initial", "online_16", "online_48") for arm in (OFFLINE, HUMANLINE)
+    ),
+    "quality": tuple(replace(HUMANLINE, data=f"quartile_{i}") for i in (1, 2, 3, 4)),
 }
+
+MODELS: dict[str, dict[str, Any]] = {"smollm2": {}}
+
+# Where offline datasets come from: the step of an online run whose policy answers, the temperature, and the size. The
+# dataset "initial" is the first quarter of initial_x4, and "quartile_N" is a quarter of it by mean log-prob.
+SOURCES: dict[str, dict[str, Any]] = {
+    "initial_x4": {"groups": 4 * DATASET},
+    "hot": {"temperature": 1.5},
+    "online_16": {"after": 16},
+    "online_48": {"after": 48},
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+def write_prompts(folder: Path) -> tuple[Path, Path]:
+    """Writes the prompts of training and of evaluation, and returns their files."""
+    pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
+    random.Random(0).shuffle(pairs)
+    begin = [{"role": "system", "content": "Add."}, *_turns(46, 31)]
+    rows = [json.dumps({"prompt": [*begin, _turns(a, b)[0]], "answer": a + b}) + "\n" for a, b in pairs]
+    files = folder / "train_prompts.jsonl", folder / "held_out_prompts.jsonl"
+    for file, part in zip(files, (rows[HELD_OUT:], rows[:HELD_OUT]), strict=True):
+        write(file, "".join(part))
+    return files
+
+
+def _turns(a: int, b: int) -> list[dict[str, str]]:
+    question = {"role": "user", "content": f"{a} + {b}?"}
+    return [question, {"role": "assistant", "content": f"{a} + {b} = {a + b}"}]
+
+
+def dataset(folder: Path, arm: Arm) -> Path:
+    """Makes the offline dataset of an arm, if it is not there, and returns its file.
+
+    GRPO and KTO take groups of answers. DPO takes the pairs that a group has: each right answer with a wrong one.
+    """
+    source = arm.data if arm.data in SOURCES else "initial_x4"
+    groups = sampled_groups(folder / f"data-{arm.model}-{source}", arm.model, **SOURCES[source])
+    if arm.data == "initial":
+        groups = groups[:DATASET]
+    elif arm.data.startswith("quartile_"):
+        quartile = int(arm.data[-1])
+        groups = sorted(groups, key=mean_log_prob)[(quartile - 1) * DATASET : quartile * DATASET]
+    if arm.objective == "dpo":
+        groups = [pair for group in groups for pair in pairs_of(group)]
+    file = folder / f"{arm.model}-{arm.data}{'-pairs' if arm.objective == 'dpo' else ''}.jsonl"
+    write(file, "".join(json.dumps(group) + "\n" for group in groups))
+    return file
+
+
+def sampled_groups(
+    folder: Path, model: str, after: int = 0, temperature: float = 1.0, groups: int = DATASET
+) -> list[dict[str, Any]]:
+    """Returns groups of a policy's answers, each with a right and a wrong one; samples them if they are not there."""
+    with locked(folder):
+        file = folder / "rounds" / "round_0.jsonl"
+        if not (folder / "done").is_file():
+            for half_done in ("checkpoints", "rounds", "logs"):
+                shutil.rmtree(folder / half_done, ignore_errors=True)
+            changes: dict[str, Any] = {
+                "max_steps_per_epoch": 1,
+                "source.every": STEPS,
+                "source.groups_per_round": 5 * groups // 2,
+                "source.temperature": temperature,
+                "save_every_n_steps": None,
+            }
+            if after:
+                policy = replace(ONLINE, model=model, steps=after)
+                run(folder.parent, policy, 0, keep_weights=True)
+                changes |= weights_of(folder.parent / f"{policy.name}-0" / "epoch_0")
+            train(folder, replace(ONLINE, model=model), 0, changes)
+            remove_weights(folder)
+            write(folder / "done", "")
+    found = [group for group in read(file) if len(set(group["scores"])) > 1]
+    if len(found) < groups:
+        raise SystemExit(f"{file}: {len(found)} groups have a right and a wrong answer, {groups} are needed")
+    return found[:groups]
+
+
+def pairs_of(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    right: dict[tuple[int, ...], None] = {}
+    wrong: dict[tuple[int, ...], None] = {}
+    for response, score in zip(group["responses"], group["scores"], strict=True):
+        (right if score > 0.5 else wrong)[tuple(response)] = None  # once each
+    # A right answer is often the same text every time; it stands in as many pairs as there are wrong ones, at most two.
+    for i, loser in enumerate(list(wrong)[:2]):
+        yield {"prompt": group["prompt"], "responses": [list(right)[i % len(right)], loser], "scores": [1, 0]}
+
+
+def mean_log_prob(group: dict[str, Any]) -> float:
+    """Mean over a group's answers of the mean log-prob of their tokens, under the policy that sampled them."""
+    return fmean(fmean(log_probs) for log_probs in group["logps"])
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def run(folder: Path, arm: Arm, seed: int, keep_weights: bool = False) -> dict[str, Any]:
+    """Trains and measures one run, without the parts that are done, and returns its result."""
+    mine = folder / f"{arm.name}-{seed}"
+    if arm.steps == 0:
+        mine.mkdir(parents=True, exist_ok=True)
+        return {**asdict(arm), "seed": seed, **evaluate(folder, mine, SMOLLM2, arm, seed)}
+    result, costs = mine / "result.json", mine / "costs.json"
+    if not result.is_file():
+        mine.mkdir(parents=True, exist_ok=True)
+        if not costs.is_file():
+            write(costs, json.dumps(train(mine, arm, seed, objective_changes(folder, arm))))
+        epochs = sorted(mine.glob("epoch_*"), key=lambda path: int(path.name.partition("_")[2]))
+        measured = [
+            evaluate(folder, mine, weights, arm, seed) for weights in (epochs if arm.steps > STEPS else epochs[-1:])
+        ]
+        logged = read_log(mine / "logs")
+        steps_per_epoch = arm.steps // len(epochs)
+        found = {
+            **asdict(arm),
+            "seed": seed,
+            **json.loads(costs.read_text()),
+            # Of the tokens that moved, those outside of the bounds; mean over the steps.
+            "clipped": fmean(1 - share for share in logged["unclamped"].values()) if arm.clip else None,
+            "kl_to_reference": fmean([*logged["kl"].values()][-arm.steps // 8 :]),
+            "tokens_sampled": sum(logged.get("rounds/tokens", {}).values()),
+            "sampling_seconds": sum(logged.get("rounds/seconds", {}).values()),
+            **measured[-1],
+        }
+        if len(measured) > 1:
+            found["curve"] = {(i + 1) * steps_per_epoch: figures for i, figures in enumerate(measured)}
+        write(result, json.dumps(found, indent=2))
+    if not keep_weights:
+        remove_weights(mine)
+    return json.loads(result.read_text())
+
+
+def evaluate(folder: Path, mine: Path, weights: Path, arm: Arm, seed: int) -> dict[str, Any]:
+    """Returns figures of a model's answers to the held-out sums."""
+    output = mine / f"{weights.name}.json"
+    changes = {
+        **MODELS[arm.model],
+        **weights_of(weights),
+        "prompts": folder / "held_out_prompts.jsonl",
+        "output": output,
+    }
+    changes |= {"max_new_tokens": NEW_TOKENS, "samples_per_prompt": 4, "batch_size": 480, "seed": seed, "k": "[1]"}
+    tune("humanline_eval", ROOT / "configs" / "smollm2_135m_eval.yaml", *(f"{k}={v}" for k, v in changes.items()))
+    figures = json.loads(output.read_text())["figures"]
+    answers = [
+        score > 0.5
+        for row in read(output.with_suffix(".jsonl"))
+        for score, reason in zip(row["all_rm_scores"], row["finish_reasons"], strict=True)
+        if reason == "stop"
+    ]
+    finished = sum(answers) / len(answers) if answers else None
+    return {"pass@1": figures["pass@1"], "right_of_finished": finished, "cut": figures["cut"]["mean"]}
+
+
+def objective_changes(folder: Path, arm: Arm) -> dict[str, Any]:
+    """Returns what an arm changes in the config of online GRPO."""
+    if arm.data in ("online", "sparse"):
+        return {"source.every": 1 if arm.data == "online" else SPARSE}
+    file = dataset(folder, arm)
+    changes: dict[str, Any] = {"source": None, "engine": None, "reward": None}
+    changes |= {"dataset._component_": "humanline.data.encoded_groups", "dataset.source": str(file)}
+    if arm.objective != "grpo":
+        changes["loss"] = {"_component_": f"humanline.losses.Humanline{arm.objective.upper()}Loss", "beta": 0.1}
+    if arm.objective == "dpo":  # a pass over the pairs takes as many steps as one over the groups
+        changes["batch_size"] = GROUPS * sum(1 for _ in read(file)) // DATASET
+    if arm.objective == "kto":
+        scores = [score for group in read(file) for score in group["scores"]]
+        right = sum(score > 0.5 for score in scores)
+        changes["loss"]["desirable_weight"] = round(1.15 * (len(scores) - right) / right, 2)
+    return changes
+
+
+def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Trains one run, or resumes it, and returns the CPU seconds of this attempt, and whether there was one before."""
+    resumed = any((folder / "checkpoints").glob("step_*[0-9]"))
+    config: Any = OmegaConf.load(ROOT / "configs" / "smollm2_135m_grpo_online.yaml")
+    shared: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "batch_size": GROUPS,
+        "epochs": 1,
+        "max_steps_per_epoch": arm.steps,
+        "source.prompts": str(folder.parent / "train_prompts.jsonl"),
+        "source.generations": GENERATIONS,
+        "source.max_new_tokens": NEW_TOKENS,
+        "source.temperature": 1.0,
+        "tokens_per_row": 160,
+        "optimizer.lr": LR,
+        "dataset_val": None,  # only training is timed
+        "run_val_every_n_steps": None,
+        "save_every_n_steps": 32,
+        "keep_last_n_checkpoints": 1,
+        "resume_from_checkpoint": "latest" if resumed else False,
+        "lr_scheduler.warmup_ratio": STEPS / 10 / arm.steps,  # the first steps of a longer run are those of a short one
+    }
+    later: dict[str, Any] = {"reference.sync_every": arm.sync}
+    later |= {f"loss.log_eps_{side}": arm.clip[i] if arm.clip else None for i, side in enumerate("PR")}
+    if changes.get("dataset.source"):  # epochs that are as long as the dataset, until there are enough steps
+        groups = sum(1 for _ in read(Path(changes["dataset.source"])))
+        batch = changes.get("batch_size", GROUPS)
+        epoch = min(arm.steps, groups // batch)
+        shared |= {"epochs": -(-arm.steps // epoch), "max_steps_per_epoch": epoch}
+    for key, value in (shared | MODELS[arm.model] | changes | later).items():
+        OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "config.yaml")
+    before = cpu_seconds()
+    tune(f"humanline_{arm.objective}_single_device", folder / "config.yaml")
+    return {"cpu_seconds": cpu_seconds() - before, "resumed": resumed}
 
 
 def tune(recipe: str, config: Path, *overrides: str) -> None:
@@ -49,177 +305,104 @@ def tune(recipe: str, config: Path, *overrides: str) -> None:
     subprocess.run([*command, *overrides], cwd=ROOT, check=True)
 
 
-def train(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
-    """Trains one run, or resumes it, and returns the cost."""
-    config = OmegaConf.load(ROOT / "configs" / "smollm2_135m_grpo_online.yaml")
-    shared: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": seed,
-        "batch_size": GROUPS,
-        "epochs": 8,
-        "max_steps_per_epoch": STEPS // 8,
-        "source.generations": GENERATIONS,
-        "source.max_new_tokens": TOKENS,
-        "source.temperature": 1.0,
-        "dataset_val": None,  # only training is timed
-        "run_val_every_n_steps": None,
-        "save_every_n_steps": 32,
-        "resume_from_checkpoint": "latest" if any((folder / "checkpoints").glob("step_*[0-9]")) else False,
-    }
-    for key, value in (shared | changes).items():
-        OmegaConf.update(config, key, value)
-    OmegaConf.save(config, folder / "config.yaml")
-    start, before = time.perf_counter(), _cpu_seconds()
-    tune("humanline_grpo_single_device", folder / "config.yaml")
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - before}
+def weights_of(folder: Path) -> dict[str, Any]:
+    """Returns the changes that make a config read the weights of a folder."""
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    return {"checkpointer.checkpoint_dir": str(folder), "checkpointer.checkpoint_files": files}
 
 
-def _cpu_seconds() -> float:
+def remove_weights(folder: Path) -> None:
+    for weights in [*folder.glob("epoch_*[0-9]"), folder / "checkpoints"]:
+        shutil.rmtree(weights, ignore_errors=True)
+
+
+def read_log(folder: Path) -> dict[str, dict[int, float]]:
+    """Returns each metric of a run by step; a resumed run logs some steps again, and the later value counts."""
+    found: dict[str, dict[int, float]] = {}
+    for line in (folder / "metrics.txt").read_text().splitlines():
+        step, bar, metrics = line.partition(" | ")
+        for item in metrics.split() if bar else ():
+            name, _, value = item.rpartition(":")
+            found.setdefault(name, {})[int(step.split()[-1])] = float(value)
+    return found
+
+
+def cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def measure(weights: Path, output: Path, seed: int) -> dict[str, Any]:
-    """Returns the result of humanline_eval, with pass@1."""
-    files = sorted(path.name for path in weights.glob("*.safetensors"))
-    tune(
-        "humanline_eval",
-        ROOT / "configs" / "smollm2_135m_eval.yaml",
-        f"checkpointer.checkpoint_dir={weights}",
-        f"checkpointer.checkpoint_files=[{','.join(files)}]",
-        f"max_new_tokens={TOKENS}",
-        f"output={output}",
-        f"seed={seed}",
-        "k=[1]",
-    )
-    return json.loads(output.read_text())
+# ------------------------------------------------------------------------------------------------------------ the files
 
 
-def sampling(folder: Path) -> dict[str, float]:
-    """Reads from a run's log the number of sampled tokens and the seconds of sampling and scoring."""
-    costs: dict[str, tuple[float, float]] = {}  # by step, since a resumed run logs some steps again
-    for line in (folder / "logs" / "metrics.txt").read_text().splitlines():
-        step, _, metrics = line.partition(" | ")
-        logged = dict(item.split(":") for item in metrics.split())
-        if "rounds/tokens" in logged:
-            costs[step] = float(logged["rounds/tokens"]), float(logged["rounds/seconds"])
-    tokens, seconds = (sum(column) for column in zip((0.0, 0.0), *costs.values(), strict=True))
-    return {"tokens_sampled": tokens, "sampling_seconds": seconds}
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def dataset(output: Path) -> Path:
-    """Makes the offline runs' groups with a run of one step, and returns their file."""
-    folder = output / "dataset"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".replicate.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process, with other seeds, may be making it
-        if not (folder / "result.json").is_file():
-            for half_done in ("checkpoints", "rounds", "logs"):
-                shutil.rmtree(folder / half_done, ignore_errors=True)
-            one_step: dict[str, int | None] = {"epochs": 1, "max_steps_per_epoch": 1, "source.every": STEPS}
-            one_step |= {"source.groups_per_round": DATASET, "save_every_n_steps": None}
-            train(folder, 0, one_step)
-            _write(folder / "result.json", {"method": "dataset", **sampling(folder)})
-            _remove_weights(folder)
-    return folder / "rounds" / "round_0.jsonl"
-
-
-def _write(file: Path, value: Any) -> None:
+def write(file: Path, text: str) -> None:
     """Writes a file so that it is complete or absent, for other processes too."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_text(text)
     os.replace(partial, file)
 
 
-def run(folder: Path, method: str, seed: int, data: Path) -> None:
-    """Trains and measures one run, and skips the parts that are done."""
-    result, costs = folder / "result.json", folder / "costs.json"
-    if result.is_file():
-        return
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Locks a folder within the block. Without ``wait`` yields False if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (costs.is_file() and (folder / "epoch_7").is_dir()):
-        changes = METHODS[method] | ({"dataset.source": str(data)} if "dataset._component_" in METHODS[method] else {})
-        spent = json.loads(costs.read_text()) if costs.is_file() else {}
-        new = train(folder, seed, changes)
-        costs.write_text(json.dumps({key: spent.get(key, 0) + value for key, value in new.items()}))
-    evaluated = measure(folder / "epoch_7", folder / "eval.json", seed)
-    found = {"method": method, "seed": seed, **json.loads(costs.read_text()), **sampling(folder), **evaluated}
-    _write(result, found)
-    _remove_weights(folder)
+    with open(folder / ".replicate.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
-def _remove_weights(folder: Path) -> None:
-    for weights in [*folder.glob("epoch_*"), folder / "checkpoints"]:
-        shutil.rmtree(weights, ignore_errors=True)
+def known() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
 
 
-def results(output: Path) -> list[dict[str, Any]]:
-    """Returns the finished results, by method and seed."""
-    found = [json.loads(file.read_text()) for file in output.glob("*/result.json")]
-    return sorted(found, key=lambda result: (["dataset", *METHODS].index(result["method"]), result.get("seed", 0)))
+def keep(result: dict[str, Any]) -> None:
+    """Adds a result to docs/results.json."""
+    with locked(RESULTS.parent / "figures"):
+        rest = [other for other in known() if key(other) != key(result)]
+        write(RESULTS, json.dumps(sorted([*rest, result], key=key), indent=1) + "\n")
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "| | pass@1 of each seed, with its 95% interval | mean | CPU s of training | s of sampling, by the clock | "
-        "tokens sampled |",
-        "|---|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        mine = [result for result in found if result["method"] == method]
-        if mine:
-            each = "; ".join(f"{mean:.1%} [{low:.1%}, {high:.1%}]" for mean, low, high in map(pass_at_1, mine))
-            mean = statistics.mean(pass_at_1(result)[0] for result in mine)
-            costs = (
-                statistics.mean(result[key] for result in mine)
-                for key in ("cpu_seconds", "sampling_seconds", "tokens_sampled")
-            )
-            lines.append(f"| {method} | {each} | {mean:.1%} | " + " | ".join(f"{cost:,.0f}" for cost in costs) + " |")
-    return "\n".join(lines)
-
-
-def pass_at_1(result: dict[str, Any]) -> tuple[float, float, float]:
-    figure = result["figures"]["pass@1"]
-    return figure["mean"], figure["low"], figure["high"]
-
-
-def draw(found: list[dict[str, Any]], file: Path) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure: matplotlib is not installed (pip install -e '.[plots]')")
-        return
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for method in METHODS:
-        mine = [result for result in found if result["method"] == method]
-        if mine:
-            minutes = [result["cpu_seconds"] / 60 for result in mine]
-            axes.scatter(minutes, [100 * pass_at_1(result)[0] for result in mine], label=method)
-    axes.set(
-        xlabel="CPU minutes of training", ylabel="pass@1 on held-out sums, %", title=f"{STEPS} steps, a dot each seed"
-    )
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(file, dpi=150, bbox_inches="tight")
+def key(result: dict[str, Any]) -> str:
+    clip = result["clip"] and tuple(result["clip"])
+    arm = Arm(**{name: result[name] for name in ("data", "sync", "objective", "steps", "model")}, clip=clip)
+    return f"{arm.name}-{result['seed']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "replicate")
+    parser.add_argument("--list", action="store_true", help="list the experiments' arms and their finished seeds")
     arguments = parser.parse_args()
-    fetch = [sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", str(MODEL)]
+    if unknown := set(arguments.experiments) - EXPERIMENTS.keys():
+        parser.error(f"no experiment is named {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    folder = arguments.output.absolute()
+    arms = {
+        arm: None for name in arguments.experiments or EXPERIMENTS for arm in EXPERIMENTS[name]
+    }  # each once, in order
+    if arguments.list:
+        for arm in arms:
+            print(arm.name, *(result["seed"] for result in known() if key(result).startswith(f"{arm.name}-")))
+        return
+    fetch = [sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", str(SMOLLM2)]
     subprocess.run(fetch, cwd=ROOT, check=True)
-    output = arguments.output.absolute()
-    data = dataset(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder)
     for seed in arguments.seeds:
-        for method in METHODS:
-            run(output / f"{method.replace(' + ', '_')}_{seed}", method, seed, data)
-            found = results(output)
-            _write(output / "results.json", found)
-            print(table(found), flush=True)
-    draw(results(output), output / "results.png")
+        for arm in arms:
+            name = f"{arm.name}-{seed}"
+            with locked(folder / name, wait=False) as mine:
+                if mine and name not in map(key, known()):
+                    keep(run(folder, arm, seed))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ To change the method, copy this file (``tune cp``) and edit it. ``train`` is the
 import sys
 
 from humanline.data import Rows
-from humanline.models import log_probs, trainable_parameters
+from humanline.models import log_probs_and_entropy, trainable_parameters
 from humanline.reference import RunContext
 from humanline.training import (
     DPO,
@@ -100,11 +100,11 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
                     for rows, weight, draws in self.passes.of(batch[index], step, index):
                         reference_logps = self.reference.log_probs(rows)
                         with self.activations:
-                            policy_logps = log_probs(self.policy, rows)
+                            policy_logps, entropy = log_probs_and_entropy(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws)
                         loss = loss * weight / divisor  # this pass's part of the global batch's loss
                         (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
-                        run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
+                        run.note(rows, weight, policy_logps, reference_logps, entropy, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
                 if run.is_sound(grad_norm):

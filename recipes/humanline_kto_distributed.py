@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import torch
 from humanline.data import Rows
-from humanline.models import fixed_log_probs, log_probs, trainable_parameters
+from humanline.models import fixed_log_probs, log_probs_and_entropy, trainable_parameters
 from humanline.reference import RunContext
 from humanline.training import (
     KTO,
@@ -107,11 +107,11 @@ class HumanlineKTORecipeDistributed(FTRecipeInterface):
                     for rows, weight, draws in self.passes.of(batch[index], step, index):
                         reference_logps = self.reference.log_probs(rows)
                         with self.activations:
-                            policy_logps = log_probs(self.policy, rows)
+                            policy_logps, entropy = log_probs_and_entropy(self.policy, rows)
                         loss, metrics = self.loss_and_metrics(policy_logps, reference_logps, rows, draws, kl)
                         loss = loss * weight / divisor  # this pass's part of the global batch's loss
                         (loss * run.world_size).backward()  # FSDP averages gradients over ranks; this needs their sum
-                        run.note(rows, weight, policy_logps - reference_logps, loss, metrics)
+                        run.note(rows, weight, policy_logps, reference_logps, entropy, loss, metrics)
                 grad_norm = clip_gradients(self.policy, self.max_grad_norm)
                 self.reference.before_optimizer_step(step)
                 if run.is_sound(grad_norm):

@@ -549,7 +549,7 @@ def test_a_gemma_2_trains_on_two_ranks_with_packed_rows_as_with_a_sequence_a_row
     packed = trajectory(name)
     with_model(packed, FAMILIES["gemma2"], tmp_path / "gemma")
     packed.config["batch_size"] //= 2
-    # A token within rounding of a bound is clipped in one layout and not in the other; the golden runs cover the bounds.
+    # Within rounding of a bound, a token is clipped in one layout and not in the other; golden runs cover the bounds.
     packed.config["loss"] |= {"perception": "none", "log_eps_P": None, "log_eps_R": None}
     if name == "grpo_8_k4":
         packed.config["loss"] |= {"epsilon_low": 0.99, "epsilon_high": 100.0}

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import humanline.models._log_probs as head
-from humanline.models import token_log_probs
+from humanline.models import token_log_probs, token_log_probs_and_entropy
 
 TOKENS, DIM, VOCAB = 37, 16, 101
 
@@ -19,25 +18,34 @@ def inputs(dtype=torch.float64):
     return hidden, weight, torch.randint(0, VOCAB, (TOKENS,), generator=generator)
 
 
-def full_logits(hidden, weight, targets, soft_cap=None):
-    logits = hidden @ weight.T
+def full_logits(hidden, weight, soft_cap, temperature):
+    """The distributions from all logits in float64: an independent computation."""
+    logits = hidden.double() @ weight.double().T
     logits = soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
-    return -F.cross_entropy(logits.double(), targets, reduction="none")
+    return torch.distributions.Categorical(logits=logits / temperature)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.9])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("tokens_a_piece", [1, 10, 1000])
-def test_values_and_gradients_equal_those_of_full_logits(monkeypatch, soft_cap, tokens_a_piece):
+def test_values_gradients_and_entropies_equal_those_of_full_logits(monkeypatch, soft_cap, tokens_a_piece, temperature):
     monkeypatch.setitem(head._LOGITS, "cpu", tokens_a_piece * VOCAB)
     grad = torch.linspace(-1, 1, TOKENS)
-    results = []
-    for log_probs in (token_log_probs, full_logits):
-        hidden, weight, targets = inputs(torch.float32)
-        logps = log_probs(hidden, weight, targets, soft_cap)
-        logps.backward(grad.to(logps.dtype))
-        results.append((logps.detach().double(), hidden.grad, weight.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    hidden, weight, targets = inputs()
+    exact = full_logits(hidden, weight, soft_cap, temperature)
+    exact.log_prob(targets).backward(grad.double())
+    for with_entropy in (False, True):
+        mine, matrix = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
+        if with_entropy:
+            logps, entropies = token_log_probs_and_entropy(mine, matrix, targets, soft_cap, temperature)
+            assert not entropies.requires_grad
+            torch.testing.assert_close(entropies.double(), exact.entropy().detach(), atol=1e-5, rtol=0)
+        else:
+            logps = token_log_probs(mine, matrix, targets, soft_cap, temperature)
+        logps.backward(grad)
+        torch.testing.assert_close(logps.double(), exact.log_prob(targets), atol=1e-5, rtol=0)
+        for ours, theirs in ((mine.grad, hidden.grad), (matrix.grad, weight.grad)):
+            torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_weight_gradients_are_summed_over_pieces_in_float32(monkeypatch):

@@ -1,6 +1,7 @@
 """Online, sparse and offline are one: where the groups come from is a config value."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -133,19 +134,60 @@ def test_whatever_trains_also_samples(trajectory, recipe, lora):
     assert {len(file.read_text().splitlines()) for file in rounds(run)} == {6}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_s_log_probs_are_those_of_training(dtype):
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.7)])
+def test_the_engine_s_log_probs_are_those_of_training(dtype, temperature):
     torch.manual_seed(0)
     model = LogProbDecoder(llama3(256, 2, 4, 2, 64, 128)).to(dtype)
+    model.temperature = temperature
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
     engine = TorchtuneEngine(model, stop_tokens=[0], batch_size=4)
-    completions = engine.generate(prompts, SamplingParams(max_new_tokens=20, samples_per_prompt=3), seeds=[5, 6, 7])
+    params = SamplingParams(max_new_tokens=20, temperature=temperature, samples_per_prompt=3)
+    completions = engine.generate(prompts, params, seeds=[5, 6, 7])
     groups = [Group(p, tuple(s.tokens for s in samples)) for p, samples in zip(prompts, completions, strict=True)]
     budget = RowBudget(tokens_per_row=256)
     (rows,) = (lay_out(groups, planned, budget) for planned in pack(groups, budget))
     trained = fixed_log_probs(model, rows)
     sampled = torch.tensor([logp for samples in completions for sample in samples for logp in sample.logps])
     torch.testing.assert_close(sampled, trained, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_training_at_the_sampling_temperature_agrees_with_the_engine_while_the_policy_is_the_one_that_sampled(
+    trajectory, nproc
+):
+    run = online(trajectory("grpo_8_k4"), every=4, temperature=0.7)
+    run.config["batch_size"] //= nproc
+    run.config["max_steps_per_epoch"] = 6
+    run.train_on(nproc)
+    assert {(line["temperature"], line["logps_temperature"]) for line in lines(run) if "temperature" in line} == {
+        (0.7, 0.7)
+    }
+    for name in ("mismatch/mean", "mismatch/large", "mismatch/kl"):
+        assert run.log(name).keys() == {1, 5}  # the first step of each round
+        assert all(0 <= value < 1e-5 for value in run.log(name).values())
+    assert run.log("entropy").keys() == set(range(1, 7))
+    assert all(0 < value < math.log(256) for value in run.log("entropy").values())
+
+    apart = run.again("at_1")
+    apart.config["temperature"] = 1.0
+    apart.config["batch_size"] *= nproc
+    assert apart.train() is None
+    assert lines(apart)[0]["responses"] == lines(run)[0]["responses"]
+    assert apart.log("mismatch/mean") == {}  # it would compare two temperatures
+    assert apart.log("entropy")[1] > run.log("entropy")[1]
+
+
+def test_an_engine_with_another_function_is_warned_of_once(trajectory, caplog):
+    run = online(trajectory("grpo_8_k4"))
+    run.config["engine"]["_component_"] = "toys.Offset"
+    run.config["max_steps_per_epoch"] = 3
+    assert run.train() is None
+    assert list(run.log("mismatch/mean").values()) == pytest.approx([0.3] * 3, abs=1e-5)
+    assert set(run.log("mismatch/large").values()) == {1.0}
+    expected = math.exp(0.3) - 0.3 - 1
+    assert list(run.log("mismatch/kl").values()) == pytest.approx([expected] * 3, abs=1e-4)
+    assert f"round 0: 2 prompts x 4, mean reward {run.log('rounds/reward')[1]:.3f}, " in caplog.text
+    assert caplog.text.count("differ from the trainer's by 0.3 nats a token in the mean (mismatch/mean)") == 1
 
 
 # ---- Rounds

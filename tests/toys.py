@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torchtune.training.metric_logging import DiskLogger
 from humanline.data import encoded_groups
 from humanline.launch._processes import process_group
 from humanline.losses import HumanlineDPOLoss
-from humanline.rollout import Engine, Prompt, RoundPlan, SampledSource
+from humanline.rollout import Engine, InProcessEngine, Prompt, RoundPlan, SampledSource
 
 
 class Letters:
@@ -202,8 +203,21 @@ class Mute(Engine):
         return [[] for _ in prompts]
 
 
+class Offset(InProcessEngine):
+    """An engine whose log-probs are those of another function."""
+
+    def build(self, tokenizer, policy):
+        engine = super().build(tokenizer, policy)
+        generate = engine.generate
+        engine.generate = lambda *args: [  # type: ignore[method-assign]
+            [replace(sample, logps=[logp - 0.3 for logp in sample.logps]) for sample in samples]
+            for samples in generate(*args)
+        ]
+        return engine
+
+
 @contextmanager
 def sampled_source(plan: RoundPlan, folder: Path) -> Iterator[SampledSource]:
     """The source of a plan in one process, of whose rounds none is sampled yet."""
     with process_group(torch.device("cpu")):
-        yield SampledSource(plan, Mute(), MeanToken(), lambda groups: groups, lambda round: None, str(folder), 8)
+        yield SampledSource(plan, Mute(), MeanToken(), lambda groups: groups, lambda round: None, str(folder), 8, 1.0)

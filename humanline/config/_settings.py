@@ -1,5 +1,6 @@
 """The top-level keys of a training config, checked before anything is built."""
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args
 
@@ -59,6 +60,10 @@ class Settings:
     """What trained weights and optimizer states are kept in: ``fp32`` or ``bf16``. ``bf16`` halves their memory and
     needs an optimizer with stochastic rounding, such as ``humanline.training.StochasticAdamW``: rounding to nearest
     would lose most updates."""
+
+    temperature: float | None = None
+    """Divides the logits of policy and reference before log-probs are taken. None uses ``source.temperature``, so that
+    the probabilities are those that responses are drawn with, and 1 for a dataset."""
 
     seed: int = 0
     """Seed of the data order and of every random generator. An optimizer with a seed of its own needs it, too:
@@ -253,6 +258,8 @@ class Settings:
         modes = self.best_checkpoint_mode in ("max", "min")
         self._check("best_checkpoint_mode", modes, "max or min")
         self._check_best_checkpoint_metric()
+        divisor = self.temperature
+        self._check("temperature", divisor is None or 0 < divisor < math.inf, "a number above 0, or null")
         limit = self.clip_grad_norm
         self._check("clip_grad_norm", limit is None or limit > 0, "a norm above 0 or null", "; null only measures it")
         offload = self.enable_activation_offloading

@@ -78,6 +78,7 @@ class Rows:
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
     _labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
     _advantages: Tensor | None  # [B] float32; None if a group has none
+    sampler_logps: Tensor | None  # [N] float32, the engine's log-probs of the targets; None if a response has none
     num_tokens: int  # input tokens, without padding
     longest: int  # input tokens of the longest prompt with one response
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -295,9 +296,17 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         mask=torch.arange(int(lengths.max())) < lengths[:, None],
         _labels=_of_responses([group.labels for group in laid], torch.bool),
         _advantages=_of_responses([group.advantages for group in laid], torch.float32),
+        sampler_logps=_sampler_logps(laid),
         num_tokens=sum(segment.tokens for row in rows for segment in row),
         longest=int(positions.max()) + 1,
     )
+
+
+def _sampler_logps(groups: Sequence[Group]) -> Tensor | None:
+    """Returns the engine's log-probs of all response tokens, in order; None if a response has none."""
+    given = [logps for group in groups for logps in group.logps or [None]]
+    known = [logps for logps in given if logps is not None]
+    return None if len(known) < len(given) else torch.tensor([logp for logps in known for logp in logps])
 
 
 def _of_responses(values: Sequence[Sequence[float] | None], dtype: torch.dtype) -> Tensor | None:

@@ -17,10 +17,10 @@ from humanline.models._adapter import (
 from humanline.models._build import build_model, design_model, full_state_dict, mesh_of
 from humanline.models._check_function import check_function, differences, fitting_builders, set_windows
 from humanline.models._load import check_architecture, drop_tied_output, fill_rotary_tables, load_decoder
-from humanline.models._log_probs import logits_as_on, token_log_probs
+from humanline.models._log_probs import logits_as_on, token_log_probs, token_log_probs_and_entropy
 from humanline.models._lora_arguments import check_arguments
 from humanline.models._measure import Built, measure
-from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs
+from humanline.models._policy import LogProbDecoder, fixed_log_probs, log_probs, log_probs_and_entropy
 from humanline.models._published import FAMILIES, Published, read_published
 from humanline.models._second_opinion import second_opinion
 from humanline.models._shard import local_shard
@@ -54,6 +54,7 @@ __all__ = [
     "load_decoder",
     "local_shard",
     "log_probs",
+    "log_probs_and_entropy",
     "logits_as_on",
     "lora_smollm2_135m",
     "measure",
@@ -67,6 +68,7 @@ __all__ = [
     "set_windows",
     "smollm2_135m",
     "token_log_probs",
+    "token_log_probs_and_entropy",
     "trainable_parameters",
     "whole_weights",
 ]

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
-from humanline.models._log_probs import token_log_probs
+from humanline.models._log_probs import token_log_probs, token_log_probs_and_entropy
 from humanline.torchtune_seam.internals import Mask
 
 
@@ -24,6 +25,7 @@ class LogProbDecoder(nn.Module):
 
     Attributes:
         compute_dtype (torch.dtype): dtype of the forward pass; parameters kept in another dtype are cast to it.
+        temperature (float): divides the logits of log-probs, after a soft-cap. 1 until it is set.
 
     Raises:
         ConfigError: if the attention or the output layer is of another type.
@@ -57,6 +59,7 @@ class LogProbDecoder(nn.Module):
         self.windows: list[int | None] = [getattr(layer.attn, "sliding_window", None) for layer in decoder.layers]
         self.max_seq_len = decoder.max_seq_len
         self.compute_dtype = next(decoder.parameters()).dtype
+        self.temperature = 1.0
 
     def forward(
         self,
@@ -66,7 +69,8 @@ class LogProbDecoder(nn.Module):
         positions: Tensor,
         predictors: Tensor,
         targets: Tensor,
-    ) -> Tensor:
+        with_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             tokens (Tensor): token ids, int64 ``[R, L]``.
@@ -76,16 +80,19 @@ class LogProbDecoder(nn.Module):
             predictors (Tensor): indices of the hidden states that predict the targets, int64 ``[N]`` into the flattened
                 ``[R * L]``.
             targets (Tensor): the predicted token ids, int64 ``[N]``.
+            with_entropy (bool): whether to return the entropies of the predicting distributions too.
 
         Returns:
-            Tensor: log-probs of ``targets`` in nats, float32 ``[N]``.
+            Tensor | tuple[Tensor, Tensor]: log-probs of ``targets`` in nats, float32 ``[N]``; with ``with_entropy``
+            also entropies in nats, float32 ``[N]``, without gradient.
         """
         hidden = self.tok_embeddings(tokens)
         for layer, window in zip(self.layers, self.windows, strict=True):
             hidden = layer(hidden, mask=masks[window], input_pos=positions)
         # Only rows that predict a response token are normalised and projected.
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
-        return token_log_probs(hidden, self._output_weight(), targets, self.soft_cap)
+        head = token_log_probs_and_entropy if with_entropy else token_log_probs
+        return head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Computes logits, float32 ``[B, S, V]``, from hidden states of the last layer, ``[B, S, D]``."""
@@ -113,5 +120,26 @@ def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
 
 def log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
     """Computes the log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
+    found: Tensor = model(**_inputs(model, rows))
+    return found
+
+
+def log_probs_and_entropy(model: LogProbDecoder, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Computes :func:`log_probs`, and the entropies of the distributions of these tokens.
+
+    Returns:
+        tuple[Tensor, Tensor]: log-probs in nats, float32 ``[N]``; entropies in nats, float32 ``[N]``, without gradient.
+    """
+    found: tuple[Tensor, Tensor] = model(**_inputs(model, rows), with_entropy=True)
+    return found
+
+
+def _inputs(model: LogProbDecoder, rows: Rows) -> dict[str, Any]:
     masks = {window: rows.attention_mask(window) for window in set(model.windows)}
-    return model(rows.tokens, masks=masks, positions=rows.positions, predictors=rows.predictors, targets=rows.targets)
+    return {
+        "tokens": rows.tokens,
+        "masks": masks,
+        "positions": rows.positions,
+        "predictors": rows.predictors,
+        "targets": rows.targets,
+    }

@@ -14,8 +14,8 @@ from humanline.rollout._sampling import SamplingParams
 class Completion:
     """One sampled response. If ``finish_reason`` is "stop", its last token is the stop token, as training expects.
 
-    ``logps`` are the tokens' log-probs under the model at temperature 1, nats; None if the engine has none. Completions
-    with the same tokens compare equal, because their log-probs are equal up to rounding.
+    ``logps`` are the tokens' log-probs, nats, at :meth:`Engine.logps_temperature`; None if the engine has none.
+    Completions with the same tokens compare equal, because their log-probs are equal up to rounding.
     """
 
     tokens: list[int]
@@ -65,6 +65,10 @@ class Engine(ABC):
             params (SamplingParams): the sampling settings.
             seeds (Sequence[int]): the seed of each prompt's draws.
         """
+
+    def logps_temperature(self, params: SamplingParams) -> float | None:
+        """Returns the temperature that divides the logits of the completions' ``logps``; None if it is not known."""
+        return params.temperature
 
     def ready(self) -> None:
         """Waits until the engine can sample. Called on rank 0, while the other ranks wait."""

@@ -61,6 +61,8 @@ class HTTPEngine(EngineSettings):
             cache loaded weights by path); None writes none, and the server keeps its weights.
         reload_url (str | None): the URL at which new weights are announced to the server; None announces none, for a
             server that loads weights by the folder's name.
+        logprobs_mode (str): the log-probs that the server returns: ``raw_logprobs``, at temperature 1, or
+            ``processed_logprobs``, at the sampling temperature. vLLM has an option of the same name.
 
     Raises:
         ConfigError: if a setting is invalid.
@@ -76,6 +78,7 @@ class HTTPEngine(EngineSettings):
     wait: float | None = None
     weights_dir: str | None = None
     reload_url: str | None = None
+    logprobs_mode: str = "raw_logprobs"
 
     def __post_init__(self) -> None:
         for key, url in (("base_url", self.base_url), ("reload_url", self.reload_url or self.base_url)):
@@ -85,6 +88,10 @@ class HTTPEngine(EngineSettings):
         for key, value, least in (("retries", self.retries, 0), ("max_concurrency", self.max_concurrency, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"engine.{key}: expected a whole number of at least {least}, got {value!r}")
+        if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+            raise ConfigError(
+                f"engine.logprobs_mode: expected raw_logprobs or processed_logprobs, got {self.logprobs_mode!r}"
+            )
         if self.timeout <= 0:
             raise ConfigError(f"engine.timeout: expected more than 0 seconds, got {self.timeout!r}")
         if self.wait is not None and self.wait < 0:
@@ -127,7 +134,7 @@ class ServerEngine(Engine):
             headers["Authorization"] = f"Bearer {os.environ[settings.api_key_env]}"
         self.weights_dir = None if settings.weights_dir is None else Path(settings.weights_dir)
         self._url, self._reload_url, self._model = settings.base_url.rstrip("/"), settings.reload_url, settings.model
-        self._retries = settings.retries
+        self._retries, self._logprobs_mode = settings.retries, settings.logprobs_mode
         self._max_concurrency = settings.max_concurrency
         self._tokenizer, self._rows = tokenizer, rows
         ids = token_ids(tokenizer)
@@ -284,6 +291,11 @@ class ServerEngine(Engine):
             )
         rows = [drawn[i : i + count] for i in range(0, len(drawn), count)]
         return [[completion for completion in row if completion is not None] for row in rows]
+
+    def logps_temperature(self, params: SamplingParams) -> float | None:
+        if self._logprobs_mode == "raw_logprobs":
+            return 1.0
+        return params.temperature if params.top_p == 1 else None  # servers renormalise what top_p leaves
 
     def stop(self) -> None:
         """Ends sampling permanently; calls in progress raise :class:`~humanline.rollout.Stopped`."""

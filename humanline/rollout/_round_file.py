@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,16 @@ class Round:
     Attributes:
         groups (list[Group]): scored groups; in an empty round the last responses, for inspection.
         policy_step (int): optimizer steps that the sampling policy had taken.
+        temperature (float | None): the temperature of sampling; None if the file does not say.
+        logps_temperature (float | None): the temperature of the groups' ``logps``; None if it is not known.
         empty (bool): whether the objective can learn from none of the groups.
         metrics (dict[str, float]): the round's values for the log.
     """
 
     groups: list[Group]
     policy_step: int
+    temperature: float | None = None
+    logps_temperature: float | None = None
     empty: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +65,7 @@ def write_round(file: Path, found: Round, dates: Mapping[str, str]) -> None:
     of_line = {"policy_step": found.policy_step} | ({"empty": True} if found.empty else {})
     # A resumed run logs the same values, except for the time, which is not reproducible.
     of_round: dict[str, Any] = of_line | {"metrics": {k: v for k, v in found.metrics.items() if k != "rounds/seconds"}}
+    of_round |= {"temperature": found.temperature, "logps_temperature": found.logps_temperature}
     if dates:
         of_round["dates"] = dict(dates)
     with open(partial, "w") as lines:
@@ -114,11 +120,13 @@ def read_round(file: Path, tokenizer: Any) -> Round:
                 record = Record(f"line {number}", row, {})
                 prompt, responses = record.ids("prompt", size), record.id_lists("responses", size)
                 scores = record.scores("scores", len(responses))
-                groups.append(Group(prompt, responses, scores, id=row["id"]))
+                logps = tuple(each and array("f", each) for each in row["logps"]) if row.get("logps") else None
+                groups.append(Group(prompt, responses, scores, id=row["id"], logps=logps))
         first = rows[0]
         metrics = first.get("metrics", {})
         metrics = metrics and metrics | {"rounds/seconds": 0.0}
-        return Round(groups, first["policy_step"], first.get("empty", False), metrics)
+        temperatures = first.get("temperature"), first.get("logps_temperature")
+        return Round(groups, first["policy_step"], *temperatures, empty=first.get("empty", False), metrics=metrics)
     except DataError as error:
         raise _unreadable(file, str(error)) from None
     except (OSError, LookupError, TypeError, ValueError) as error:

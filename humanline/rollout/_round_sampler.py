@@ -84,7 +84,10 @@ class RoundSampler:
             if not usable and self.empty_rounds.are_all_right(scores_of(list(answered.values()))):
                 break
         kept = usable or answered  # an empty round keeps its last responses, for inspection
-        found = Round([kept[prompt] for prompt in chosen if prompt in kept], policy_step, empty=not usable)
+        groups = [kept[prompt] for prompt in chosen if prompt in kept]
+        params = self.plan.params
+        temperatures = params.temperature, self.engine.logps_temperature(params)
+        found = Round(groups, policy_step, *temperatures, empty=not usable)
         found.metrics = {
             "rounds/reward": math.fsum(rewards),
             "rounds/responses": len(rewards),
@@ -94,9 +97,10 @@ class RoundSampler:
             "rounds/seconds": time.perf_counter() - start,
         }
         if dist.get_rank() == 0:
+            mean = math.fsum(rewards) / len(rewards) if rewards else math.nan
             log.info(
                 f"round {round}: {sampled} prompts x {self.plan.params.samples_per_prompt}, mean reward "
-                f"{found.metrics['rounds/reward']:.3f}, {len(chosen) - len(usable)} prompts left out"
+                f"{mean:.3f}, {len(chosen) - len(usable)} prompts left out"
             )
         return found
 

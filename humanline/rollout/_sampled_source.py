@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ class SampledSource(Source):
             the round's number.
         output_dir (str): the run's folder; rounds are files in ``output_dir/rounds``.
         total_steps (int): optimizer steps of the run.
+        temperature (float): the temperature of the trainer's log-probs.
 
     Raises:
         DataError: if the reward cannot score the responses to a prompt.
@@ -55,8 +57,10 @@ class SampledSource(Source):
         hand_over: Callable[[int], None],
         output_dir: str,
         total_steps: int,
+        temperature: float,
     ) -> None:
         self.plan, self.derive, self.hand_over, self.total_steps = plan, derive, hand_over, total_steps
+        self.temperature = temperature
         self.groups_per_step, self.steps_per_epoch = plan.groups_per_step, plan.steps_per_epoch
         self.folder = Path(output_dir) / "rounds"
         read = {"tokenizer.date": getattr(plan.tokenizer, "date", None), "reward.date": getattr(reward, "date", None)}
@@ -68,9 +72,16 @@ class SampledSource(Source):
         # server for a long time.
         self.ranks = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.sampler = RoundSampler(plan, engine, reward, derive, self.empty_rounds, self.ranks)
+        of_engine = engine.logps_temperature(plan.params)
+        if of_engine != temperature and dist.get_rank() == 0:
+            log.info(
+                f"source: log-probs of the engine are at temperature {of_engine or 'unknown'}, those of training at "
+                f"{temperature}; their mismatch is not logged (docs/rollouts.md)"
+            )
         self._round: int | None = None
         self._policy_step = 0
         self._groups: list[Group] = []
+        self._logps_temperature: float | None = None
         self._unlogged: list[dict[str, float]] = []  # rounds since the last log entry; saved in checkpoints
         self._ahead: Future[Round] | None = None
 
@@ -86,6 +97,9 @@ class SampledSource(Source):
         least = accumulation * max(self.plan.steps.world_size, 2)
         count = min(self.groups_per_step, max(len(self._groups), least))
         groups = [self._groups[i % len(self._groups)] for i in range(index * count, (index + 1) * count)]
+        # The engine's log-probs are compared with the trainer's, which is meaningful only for the policy that sampled.
+        if step - 1 != self._policy_step or self._logps_temperature != self.temperature:
+            groups = [replace(group, logps=None) for group in groups]
         bounds = [count * i // accumulation for i in range(accumulation + 1)]
         return [groups[start:end] for start, end in pairwise(bounds)]
 
@@ -167,6 +181,7 @@ class SampledSource(Source):
             order = self.plan.order(len(usable), stream_seed("groups of a round", self.plan.steps.seed, round))
             self._groups = [usable[i] for i in order]
         self._round, self._policy_step = round, found.policy_step
+        self._logps_temperature = found.logps_temperature
         next_step = (round + 1) * self.plan.every + 1
         self.empty_rounds.note(round, found.scores, found.empty)
         if found.empty and dist.get_rank() == 0:

@@ -187,7 +187,7 @@ class TorchtuneEngine:
         logits = self._model.unembed(self._hidden(tokens, step.positions[:, None])).squeeze(1)
         uniforms = torch.tensor([1 - row.rng.random() for row in rows], dtype=torch.float32, device=self._device)
         drawn = draw(self._drawable(logits), uniforms, temperature=params.temperature, top_p=params.top_p)
-        logps = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
+        logps = (logits / (params.temperature or 1.0)).log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
         for row, token, logp in zip(rows, drawn.tolist(), logps.tolist(), strict=True):
             row.tokens.append(token)
             row.logps.append(logp)

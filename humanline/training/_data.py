@@ -109,8 +109,20 @@ class Data:
         engine = self.engine.build(self.tokenizer, policy)
         hand_over = HandOver(engine, weights_out, output_dir)
         return SampledSource(
-            self.known, engine, self.reward, self.objective.examples, hand_over, output_dir, self.total_steps
+            self.known,
+            engine,
+            self.reward,
+            self.objective.examples,
+            hand_over,
+            output_dir,
+            self.total_steps,
+            self.environment.temperature,
         )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the policy samples the groups."""
+        return isinstance(self.known, RoundPlan)
 
     def left_out(self) -> list[str]:
         """Returns a log line for each reason why groups are in no step."""

@@ -30,6 +30,7 @@ class Environment:
         world_size (int): number of ranks.
         mesh (DeviceMesh | None): ranks to shard over; None for one process with plain tensors.
         restarted (bool): whether torchrun has started this run before; then it resumes automatically.
+        temperature (float): divides the logits of all log-probs in training and evaluation.
         resume_from (bool | str): the checkpoint to resume from, in the form of ``resume_from_checkpoint``.
         at_exit (ExitStack): closes what the run holds open, such as its logger; see :meth:`close`.
     """
@@ -40,6 +41,7 @@ class Environment:
     world_size: int
     mesh: DeviceMesh | None
     restarted: bool
+    temperature: float
     resume_from: bool | str
     at_exit: ExitStack = field(default_factory=ExitStack)
 
@@ -70,12 +72,22 @@ class Environment:
             world_size=dist.get_world_size(),
             mesh=mesh_of(device, settings.data_parallel_replicate_dim) if sharded else None,
             restarted=restarted,
+            temperature=_temperature(cfg, settings),
             resume_from=_resume_from(settings, restarted),
         )
 
     def close(self) -> None:
         """Closes what the run holds open, however far its set-up came."""
         self.at_exit.close()
+
+
+def _temperature(cfg: DictConfig, settings: Settings) -> float:
+    if settings.temperature is not None:
+        return settings.temperature
+    of_source = cfg.source.get("temperature") if is_given(cfg, "source") else None
+    return (
+        of_source if isinstance(of_source, int | float) and of_source > 0 else 1.0
+    )  # the source refuses another value
 
 
 def _check_components(cfg: DictConfig) -> None:

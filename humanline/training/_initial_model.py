@@ -110,13 +110,14 @@ class InitialModel:
         precision = f"{settings.dtype} {settings.master_dtype} {torch.get_float32_matmul_precision()}"
         code = code_digest(self.cfg.model._component_)
         facts = f"{code} {device.type} {name} {precision} compiled {settings.compile}"
+        facts += f" temperature {self.environment.temperature}"
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _build(
         self, weights: dict[str, Tensor] | None, param_dtype: str, activation_checkpointing: bool
     ) -> LogProbDecoder:
         settings = self.environment.settings
-        return build_model(
+        model = build_model(
             lambda: build_decoder(self.cfg),
             weights,
             mesh=self.mesh,
@@ -126,6 +127,8 @@ class InitialModel:
             activation_checkpointing=activation_checkpointing,
             compile=settings.compile,
         )
+        model.temperature = self.environment.temperature
+        return model
 
     def _check_export(self) -> None:
         settings = self.environment.settings

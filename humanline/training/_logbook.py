@@ -15,6 +15,9 @@ from humanline.training._metrics import MetricSums
 
 log = utils.get_logger("INFO")
 
+LARGEST_MISMATCH = 0.1
+"""Nats; the mean difference of log-probs that rounding in bf16 explains is a tenth of this."""
+
 _SHOWN = {
     "loss": "loss",
     "rewards/margins": "margin",
@@ -49,6 +52,7 @@ class Logbook:
         self.logger: Any = component(cfg, "metric_logger") if self.rank == 0 else None
         if self.logger is not None:
             self.logger.log_config(cfg)
+        self._has_warned = False
         self._open = ExitStack()
         self._bar: tqdm[Any] = tqdm(disable=True)
 
@@ -74,6 +78,7 @@ class Logbook:
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
             metrics |= training.get_memory_stats(device=self.device)
         self.write(step, metrics)
+        self._warn_of_mismatch(metrics)
         postfix = {label: f"{metrics[name]:.4g}" for name, label in _SHOWN.items() if name in metrics}
         self._bar.set_postfix(postfix, refresh=False)
         if self.collapse is None or not {self.signal, "kl"} <= metrics.keys():
@@ -103,3 +108,15 @@ class Logbook:
             self.logger.close()
         except OSError as error:  # such as a full disk, which was logged at each step
             log.error(f"metric_logger: could not be closed: {error}")
+
+    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        """Warns once if the log-probs of engine and trainer differ by more than rounding explains."""
+        mean = metrics.get("mismatch/mean", 0.0)
+        if self.rank != 0 or self._has_warned or mean <= LARGEST_MISMATCH:
+            return
+        self._has_warned = True
+        log.warning(
+            f"the engine's log-probs differ from the trainer's by {mean:.3g} nats a token in the mean (mismatch/mean): "
+            "they compute different functions. Check that the server has loaded the round's weights, its dtype and "
+            "context length, and engine.logprobs_mode"
+        )

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from humanline.data import best_and_worst
+from humanline.data import Rows, best_and_worst
 from humanline.losses import PerceptualLoss, token_kl, token_log_ratio, unclamped
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
@@ -25,6 +25,29 @@ def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, 
     """
     log_ratio = token_log_ratio(policy.detach(), reference, mask)
     return {"kl": (token_kl(log_ratio).sum(), mask.sum()), "unclamped": unclamped(log_ratio, mask, *loss.bounds)}
+
+
+def mismatch_metrics(policy_logps: Tensor, rows: Rows) -> Metrics:
+    """Compares the policy's log-probs with those of the engine that sampled the responses.
+
+    With ``d`` the policy's log-prob of a token less the engine's, ``mismatch/mean`` is the mean of ``|d|``,
+    ``mismatch/large`` the share of tokens with ``|d|`` above 0.1 nats, and ``mismatch/kl`` the mean of
+    ``exp(d) - d - 1``, an estimate of the KL of engine to policy. There is none if the rows have no log-probs of the
+    engine, or the policy has changed since.
+
+    Args:
+        policy_logps (Tensor): log-probs of the pass's response tokens under the policy, nats, ``[N]``.
+        rows (Rows): the pass.
+    """
+    if rows.sampler_logps is None:
+        return {}
+    difference = policy_logps.detach() - rows.sampler_logps
+    count, size = len(difference), difference.abs()
+    return {
+        "mismatch/mean": (size.sum(), count),
+        "mismatch/large": ((size > 0.1).sum(), count),
+        "mismatch/kl": (token_kl(-difference).sum(), count),
+    }
 
 
 def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:

@@ -27,7 +27,7 @@ from humanline.training._data import Data
 from humanline.training._environment import Environment
 from humanline.training._held_out import HeldOut
 from humanline.training._logbook import Logbook
-from humanline.training._metrics import Metrics, MetricSums
+from humanline.training._metrics import Metrics, MetricSums, mismatch_metrics
 from humanline.training._non_finite import NonFinite
 from humanline.training._saves import Saves
 from humanline.training._stop_request import StopRequest
@@ -174,19 +174,32 @@ class Run:
             torch.manual_seed(stream_seed("dropout", self.settings.seed, self.step, self.rank))
             yield self.step, batch
 
-    def note(self, rows: Rows, weight: int, log_ratio: Tensor, loss: Tensor, metrics: Metrics) -> None:
+    def note(
+        self,
+        rows: Rows,
+        weight: int,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        entropy: Tensor,
+        loss: Tensor,
+        metrics: Metrics,
+    ) -> None:
         """Records the metrics of a pass, and any non-finite values in it.
 
         Args:
             rows (Rows): the pass.
             weight (int): 0 if the pass only matches another rank's pass.
-            log_ratio (Tensor): the log-ratio of its response tokens, nats, ``[N]``.
+            policy_logps (Tensor): log-probs of its response tokens under the policy, nats, ``[N]``.
+            reference_logps (Tensor): the same under the reference, ``[N]``.
+            entropy (Tensor): entropy of the policy at these tokens, nats, ``[N]``.
             loss (Tensor): its part of the batch's loss, scalar.
             metrics (Metrics): its metrics, each a sum and a count.
         """
-        self.non_finite.watch(rows, log_ratio, loss)
+        self.non_finite.watch(rows, policy_logps - reference_logps, loss)
         if weight:
-            self._sums.add(metrics | {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)})
+            of_tokens = {"entropy": (entropy.sum(), len(entropy)), **mismatch_metrics(policy_logps, rows)}
+            of_pass: Metrics = {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)}
+            self._sums.add(metrics | of_tokens | of_pass)
 
     def is_sound(self, grad_norm: Tensor) -> bool:
         """Returns whether the step has groups, and finite loss and gradient on all ranks. Collective, once per step.
@@ -369,6 +382,7 @@ def _position(
         "reference": str(cfg.reference._component_).rpartition(".")[2],
         "sync_every": reference.sync_every,
         "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "temperature": None if environment.temperature == 1 or data.is_sampled else environment.temperature,
         "sliding windows": policy.windows if any(policy.windows) else None,
         "loss": data.objective.settings(),
     }
