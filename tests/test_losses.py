@@ -181,9 +181,14 @@ def test_grpo_aggregations_differ_in_what_they_take_the_mean_of():
     advantages = torch.tensor([1.0, -1.0])
     # Tokens of ratio 1 lose -A; the last one has ratio exp(-1), held at 0.8 where its advantage is negative.
     losses = {name: HumanlineGRPOLoss(beta=0.0, aggregation=name) for name in ("token", "sequence", "dapo")}
+    losses["fixed"] = HumanlineGRPOLoss(beta=0.0, aggregation="fixed", fixed_length=5)
     value = {name: loss(policy, reference, mask, advantages).item() for name, loss in losses.items()}
     assert value["token"] == value["dapo"] == pytest.approx((-3 + 0.8) / 4)
     assert value["sequence"] == pytest.approx((-1 + 0.8) / 2)
+    assert value["fixed"] == pytest.approx((-3 + 0.8) / 5 / 2)
+    lengths = [[3, 1, 0], [4]]  # of two microbatches
+    divisors = {name: loss.divisors(lengths) for name, loss in losses.items()}
+    assert divisors == {"token": [8, 8], "dapo": [8, 8], "sequence": [4, 2], "fixed": [4, 2]}
     halves = [
         losses["dapo"].total(policy[i : i + 1], reference[:1], mask[i : i + 1], advantages[i : i + 1]) for i in (0, 1)
     ]
@@ -220,6 +225,52 @@ def test_advantages_are_centred_and_scaled_within_each_group(pairs, shift):
         ours, theirs = advantages[groups == group].double(), scores[groups == group]
         expected = (theirs - theirs.mean()) / (theirs.std(correction=0) + 0.01)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.floats(-10, 10)), min_size=1, max_size=20),
+    st.sampled_from(["population", "sample", "none"]),
+    st.sampled_from([0.01, 1e-4, 1.0]),
+)
+def test_advantages_divide_by_the_chosen_standard_deviation(pairs, std, eps):
+    groups, scores = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    found = HumanlineGRPOLoss(advantage_std=std, advantage_eps=eps).advantages(scores.double(), groups)
+    for group in groups.unique():
+        mine = [score for g, score in pairs if g == group]
+        mean = math.fsum(mine) / len(mine)
+        squares = math.fsum((score - mean) ** 2 for score in mine)
+        by = {
+            "population": math.sqrt(squares / len(mine)) + eps,
+            "sample": math.sqrt(squares / max(1, len(mine) - 1)) + eps,
+            "none": 1,
+        }[std]
+        expected = [(score - mean) / by for score in mine]
+        assert found[groups == group].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("std", ["population", "sample", "none"])
+def test_groups_of_one_and_of_equal_scores_have_no_advantage(std):
+    scores, groups = torch.tensor([3.0, 5.0, 5.0]), torch.tensor([0, 1, 1])
+    assert group_advantages(scores, groups, eps=0.0, std=std).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aggregation": "mean"}, "loss.aggregation: expected token, sequence, dapo or fixed, got 'mean'"),
+        (
+            {"aggregation": "fixed"},
+            "loss.fixed_length: expected the maximum length of a response, tokens with aggregation",
+        ),
+        ({"fixed_length": 2048}, "loss.fixed_length: expected null with aggregation: token, got 2048"),
+        ({"aggregation": "fixed", "fixed_length": 0}, "loss.fixed_length: expected at least 1 token, got 0"),
+        ({"advantage_std": "group"}, "loss.advantage_std: expected population, sample or none, got 'group'"),
+        ({"advantage_eps": -0.1}, "loss.advantage_eps: got -0.1, expected a number of at least 0"),
+    ],
+)
+def test_a_variant_of_grpo_that_does_not_exist_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        HumanlineGRPOLoss(**settings)
 
 
 def losses_of(settings):
@@ -384,7 +435,7 @@ def test_contradictory_perception_is_refused_by_every_loss(loss, settings, messa
         (HumanlineGRPOLoss, {"beta": -0.1}, "loss.beta: got -0.1, expected a number of at least 0"),
         (HumanlineGRPOLoss, {"epsilon_low": 1.0}, "loss.epsilon_low: got 1.0, expected a number in (0, 1)"),
         (HumanlineGRPOLoss, {"epsilon_high": math.inf}, "loss.epsilon_high: got inf, expected a number above 0"),
-        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: expected token, sequence or dapo, got 'mean'"),
+        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: expected token, sequence, dapo or fixed, got 'mean'"),
     ],
 )
 def test_kto_and_grpo_refuse_what_cannot_work_by_name(loss, settings, message):

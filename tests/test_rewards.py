@@ -359,20 +359,22 @@ def test_an_empty_answer_after_the_mark_is_named(reward):
 # ---- The form
 
 FORM = "<think>I think.</think> <answer>4</answer>"
+LINES = "<think>\nI think.\n</think>\n<answer>\n4\n</answer>"
 
 
 @pytest.mark.parametrize(
     ("response", "form", "tags"),
     [
-        (FORM, 1, 1),
-        ("<think>\nI\nthink.\n</think>\n\n<answer>\n4\n</answer>\n", 1, 1),
-        (FORM + " Done.", 0, 1),
-        ("Well. " + FORM, 0, 1),
-        ("<answer>4</answer> <think>I think.</think>", 0, 1),
-        ("<think>I think.</think> so <answer>4</answer>", 0, 1),
-        ("<think>I think.</think> <answer>4", 0, 0.75),
-        ("<think>I think.</think> <think>More.</think> <answer>4</answer>", 0, 0.5),
-        (FORM + FORM, 0, 0),
+        (LINES, 1, 1),
+        (LINES + "\nDone.", 1, 1),
+        (LINES + " Done.", 0, 1),
+        ("Well. " + LINES, 0, 1),
+        ("<think>\n\n</think>\n<answer>\n\n</answer>", 1, 1),
+        ("<think>\nI\nthink.\n</think>\n\n<answer>\n4\n</answer>", 0, 1),
+        ("<answer>\n4\n</answer>\n<think>\nI think.\n</think>\n", 0, 0.75),
+        ("<think>\nI think.\n</think>\n<answer>\n4", 0, 0.75),
+        (LINES + "\n" + LINES, 1, 0),
+        (FORM, 0, 0),
         ("4", 0, 0),
         ("", 0, 0),
     ],
@@ -382,13 +384,11 @@ def test_form_and_tags(response, form, tags):
     assert score(TagCountReward(), None, response) == tags
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "\n", "a"])))
-def test_a_response_of_the_form_has_all_its_tags_once(parts):
+@given(st.lists(st.sampled_from(["<think>\n", "\n</think>\n", "<answer>\n", "\n</answer>", "\n", "a"])))
+def test_tags_are_counted_on_lines_of_their_own(parts):
     response = "".join(parts)
-    assert score(FormatReward(), None, response) <= score(TagCountReward(), None, response)
-    tags = [part for part in parts if part not in ("\n", "a")]
-    counts = [tags.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
-    assert score(TagCountReward(), None, response) == counts.count(1) / 4
+    tags = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+    assert score(TagCountReward(), None, response) == sum(response.count(tag) == 1 for tag in tags) / 4
 
 
 def test_open_r1_s_reward_is_the_weighted_sum():

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ class HumanlineGRPOLoss(PerceptualLoss):
         epsilon_high (float): with a positive advantage, ratios above ``1 + epsilon_high`` are clipped; > 0.
         aggregation (str): terms of the loss's mean. ``token``: the microbatch's tokens; ``sequence``: its responses,
             each the mean of its tokens; ``dapo``: the tokens of the optimizer step's whole batch
-            (https://arxiv.org/abs/2503.14476).
+            (https://arxiv.org/abs/2503.14476); ``fixed``: its responses, each the sum of its tokens divided by
+            ``fixed_length`` (Dr. GRPO, https://arxiv.org/abs/2503.20783).
+        fixed_length (int | None): with ``fixed``, tokens, such as the maximum length of a response; otherwise null.
+        advantage_std (str): the standard deviation that divides advantages: ``population``, ``sample`` (with one
+            response less in its denominator, as in TRL), or ``none`` for no division (Dr. GRPO).
+        advantage_eps (float): is added to the standard deviation, in the unit of the scores; >= 0.
         perception (str): how bounds apply. ``clip`` clamps each token's log-ratio to them; ``sample`` detaches tokens
             by humanline sampling around them; ``none`` ignores them.
         gamma_P (float | None): shape of ``B_P ~ Beta(gamma_P, 1)``, > 0; required with ``sample`` and ``log_eps_P``,
@@ -49,6 +55,9 @@ class HumanlineGRPOLoss(PerceptualLoss):
         epsilon_low: float = 0.2,
         epsilon_high: float = 0.2,
         aggregation: str = "token",
+        fixed_length: int | None = None,
+        advantage_std: str = "population",
+        advantage_eps: float = 0.01,
         perception: str = "clip",
         gamma_P: float | None = None,
         gamma_R: float | None = None,
@@ -57,12 +66,25 @@ class HumanlineGRPOLoss(PerceptualLoss):
         check_number("beta", beta, lambda beta: beta >= 0, "of at least 0; 0.01 is a common value, 0 turns the KL off")
         check_number("epsilon_low", epsilon_low, lambda eps: 0 < eps < 1, "in (0, 1); 0.2 is a common value")
         check_number("epsilon_high", epsilon_high, lambda eps: eps > 0, "above 0; 0.2 is a common value")
-        if aggregation not in ("token", "sequence", "dapo"):
-            raise ConfigError(f"loss.aggregation: expected token, sequence or dapo, got {aggregation!r}")
+        if aggregation not in _AGGREGATIONS:
+            raise ConfigError(f"loss.aggregation: expected {_one_of(_AGGREGATIONS)}, got {aggregation!r}")
+        if (fixed_length is not None) != (aggregation == "fixed"):
+            expected = "the maximum length of a response, tokens" if aggregation == "fixed" else "null"
+            raise ConfigError(
+                f"loss.fixed_length: expected {expected} with aggregation: {aggregation}, got {fixed_length!r}"
+            )
+        if fixed_length is not None and (isinstance(fixed_length, bool) or not fixed_length >= 1):
+            raise ConfigError(f"loss.fixed_length: expected at least 1 token, got {fixed_length!r}")
+        if advantage_std not in _STDS:
+            raise ConfigError(f"loss.advantage_std: expected {_one_of(_STDS)}, got {advantage_std!r}")
+        check_number("advantage_eps", advantage_eps, lambda eps: eps >= 0, "of at least 0; 0.01 and 1e-4 are common")
         self.beta = beta
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
         self.aggregation = aggregation
+        self.fixed_length = fixed_length
+        self.advantage_std = advantage_std
+        self.advantage_eps = advantage_eps
 
     def forward(
         self,
@@ -78,7 +100,7 @@ class HumanlineGRPOLoss(PerceptualLoss):
             policy_logps (Tensor): token log-probs of the responses under the policy, nats, ``[B, S]``.
             reference_logps (Tensor): the same under the reference, ``[B, S]``.
             mask (Tensor): True at response tokens, bool ``[B, S]``.
-            advantages (Tensor): one per response, ``[B]``, such as from :func:`group_advantages`.
+            advantages (Tensor): one per response, ``[B]``, such as from :meth:`advantages`.
             draws (Tensor | None): with ``sample``, uniforms in [0, 1), ``[2, B, S]``; None draws them here.
 
         Returns:
@@ -97,8 +119,8 @@ class HumanlineGRPOLoss(PerceptualLoss):
     ) -> Tensor:
         """Computes the sum that :meth:`forward` divides to a mean, for a part of a microbatch.
 
-        The sum is over tokens; with ``sequence`` over responses, each the mean of its tokens. The arguments are those
-        of :meth:`forward`.
+        The sum is over tokens; with ``sequence`` and ``fixed`` over responses, each the sum of its tokens divided by
+        its length or ``fixed_length``. The arguments are those of :meth:`forward`.
 
         Returns:
             Tensor: the sum, float32 scalar.
@@ -116,35 +138,69 @@ class HumanlineGRPOLoss(PerceptualLoss):
         if self.beta:  # 0 times an overflowing KL would be NaN
             losses = losses + self.beta * token_kl(log_ratio)
         losses = losses.where(mask, 0.0)
-        if self.aggregation == "sequence":
-            losses = losses.sum(-1) / mask.sum(-1).clamp(min=1)
-        return losses.sum()
+        lengths = mask.sum(-1).clamp(min=1)
+        return (losses.sum(-1) / _AGGREGATIONS[self.aggregation].length(lengths, self.fixed_length)).sum()
+
+    def advantages(self, scores: Tensor, group_ids: Tensor) -> Tensor:
+        """Computes :func:`group_advantages` with the loss's ``advantage_std`` and ``advantage_eps``."""
+        return group_advantages(scores, group_ids, self.advantage_eps, self.advantage_std)
 
     @property
     def scope(self) -> str:  # type: ignore[override]
-        return "batch" if self.aggregation == "dapo" else "microbatch"
+        return _AGGREGATIONS[self.aggregation].scope
 
     def num_terms(self, lengths: Sequence[int]) -> int:
-        """Number of responses that have tokens with ``sequence``, otherwise number of tokens."""
-        return sum(length > 0 for length in lengths) if self.aggregation == "sequence" else sum(lengths)
+        """Number of responses that have tokens with ``sequence`` and ``fixed``, otherwise number of tokens."""
+        return _AGGREGATIONS[self.aggregation].terms(lengths)
 
 
-def group_advantages(scores: Tensor, group_ids: Tensor, eps: float = 0.01) -> Tensor:
-    """``A = (s - mean) / (std + eps)`` within each group, with the population standard deviation.
+def group_advantages(scores: Tensor, group_ids: Tensor, eps: float = 0.01, std: str = "population") -> Tensor:
+    """``A = (s - mean) / (std + eps)`` within each group, or ``s - mean``.
 
     Args:
         scores (Tensor): one per response, higher is better, ``[B]``.
         group_ids (Tensor): the group of each response, any integers, ``[B]``.
         eps (float): limits the advantages of groups with nearly equal scores; in the unit of the scores.
+        std (str): ``population``, ``sample``, or ``none`` for ``s - mean``.
 
     Returns:
-        Tensor: float32 ``[B]``.
+        Tensor: float32 ``[B]``; 0 in a group of one.
     """
     _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
     scores = scores.double()  # scores may be large compared with their differences
 
-    def group_mean(values: Tensor) -> Tensor:
-        return (values.new_zeros(len(sizes)).index_add(0, group, values) / sizes)[group]
+    def group_sum(values: Tensor) -> Tensor:
+        return values.new_zeros(len(sizes)).index_add(0, group, values)
 
-    centred = scores - group_mean(scores)
-    return (centred / (group_mean(centred.square()).sqrt() + eps)).float()
+    centred = scores - (group_sum(scores) / sizes)[group]
+    less = _STDS[std]
+    if less is None:
+        return centred.float()
+    spread = (group_sum(centred.square()) / (sizes - less).clamp(min=1)).sqrt()[group] + eps
+    return torch.where(spread > 0, centred / spread, 0.0).float()
+
+
+class _Aggregation(NamedTuple):
+    """How token losses become the loss."""
+
+    scope: str  # of the mean: microbatch or batch
+    length: Callable[[Tensor, int | None], Tensor | int]  # divides a response's sum; of lengths and fixed_length
+    terms: Callable[[Sequence[int]], int]  # the number of terms of the mean, from the lengths of all responses
+
+
+def _responses(lengths: Sequence[int]) -> int:
+    return sum(length > 0 for length in lengths)
+
+
+_AGGREGATIONS = {
+    "token": _Aggregation("microbatch", lambda lengths, fixed: 1, sum),
+    "sequence": _Aggregation("microbatch", lambda lengths, fixed: lengths, _responses),
+    "dapo": _Aggregation("batch", lambda lengths, fixed: 1, sum),
+    "fixed": _Aggregation("microbatch", lambda lengths, fixed: fixed or 1, _responses),
+}
+_STDS: dict[str, int | None] = {"population": 0, "sample": 1, "none": None}  # how much less than G divides the squares
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"

@@ -1,4 +1,4 @@
-"""Rewards for the form ``<think>...</think> <answer>...</answer>``, as in open-r1: all of it, or each tag."""
+"""Rewards for the form of open-r1: a thought and an answer, each between tags on lines of their own."""
 
 import re
 from collections.abc import Sequence
@@ -7,12 +7,15 @@ from humanline.rollout import Prompt
 
 __all__ = ["FormatReward", "TagCountReward", "format_score", "tag_count_score"]
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+_TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+_FORM = re.compile("".join(("<think>\n.*?\n</think>\n", "<answer>\n.*?\n</answer>$")), re.DOTALL | re.MULTILINE)
 
 
 class FormatReward:
-    """Scores 1 for a response that is a thought followed by an answer, with each tag exactly once; else 0."""
+    """Scores 1 for a response that begins with a thought, followed by an answer; else 0.
+
+    Each tag must stand on a line of its own; text behind the line with ``</answer>`` is ignored.
+    """
 
     highest_score = 1.0
 
@@ -21,7 +24,7 @@ class FormatReward:
 
 
 class TagCountReward:
-    """Scores a quarter for each of the four tags that occurs exactly once."""
+    """Scores a quarter for each of the four tags that occurs exactly once on a line of its own."""
 
     highest_score = 1.0
 
@@ -34,4 +37,4 @@ def tag_count_score(text: str) -> float:
 
 
 def format_score(text: str) -> float:
-    return float(tag_count_score(text) == 1 and _FORM.fullmatch(text) is not None)
+    return float(_FORM.match(text) is not None)

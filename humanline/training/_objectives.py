@@ -17,7 +17,6 @@ from humanline.losses import (
     HumanlineGRPOLoss,
     HumanlineKTOLoss,
     PerceptualLoss,
-    group_advantages,
 )
 
 
@@ -152,17 +151,15 @@ class GRPO(Objective):
     signal = "advantages/gain"
 
     def examples(self, dataset: GroupDataset) -> GroupDataset:
-        return as_scored(dataset).derived(_with_advantages)
+        @lru_cache(maxsize=1 << 16)  # groups with two different scores have few combinations
+        def advantages(scores: tuple[float, ...]) -> tuple[float, ...]:
+            each = torch.tensor(scores, dtype=torch.float64)
+            return tuple(self.loss.advantages(each, torch.zeros(len(each))).tolist())
 
+        def with_advantages(group: Group) -> Group:
+            return replace(group, advantages=advantages(group.scores or ()))
 
-def _with_advantages(group: Group) -> Group:
-    return replace(group, advantages=_advantages(group.scores or ()))
-
-
-@lru_cache(maxsize=1 << 16)  # of pairs and labels all groups have the same
-def _advantages(scores: tuple[float, ...]) -> tuple[float, ...]:
-    each = torch.tensor(scores, dtype=torch.float64)
-    return tuple(group_advantages(each, torch.zeros(len(each))).tolist())
+        return as_scored(dataset).derived(with_advantages)
 
 
 def lengths_of(groups: Sequence[Group]) -> list[int]:
