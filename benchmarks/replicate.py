@@ -123,7 +123,7 @@ def _turns(a: int, b: int) -> list[dict[str, str]]:
 def dataset(folder: Path, arm: Arm) -> Path:
     """Makes the offline dataset of an arm, if it is not there, and returns its file.
 
-    GRPO and KTO take groups of answers. DPO takes the pairs that a group has: each right answer with a wrong one.
+    GRPO and KTO learn from all answers of a group, DPO from a right and a wrong one.
     """
     source = arm.data if arm.data in SOURCES else "initial_x4"
     groups = sampled_groups(folder / f"data-{arm.model}-{source}", arm.model, **SOURCES[source])
@@ -132,9 +132,7 @@ def dataset(folder: Path, arm: Arm) -> Path:
     elif arm.data.startswith("quartile_"):
         quartile = int(arm.data[-1])
         groups = sorted(groups, key=mean_log_prob)[(quartile - 1) * DATASET : quartile * DATASET]
-    if arm.objective == "dpo":
-        groups = [pair for group in groups for pair in pairs_of(group)]
-    file = folder / f"{arm.model}-{arm.data}{'-pairs' if arm.objective == 'dpo' else ''}.jsonl"
+    file = folder / f"{arm.model}-{arm.data}.jsonl"
     write(file, "".join(json.dumps(group) + "\n" for group in groups))
     return file
 
@@ -166,16 +164,6 @@ def sampled_groups(
     if len(found) < groups:
         raise SystemExit(f"{file}: {len(found)} groups have a right and a wrong answer, {groups} are needed")
     return found[:groups]
-
-
-def pairs_of(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    right: dict[tuple[int, ...], None] = {}
-    wrong: dict[tuple[int, ...], None] = {}
-    for response, score in zip(group["responses"], group["scores"], strict=True):
-        (right if score > 0.5 else wrong)[tuple(response)] = None  # once each
-    # A right answer is often the same text every time; it stands in as many pairs as there are wrong ones, at most two.
-    for i, loser in enumerate(list(wrong)[:2]):
-        yield {"prompt": group["prompt"], "responses": [list(right)[i % len(right)], loser], "scores": [1, 0]}
 
 
 def mean_log_prob(group: dict[str, Any]) -> float:
@@ -253,8 +241,6 @@ def objective_changes(folder: Path, arm: Arm) -> dict[str, Any]:
     changes |= {"dataset._component_": "humanline.data.encoded_groups", "dataset.source": str(file)}
     if arm.objective != "grpo":
         changes["loss"] = {"_component_": f"humanline.losses.Humanline{arm.objective.upper()}Loss", "beta": 0.1}
-    if arm.objective == "dpo":  # a pass over the pairs takes as many steps as one over the groups
-        changes["batch_size"] = GROUPS * sum(1 for _ in read(file)) // DATASET
     if arm.objective == "kto":
         scores = [score for group in read(file) for score in group["scores"]]
         right = sum(score > 0.5 for score in scores)
@@ -288,7 +274,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
     later: dict[str, Any] = {"reference.sync_every": arm.sync}
     later |= {f"loss.log_eps_{side}": arm.clip[i] if arm.clip else None for i, side in enumerate("PR")}
     if changes.get("dataset.source"):  # epochs that are as long as the dataset, until there are enough steps
-        groups = sum(1 for _ in read(Path(changes["dataset.source"])))
+        groups = len(read(Path(changes["dataset.source"])))
         batch = changes.get("batch_size", GROUPS)
         epoch = min(arm.steps, groups // batch)
         shared |= {"epochs": -(-arm.steps // epoch), "max_steps_per_epoch": epoch}

@@ -435,7 +435,6 @@ def test_contradictory_perception_is_refused_by_every_loss(loss, settings, messa
         (HumanlineGRPOLoss, {"beta": -0.1}, "loss.beta: got -0.1, expected a number of at least 0"),
         (HumanlineGRPOLoss, {"epsilon_low": 1.0}, "loss.epsilon_low: got 1.0, expected a number in (0, 1)"),
         (HumanlineGRPOLoss, {"epsilon_high": math.inf}, "loss.epsilon_high: got inf, expected a number above 0"),
-        (HumanlineGRPOLoss, {"aggregation": "mean"}, "loss.aggregation: expected token, sequence, dapo or fixed, got 'mean'"),
     ],
 )
 def test_kto_and_grpo_refuse_what_cannot_work_by_name(loss, settings, message):

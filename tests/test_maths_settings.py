@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,11 @@ def exact(run, clip, sync_every, lr):
 
     found = []
     for step in range(1, STEPS + 1):
-        loss, clipped, moved = 0.0, 0, 0
+        loss: Any = 0.0
+        clipped = moved = 0
         for _ in range(ACCUMULATION):
-            terms, tokens = 0.0, 0
+            terms: Any = 0.0
+            tokens = 0
             for group in (groups.pop(0) for _ in range(per_microbatch)):
                 scores = torch.tensor(group["scores"], dtype=torch.float64)
                 advantages = (scores - scores.mean()) / (scores.std(correction=1) + EPS_A)
