@@ -5,31 +5,23 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from humanline.checkpoint import build_decoder, code_digest, named_files, read_decoder_weights, rounding_on_load
+from humanline.checkpoint import code_digest, named_files
 from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
 from humanline.errors import ConfigError, DataError
-from humanline.models import adapter_modules, load_decoder
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._partial_file import PartialFile
+from humanline.programs._whole_model import model_sources, whole_model
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 
 log = utils.get_logger("INFO")
 
 READING: dict[str, Any] = {"split": "train", "name": None, "data_files": None, "revision": None, "column_map": None}
 """The keys that say how a source of prompts or samples is read, and their defaults."""
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-
-
-def _decides(file: Path) -> bool:
-    """Returns whether a checkpoint's file affects its model's output: weights, and config.json with its windows."""
-    return file.suffix in _WEIGHTS or file.name == "config.json"
 
 
 def reading(cfg: DictConfig) -> dict[str, Any]:
@@ -142,20 +134,8 @@ class Sampler:
         self.params, self.prompts = settings.params, prompts
         self.partial, self.tokenizer = self._partial(cfg, settings, output)
         self.prompt_ids = [prompt.encoded(self.tokenizer) for prompt in self.prompts]
-        with torch.device("meta"):
-            model = build_decoder(cfg)
-        if adapter_modules(model):
-            raise ConfigError(
-                f"model: {cfg.model._component_} builds a model with an adapter, but sampling needs whole weights; use "
-                "the builder without lora_ or qlora_, and in checkpointer a folder with the adapter merged "
-                "(save_adapter_weights_only: False)"
-            )
-        self._check_fit(model)
-        _, weights = read_decoder_weights(cfg, model)
-        if warning := rounding_on_load(cfg, weights, "dtype", settings.dtype):
-            log.warning(warning)
         self.engine = TorchtuneEngine(
-            load_decoder(model, weights, device=settings.device, dtype=settings.dtype),
+            whole_model(cfg, settings.device, settings.dtype, self._check_fit),
             stop_tokens=self.tokenizer.stop_tokens,
             batch_size=settings.batch_size,
             token_ids=token_ids(self.tokenizer),
@@ -165,11 +145,10 @@ class Sampler:
         """Returns the partial file, and the tokenizer; if its chat template reads the date, with the file's date."""
         tokenizer = component(cfg, "tokenizer")
         made_of = [
-            *(OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "tokenizer", "checkpointer")),
+            *model_sources(cfg),
             *(settings.settings, [[prompt.fields, prompt.messages, prompt.tools] for prompt in self.prompts]),
-            [file for file in named_files(cfg.checkpointer.checkpoint_dir) if _decides(Path(file[0]))],
-            [list(tokenizer.stop_tokens), named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True))],
-            code_digest(cfg.model._component_, cfg.tokenizer._component_),
+            [list(tokenizer.stop_tokens), OmegaConf.to_container(cfg.tokenizer, resolve=True)],
+            [named_files(OmegaConf.to_container(cfg.tokenizer, resolve=True)), code_digest(cfg.tokenizer._component_)],
         ]
         date = getattr(tokenizer, "date", None) if date_is_open(cfg, "tokenizer") else None
         partial = PartialFile(output, made_of, date)
