@@ -38,7 +38,7 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 RESULTS = ROOT / "docs" / "results.json"
 LARGEST, HELD_OUT = 99, 240
 STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SPARSE, SYNC, CLIP = 64, 8, 8, 16, 32, 4, (-1.5, 1.5)
-LR = 2e-5
+LR = {"dpo": 1e-5, "kto": 1e-5, "grpo": 2e-5}
 DATASET = 256  # groups with a right and a wrong answer in an offline dataset
 
 Bounds = tuple[float, float]
@@ -263,7 +263,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "source.max_new_tokens": NEW_TOKENS,
         "source.temperature": 1.0,
         "tokens_per_row": 160,
-        "optimizer.lr": LR,
+        "optimizer.lr": LR[arm.objective],
         "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
         "save_every_n_steps": 32,

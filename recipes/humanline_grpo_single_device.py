@@ -135,6 +135,7 @@ class HumanlineGRPORecipeSingleDevice(FTRecipeInterface):
             "advantages/abs": (advantages.abs().sum(), responses),
             "advantages/gain": ((advantages * (policy.detach() - reference).sum(1)).sum(), responses),
             "log_probs/accuracies": likelier_best(log_probs, scores),
+            "clipped/ppo": self.loss.num_clipped(policy, reference, mask, advantages),
             **perception_metrics(self.loss, policy, reference, mask),
         }
 

@@ -66,7 +66,17 @@ def test_the_rounds_since_the_last_entry_are_in_the_first_one_after_a_resume(tra
     run.config |= {"log_every_n_steps": 2, "save_every_n_steps": 3, "keep_last_n_checkpoints": 9}
     run.config |= {"max_steps_per_epoch": 5}
     assert run.train() is None
-    names = ("rounds/reward", "rounds/tokens", "rounds/dropped", "rounds/unused", "staleness")
+    names = (
+        "rounds/reward",
+        "rounds/reward_std",
+        "rounds/truncated",
+        "rounds/response_tokens",
+        "log_ratio/p99",
+        "rounds/tokens",
+        "rounds/dropped",
+        "rounds/unused",
+        "staleness",
+    )
     whole = {name: run.log(name) for name in names}
     assert whole["rounds/tokens"].keys() == {2, 4, 5}
     sampled = lines(run)
@@ -82,12 +92,15 @@ def test_the_rounds_since_the_last_entry_are_in_the_first_one_after_a_resume(tra
 def test_the_mean_reward_of_rounds_is_that_of_their_responses(tmp_path):
     with sampled_source(plan(4, tmp_path, every=1), tmp_path) as source:
         source._policy_step = 0
-        facts = {"rounds/dropped": 0, "rounds/tokens": 1, "rounds/seconds": 1.0}
+        facts = {"rounds/dropped": 0, "rounds/tokens": 12, "rounds/seconds": 1.0}
         source._unlogged = [
-            {"rounds/reward": 6.0, "rounds/responses": 6} | facts,
-            {"rounds/reward": 0.0, "rounds/responses": 2} | facts,
+            {"rounds/reward": 6.0, "rounds/responses": 6, "rounds/truncated": 1, "rounds/reward_std": 1.5} | facts,
+            {"rounds/reward": 0.0, "rounds/responses": 2, "rounds/truncated": 2, "rounds/reward_std": 0.5} | facts,
         ]
-        assert source.metrics(1)["rounds/reward"] == 6 / 8
+        source._unlogged = [round | {"rounds/groups": 2} for round in source._unlogged]
+        found = source.metrics(1)
+        assert found["rounds/reward"] == 6 / 8 and found["rounds/truncated"] == 3 / 8
+        assert found["rounds/response_tokens"] == 24 / 8 and found["rounds/reward_std"] == 2 / 4
 
 
 def plan(count: int, folder: Path, **settings) -> RoundPlan:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from humanline.errors import ConfigError
 from humanline.losses._checks import check_number
-from humanline.losses._log_ratio import PerceptualLoss, token_kl, token_log_ratio
+from humanline.losses._log_ratio import PerceptualLoss, humanline_clip, token_kl, token_log_ratio
 
 
 class HumanlineGRPOLoss(PerceptualLoss):
@@ -127,19 +127,36 @@ class HumanlineGRPOLoss(PerceptualLoss):
         """
         log_ratio = token_log_ratio(policy_logps, reference_logps, mask)
         perceived = self.perceive(log_ratio, draws)
-        advantage = advantages[:, None]
         # The minimum of the two products, taken before the exponential, because the larger one could overflow.
-        log_nearby = torch.where(
-            advantage >= 0,
-            perceived.clamp(max=math.log1p(self.epsilon_high)),
-            perceived.clamp(min=math.log1p(-self.epsilon_low)),
-        )
-        losses = -advantage * log_nearby.exp()
+        losses = -advantages[:, None] * self._nearby(perceived, advantages).exp()
         if self.beta:  # 0 times an overflowing KL would be NaN
             losses = losses + self.beta * token_kl(log_ratio)
         losses = losses.where(mask, 0.0)
         lengths = mask.sum(-1).clamp(min=1)
         return (losses.sum(-1) / _AGGREGATIONS[self.aggregation].length(lengths, self.fixed_length)).sum()
+
+    def num_clipped(
+        self, policy_logps: Tensor, reference_logps: Tensor, mask: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Counts the tokens whose ratio the clip of GRPO itself holds, which leaves them no gradient, and all tokens.
+
+        The arguments are those of :meth:`forward`.
+
+        Returns:
+            tuple[Tensor, Tensor]: scalars ``(clipped, tokens)``. Tokens without an advantage are never clipped.
+        """
+        log_ratio = token_log_ratio(policy_logps.detach(), reference_logps, mask)
+        perceived = humanline_clip(log_ratio, *self.bounds) if self.perception == "clip" else log_ratio
+        held = (self._nearby(perceived, advantages) != perceived) & (advantages != 0)[:, None]
+        return held.sum(), mask.sum()
+
+    def _nearby(self, perceived: Tensor, advantages: Tensor) -> Tensor:
+        """Returns the log of the ratio after GRPO's own clip, which acts on one side, by the sign of the advantage."""
+        return torch.where(
+            advantages[:, None] >= 0,
+            perceived.clamp(max=math.log1p(self.epsilon_high)),
+            perceived.clamp(min=math.log1p(-self.epsilon_low)),
+        )
 
     def advantages(self, scores: Tensor, group_ids: Tensor) -> Tensor:
         """Computes :func:`group_advantages` with the loss's ``advantage_std`` and ``advantage_eps``."""

@@ -62,6 +62,7 @@ class _TokenLogProbs(torch.autograd.Function):
             peak = logits.amax(1, keepdim=True)
             # Relative to the peak: next to logits of 30, the log-prob of a nearly certain token has no digits.
             log_probs[piece] = logits.sub_(peak).gather(1, targets[piece, None]).squeeze(1)
+            _skip_denormals(logits)
             exps = logits.exp() if with_entropy else logits.exp_()
             total = exps.sum(1)
             log_sum = total.log()
@@ -88,7 +89,7 @@ class _TokenLogProbs(torch.autograd.Function):
             slope = 1 - (logits * (ctx.temperature / ctx.soft_cap)).square_() if ctx.soft_cap else None
             # d logp / d logits = (onehot(target) - softmax(logits / temperature)) / temperature
             scale = (grad[piece] / ctx.temperature)[:, None]
-            grad_logits = logits.sub_(normalizers[piece, None]).exp_().mul_(-scale)
+            grad_logits = _skip_denormals(logits.sub_(normalizers[piece, None])).exp_().mul_(-scale)
             grad_logits.scatter_add_(1, targets[piece, None], scale)
             if slope is not None:
                 grad_logits.mul_(slope)
@@ -125,6 +126,11 @@ def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None, temperature:
     if soft_cap:
         logits.div_(soft_cap).tanh_().mul_(soft_cap)
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _skip_denormals(logits: Tensor) -> Tensor:
+    """Raises logits below -87, on a CPU and in place: ``exp`` would give denormal numbers there, 30 times as slowly."""
+    return logits if logits.is_cuda else logits.clamp_(min=-87.0)  # exp(-87) is 1.6e-38
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

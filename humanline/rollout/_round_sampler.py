@@ -4,6 +4,7 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from statistics import pstdev
 
 import torch.distributed as dist
 from torchtune.utils import get_logger
@@ -69,14 +70,17 @@ class RoundSampler:
         usable: dict[int, Group] = {}
         answered: dict[int, Group] = {}
         rewards: list[float] = []
-        sampled = tokens = 0
+        stds: list[float] = []
+        sampled = tokens = cut = 0
         for attempt in range(MOST_ATTEMPTS):
             open_ = [prompt for prompt in chosen if prompt not in usable]
             sampled += len(open_)
             answered = self._answer(open_, round, attempt)
             for prompt, group in answered.items():
                 tokens += sum(map(len, group.responses))
+                cut += sum(response[-1] not in self.plan.tokenizer.stop_tokens for response in group.responses)
                 rewards += group.scores or ()
+                stds.append(pstdev(group.scores or (0.0,)))
                 if self._is_usable(group):
                     usable[prompt] = group
             if len(usable) == len(chosen) or (self.plan.source.equal_scores == "drop" and usable):
@@ -90,7 +94,10 @@ class RoundSampler:
         found = Round(groups, policy_step, *temperatures, empty=not usable)
         found.metrics = {
             "rounds/reward": math.fsum(rewards),
+            "rounds/reward_std": math.fsum(stds),
             "rounds/responses": len(rewards),
+            "rounds/groups": len(stds),
+            "rounds/truncated": cut,
             "rounds/dropped": len(chosen) - len(usable),
             "rounds/empty": int(found.empty),
             "rounds/tokens": tokens,

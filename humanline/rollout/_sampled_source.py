@@ -107,15 +107,20 @@ class SampledSource(Source):
         """Returns the values to log for a step's groups.
 
         ``staleness`` counts the optimizer steps since the groups were sampled, and ``empty_rounds`` the empty rounds of
-        the run. For rounds sampled since the last call, ``rounds/`` has the mean ``reward`` of all responses, and these
-        sums: ``dropped`` prompts, ``empty`` rounds, ``unused`` groups (more than the round's steps need), ``tokens``,
-        ``seconds`` of sampling and scoring, and seconds that training ``waited``.
+        the run. For rounds sampled since the last call, ``rounds/`` has means over all responses: ``reward``,
+        ``response_tokens``, and ``truncated``, the share cut at ``max_new_tokens``; ``reward_std``, the mean over
+        prompts of the standard deviation of their rewards; and these sums: ``dropped`` prompts, ``empty`` rounds,
+        ``unused`` groups (more than the round's steps need), ``tokens``, ``seconds`` of sampling and scoring, and
+        seconds that training ``waited``.
         """
         rounds, self._unlogged = self._unlogged, []
         metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
         if rounds:
-            responses = metrics.pop("rounds/responses")
-            metrics["rounds/reward"] = metrics["rounds/reward"] / responses if responses else math.nan
+            responses, groups = metrics.pop("rounds/responses"), metrics.pop("rounds/groups")
+            metrics["rounds/response_tokens"] = metrics["rounds/tokens"]
+            for name in ("reward", "truncated", "response_tokens"):
+                metrics[f"rounds/{name}"] = metrics[f"rounds/{name}"] / responses if responses else math.nan
+            metrics["rounds/reward_std"] = metrics["rounds/reward_std"] / groups if groups else math.nan
         counts = {"staleness": step - 1 - self._policy_step, "empty_rounds": self.empty_rounds.total}
         return counts | metrics
 

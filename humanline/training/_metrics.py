@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -6,16 +7,18 @@ from torch import Tensor
 
 from humanline.data import Rows, best_and_worst
 from humanline.losses import PerceptualLoss, token_kl, token_log_ratio, unclamped
+from humanline.training._log_ratios import LogRatios
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
 """The metrics of one pass: name -> (sum, count). The log has the quotient over passes and ranks."""
 
 
 def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, mask: Tensor) -> Metrics:
-    """Returns the metrics of the log-ratios ``l_t``: ``kl`` and ``unclamped``.
+    """Returns the metrics of the log-ratios ``l_t``: ``kl``, ``unclamped``, ``clipped/below`` and ``clipped/above``.
 
     ``kl`` is the mean over tokens of ``exp(-l_t) + l_t - 1``. ``unclamped`` is the share of tokens with non-zero
-    ``l_t`` that lie inside the loss's bounds; it is absent if all ``l_t`` are zero.
+    ``l_t`` that lie inside the loss's bounds, and the other two are the shares below and above them. They are absent if
+    all ``l_t`` are zero.
 
     Args:
         loss (PerceptualLoss): the loss, for its bounds.
@@ -24,7 +27,14 @@ def perception_metrics(loss: PerceptualLoss, policy: Tensor, reference: Tensor, 
         mask (Tensor): True at response tokens, bool ``[B, S]``.
     """
     log_ratio = token_log_ratio(policy.detach(), reference, mask)
-    return {"kl": (token_kl(log_ratio).sum(), mask.sum()), "unclamped": unclamped(log_ratio, mask, *loss.bounds)}
+    inside, moved = unclamped(log_ratio, mask, *loss.bounds)
+    low, high = loss.bounds
+    return {
+        "kl": (token_kl(log_ratio).sum(), mask.sum()),
+        "unclamped": (inside, moved),
+        "clipped/below": (0 if low is None else (log_ratio < low).sum(), moved),
+        "clipped/above": (0 if high is None else (log_ratio > high).sum(), moved),
+    }
 
 
 def mismatch_metrics(policy_logps: Tensor, rows: Rows) -> Metrics:
@@ -68,12 +78,23 @@ def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple
     return (log_probs[best] > log_probs[worst]).sum(), len(best)
 
 
+_LOG_RATIOS = "log_ratios"
+
+
 class MetricSums:
-    """Sums metrics over passes, in float64. They are reduced over ranks once, when the means are requested."""
+    """Sums metrics over passes, in float64. They are reduced over ranks once, when the means are requested.
+
+    Args:
+        device (torch.device): the device of the metrics.
+
+    Attributes:
+        log_ratios (LogRatios): the distribution of token log-ratios, from which :meth:`means` takes quantiles.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+        self.log_ratios = LogRatios(device)
 
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
@@ -83,26 +104,38 @@ class MetricSums:
     def merge(self, other: "MetricSums") -> None:
         """Adds the sums of ``other``."""
         self.add(other._sums)
+        self.log_ratios.merge(other.log_ratios)
 
     def means(self) -> dict[str, float]:
         """Returns the means of all values added on all ranks since the last call, without metrics of count 0."""
-        totals = self.state_dict()
+        totals, log_ratios = self._totals()
         self._sums.clear()
-        return {name: total / count for name, (total, count) in totals.items() if count}
+        self.log_ratios = LogRatios(self._device)
+        return {name: total / count for name, (total, count) in totals.items() if count} | log_ratios.quantiles()
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Returns sum and count of each metric over all ranks. Collective."""
-        if not self._sums:
-            return {}
-        pairs = [torch.as_tensor(x, device=self._device).double() for pair in self._sums.values() for x in pair]
-        table = torch.stack(pairs).view(-1, 2)
-        dist.all_reduce(table)
-        return dict(zip(self._sums, table.tolist(), strict=True))
+    def state_dict(self) -> dict[str, Any]:
+        """Returns sum and count of each metric over all ranks, and the counts of log-ratios. Collective."""
+        totals, log_ratios = self._totals()
+        return totals | ({_LOG_RATIOS: log_ratios.state_dict()} if totals else {})
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Restores the sums of all ranks; each rank keeps an equal share."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the sums of all ranks; each rank keeps an equal share, and rank 0 the counts of log-ratios."""
         ranks = dist.get_world_size()
-        self._sums = {name: (total / ranks, count / ranks) for name, (total, count) in state.items()}
+        self._sums = {name: (pair[0] / ranks, pair[1] / ranks) for name, pair in state.items() if name != _LOG_RATIOS}
+        if dist.get_rank() == 0:
+            self.log_ratios.load_state_dict(state.get(_LOG_RATIOS, {}))
+
+    def _totals(self) -> tuple[dict[str, list[float]], LogRatios]:
+        """Returns the sums and counts over all ranks. Collective."""
+        if not self._sums:
+            return {}, LogRatios(self._device)
+        pairs = [torch.as_tensor(x, device=self._device).double() for pair in self._sums.values() for x in pair]
+        table = torch.cat([torch.stack(pairs), self.log_ratios.counts.double()])
+        dist.all_reduce(table)
+        table = table.cpu()
+        log_ratios = LogRatios(torch.device("cpu"))
+        log_ratios.counts += table[len(pairs) :].long()
+        return dict(zip(self._sums, table[: len(pairs)].view(-1, 2).tolist(), strict=True)), log_ratios
 
 
 def _double(value: Tensor | float) -> Tensor | float:

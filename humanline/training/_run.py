@@ -200,6 +200,7 @@ class Run:
             of_tokens = {"entropy": (entropy.sum(), len(entropy)), **mismatch_metrics(policy_logps, rows)}
             of_pass: Metrics = {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)}
             self._sums.add(metrics | of_tokens | of_pass)
+            self._sums.log_ratios.add(policy_logps - reference_logps)
 
     def is_sound(self, grad_norm: Tensor) -> bool:
         """Returns whether the step has groups, and finite loss and gradient on all ranks. Collective, once per step.
