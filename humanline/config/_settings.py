@@ -138,6 +138,16 @@ class Settings:
     """Optimizer steps between two evaluations on ``dataset_val``. None evaluates only before the first step and after
     the last."""
 
+    generate_val_every_n_steps: int | None = None
+    """Optimizer steps after which the policy answers prompts of ``dataset_val``, also before the first step and after
+    the last, with the same draws each time. The completions go to ``output_dir/completions``. None answers none."""
+
+    generate_val_prompts: int = 4
+    """How many prompts it answers: the first ones that differ."""
+
+    generate_val_max_new_tokens: int = 128
+    """Most tokens of such a completion."""
+
     save_every_n_steps: int | None = None
     """Optimizer steps between two training checkpoints. None writes no checkpoint, only weights at the end of an
     epoch."""
@@ -168,6 +178,10 @@ class Settings:
 
     log_peak_memory_stats: bool = False
     """Log the peak memory of the GPU as well."""
+
+    log_completions: int | None = None
+    """How many completions of each round, and of ``generate_val_every_n_steps``, the log shows. All of them are in
+    ``output_dir/completions``, and go to Weights & Biases or TensorBoard as a table. None shows none."""
 
     stop_after_nonfinite_steps: int = 10
     """Stop after so many consecutive steps whose loss or gradient is not finite. Each such step is skipped."""

@@ -55,6 +55,10 @@ class Source(ABC):
         """Returns the metrics to log for the groups of ``step``."""
         return {}
 
+    def ended_round(self, step: int) -> tuple[int, list[Group]] | None:
+        """Returns number and scored groups of the round that ends with ``step``; None if none ends, or has groups."""
+        return None
+
     def end(self, step: int, most_empty: int) -> End | None:
         """Returns why training should end after ``step``, or None to continue; called after each step.
 

@@ -8,7 +8,7 @@ from humanline.reference._adapter_reference import AdapterReference
 from humanline.reference._model_reference import ModelReference
 from humanline.reference._reference import Reference, Strategy
 from humanline.reference._run_context import ModelBuilder, RunContext
-from humanline.reference._windowed_reference import WindowedReference
+from humanline.reference._windowed_reference import Window, WindowedReference
 
 __all__ = [
     "AdapterReference",
@@ -17,5 +17,6 @@ __all__ = [
     "Reference",
     "RunContext",
     "Strategy",
+    "Window",
     "WindowedReference",
 ]

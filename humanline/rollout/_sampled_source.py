@@ -80,7 +80,8 @@ class SampledSource(Source):
             )
         self._round: int | None = None
         self._policy_step = 0
-        self._groups: list[Group] = []
+        self._groups: list[Group] = []  # the objective's
+        self._scored: list[Group] = []
         self._logps_temperature: float | None = None
         self._unlogged: list[dict[str, float]] = []  # rounds since the last log entry; saved in checkpoints
         self._ahead: Future[Round] | None = None
@@ -123,6 +124,10 @@ class SampledSource(Source):
             metrics["rounds/reward_std"] = metrics["rounds/reward_std"] / groups if groups else math.nan
         counts = {"staleness": step - 1 - self._policy_step, "empty_rounds": self.empty_rounds.total}
         return counts | metrics
+
+    def ended_round(self, step: int) -> tuple[int, list[Group]] | None:
+        ends = step % self.plan.every == 0 or step == self.total_steps
+        return (self._round, self._scored) if ends and self._round is not None and self._scored else None
 
     def end(self, step: int, most_empty: int) -> End | None:
         """Returns why the run ends if this step ends a round and the last ``most_empty`` rounds were empty."""
@@ -179,7 +184,7 @@ class SampledSource(Source):
         start = time.perf_counter()
         found = self._ahead.result() if self._ahead else self._read_or_sample(round, step)
         self._ahead = None
-        self._groups = []
+        self._groups, self._scored = [], found.groups
         if not found.empty:
             groups = list(map(self.plan.source.labelled, found.groups))
             usable = self.derive(GroupDataset(groups, str(self._file(round)))).groups

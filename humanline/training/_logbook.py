@@ -9,6 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from humanline.config import component
+from humanline.torchtune_seam.log_table import log_table
 from humanline.training._collapse import CollapseWatch
 from humanline.training._environment import Environment
 from humanline.training._metrics import MetricSums
@@ -67,6 +68,12 @@ class Logbook:
 
     def end_step(self) -> None:
         self._bar.update()
+
+    def completions(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """Passes completions to the logger of rank 0, if it has a place for tables."""
+        if self.logger is not None:
+            name = f"completions/{name.split()[0]}"
+            log_table(self.logger, name, [*rows[0]], [[*row.values()] for row in rows], step)
 
     def entry(self, step: int, metrics: dict[str, float]) -> str | None:
         """Logs ``metrics`` and the means since the last entry. Collective.

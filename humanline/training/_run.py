@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,12 +23,14 @@ from humanline.errors import ConfigError, DataError, Stopped, TrainingError
 from humanline.models import LogProbDecoder
 from humanline.optim import StochasticAdamW
 from humanline.reference import Reference
+from humanline.training._completions import Completions, table
 from humanline.training._data import Data
 from humanline.training._environment import Environment
 from humanline.training._held_out import HeldOut
 from humanline.training._logbook import Logbook
 from humanline.training._metrics import Metrics, MetricSums, mismatch_metrics
 from humanline.training._non_finite import NonFinite
+from humanline.training._position import position_of
 from humanline.training._saves import Saves
 from humanline.training._stop_request import StopRequest
 
@@ -85,12 +87,13 @@ class Run:
         settings = self.settings = environment.settings
         self.source, self.reference, self.optimizer, self.held_out = source, reference, optimizer, held_out
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
+        self._is_sampled = data.is_sampled
         self.steps_per_epoch, self.total_steps = data.steps_per_epoch, data.total_steps
         profiler = component(cfg, "profiler")
         self.profiler = profiler[0] if profiler else training.DummyProfiler()
         self.checkpoint = TrainingCheckpoint(
             settings.output_dir,
-            _position(cfg, environment, data, source, policy, reference),
+            position_of(cfg, environment, data, source, policy, reference),
             policy,
             optimizer,
             lr_scheduler,
@@ -119,6 +122,7 @@ class Run:
                 log.info(f"resumes from step {self.step}")
         if not environment.restarted:
             self.source.resume(self.step if self.checkpoint.last_saved == self.step else -1)
+        self.completions = Completions(environment, data, policy, reference)
         self.logbook = Logbook(cfg, environment, source.score or data.objective.signal, progress)
         environment.at_exit.callback(self.logbook.close)
         self.stop_request = StopRequest(source.stop)
@@ -135,6 +139,7 @@ class Run:
         self.profiler.start()
         if self.step == 0:
             self.evaluate()  # the initial policy
+            self._answer()
         elif self.step % self.steps_per_epoch == 0:
             self._end_epoch()  # the earlier run may have died before this
         self.logbook.show_bar(self.step, self.total_steps)
@@ -201,6 +206,8 @@ class Run:
             of_pass: Metrics = {"loss": (loss.detach(), 0), "tokens_per_second": (rows.num_tokens, 0)}
             self._sums.add(metrics | of_tokens | of_pass)
             self._sums.log_ratios.add(policy_logps - reference_logps)
+            if self._is_sampled:
+                self.completions.note(rows, policy_logps - reference_logps)
 
     def is_sound(self, grad_norm: Tensor) -> bool:
         """Returns whether the step has groups, and finite loss and gradient on all ranks. Collective, once per step.
@@ -236,6 +243,10 @@ class Run:
         self.logbook.end_step()
         evaluated = last or _every(settings.run_val_every_n_steps, step)
         held_out = self.evaluate() if evaluated else {}
+        if last or _every(settings.generate_val_every_n_steps, step):
+            self._answer()
+        if (ended := self.source.ended_round(step)) is not None:
+            self._show(f"round {ended[0]}", self.completions.of_round(*ended))
         end = None if last or self._stops else self.source.end(step, settings.stop_after_empty_rounds)
         if end is not None and not evaluated:
             held_out = self.evaluate()
@@ -266,6 +277,18 @@ class Run:
             raise ConfigError(f"best_checkpoint_metric: expected one of {', '.join(means)}, got {wanted}")
         self.logbook.write(self.step, means)
         return means
+
+    def _answer(self) -> None:
+        """Answers the fixed prompts of ``dataset_val``, if ``generate_val_every_n_steps`` is set. Collective."""
+        if self.completions.prompts:
+            self._show(f"val at step {self.step}", self.completions.of_held_out(self.step))
+
+    def _show(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.rank != 0 or not rows:
+            return
+        self.logbook.completions(self.step, name, rows)
+        if shown := rows[: self.settings.log_completions]:
+            log.info(f"completions, {name}:\n{table(shown)}")
 
     def _count_non_finite(self) -> None:
         """Counts the step, and ends the run after too many consecutive steps that are not finite."""
@@ -361,32 +384,6 @@ class Run:
         )
         for note in data.left_out():
             log.info(note)
-
-
-def _position(
-    cfg: DictConfig,
-    environment: Environment,
-    data: Data,
-    source: Source,
-    policy: LogProbDecoder,
-    reference: Reference,
-) -> dict[str, Any]:
-    """Returns the settings that define which groups and updates a step number stands for."""
-    settings = environment.settings
-    return {
-        "groups a step": source.groups_per_step,
-        "groups a microbatch": settings.batch_size * environment.world_size,
-        **data.date(),
-        **source.position(),
-        "max_steps_per_epoch": data.steps_per_epoch,
-        "seed": settings.seed,
-        "reference": str(cfg.reference._component_).rpartition(".")[2],
-        "sync_every": reference.sync_every,
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
-        "temperature": None if environment.temperature == 1 or data.is_sampled else environment.temperature,
-        "sliding windows": policy.windows if any(policy.windows) else None,
-        "loss": data.objective.settings(),
-    }
 
 
 def _every(steps: int | None, step: int) -> bool:
