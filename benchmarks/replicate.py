@@ -8,8 +8,8 @@ The task is sums of two numbers from 1 to 99, after a solved example. The model 
 it learns is to add. The result is pass@1 on held-out sums. All arms of an experiment start from the same model and take
 the same number of optimizer steps, unless the number of steps is what the experiment varies.
 
-Finished runs are kept in docs/results.json, from which `python docs/make_results.py` draws the figures and tables of
-docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint. The
+Finished runs are kept in docs/replication.json, from which `python docs/make_results.py` makes the figures and tables
+of docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint. The
 program may be started several times at once: a run belongs to the process that locks its folder. The cost of a run is
 counted in seconds of CPU time, which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the time
 on one core. The cost of a killed attempt is not counted.
@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
-RESULTS = ROOT / "docs" / "results.json"
+RESULTS = ROOT / "docs" / "replication.json"
 LARGEST, HELD_OUT = 99, 240
 STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SPARSE, SYNC, CLIP = 64, 8, 8, 16, 32, 4, (-1.5, 1.5)
 LR = {"dpo": 1e-5, "kto": 1e-5, "grpo": 2e-5}
@@ -350,7 +350,7 @@ def known() -> list[dict[str, Any]]:
 
 
 def keep(result: dict[str, Any]) -> None:
-    """Adds a result to docs/results.json."""
+    """Adds a result to docs/replication.json."""
     with locked(RESULTS.parent / "figures"):
         rest = [other for other in known() if key(other) != key(result)]
         write(RESULTS, json.dumps(sorted([*rest, result], key=key), indent=1) + "\n")
