@@ -9,10 +9,10 @@ it learns is to add. The result is pass@1 on held-out sums. All arms of an exper
 the same number of optimizer steps, unless the number of steps is what the experiment varies.
 
 Finished runs are kept in docs/replication.json, from which `python docs/make_results.py` makes the figures and tables
-of docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint. The
-program may be started several times at once: a run belongs to the process that locks its folder. The cost of a run is
-counted in seconds of CPU time, which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the time
-on one core. The cost of a killed attempt is not counted.
+of docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint.
+The program may be started several times at once: a run belongs to the process that locks its folder. The cost of a run
+is counted in seconds of CPU time, which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the
+time on one core. The cost of a killed attempt is not counted.
 """
 
 import argparse
