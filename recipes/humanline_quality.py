@@ -9,10 +9,9 @@ for a `dataset` of any builder and schema, as a training config has it.
     tune run recipes/humanline_quality --config configs/smollm2_135m_quality.yaml dataset.source=FILE \
       filter.min_log_prob=bottom_quartile
 
-`output` receives the figures as JSON, a .jsonl of the same name each group's log-probs, a .png the histogram (with
-matplotlib). With `filter` it writes what stays to `kept`, as token ids for `humanline.data.encoded_groups`, and what is
-left out, with the reasons, beside it. If an interrupted run is started again, it resumes with the missing groups; a
-change of the filter alone computes nothing again.
+`output` receives the figures as JSON, a .jsonl of the same name each group's log-probs, a .png the histogram. With
+`filter` it writes what stays to `kept`, as token ids, and what does not, with the reasons, beside it. If an interrupted
+run is started again, it resumes with the missing groups; a change of the filter alone computes nothing again.
 """
 
 import sys
@@ -35,6 +34,7 @@ from humanline.programs import (
     as_line,
     check_fit,
     check_keys,
+    check_outputs,
     common_end,
     component,
     draw_histogram,
@@ -58,16 +58,8 @@ from torchtune import utils
 from tqdm import tqdm
 
 REQUIRED = ("model", "checkpointer", "dataset", "output")
-DEFAULTS: dict[str, Any] = {
-    "tokenizer": None,
-    "filter": None,
-    "kept": None,
-    "output_dir": None,
-    "device": "cuda",
-    "dtype": "bf16",
-    "tokens_per_row": 2048,
-    "rows_per_pass": 1,
-}
+DEFAULTS: dict[str, Any] = dict.fromkeys(("tokenizer", "filter", "kept", "output_dir"))
+DEFAULTS |= {"device": "cuda", "dtype": "bf16", "tokens_per_row": 2048, "rows_per_pass": 1}
 GROUPS_PER_RANK = 16  # between two writes
 
 log = utils.get_logger("INFO")
@@ -102,9 +94,12 @@ class HumanlineQualityRecipe:
         if self.output.suffix != ".json":
             raise ConfigError(f"output: expected a name ending in .json, got '{cfg.output}'")
         self.filter = Filter.of(cfg.filter) if cfg.get("filter") is not None else None
-        if self.filter is None and cfg.get("kept") is not None:
+        if self.filter is None and cfg.get("kept"):
             raise ConfigError("kept: there is no filter; set one, or remove kept")
-        self.kept = Path(str(cfg.get("kept") or self.output.with_suffix(".kept.jsonl"))).expanduser()
+        self.kept = Path(cfg.get("kept") or self.output.with_suffix(".kept.jsonl")).expanduser()
+        self.left_out = self.kept.with_suffix(".left_out.jsonl")
+        beside = [self.output.with_suffix(suffix) for suffix in (".jsonl", ".png")]
+        check_outputs([self.output, *beside, self.kept, self.left_out], cfg.dataset)
         self.dtype = one_of(cfg, "dtype", {"fp32": torch.float32, "bf16": torch.bfloat16}, DEFAULTS["dtype"])
         sizes = {key: whole_number(cfg, key, DEFAULTS[key], least=1) for key in ("tokens_per_row", "rows_per_pass")}
         self.budget = RowBudget(**sizes, fixed_shape=self.device.type == "cuda")
@@ -155,7 +150,7 @@ class HumanlineQualityRecipe:
         draw_histogram(log_probs, figures, self.output.with_suffix(".png"))
 
     def _balance(self) -> str | None:
-        """Returns how many examples of each kind KTO would learn from, and whether their weights are balanced."""
+        """Returns whether KTO's desirable and undesirable examples are balanced; None without either."""
         try:
             labelled = as_labelled(self.dataset)
         except DataError:
@@ -164,18 +159,17 @@ class HumanlineQualityRecipe:
 
     def keep(self, data: list[Measured]) -> None:
         """Writes what the filter leaves, and what it leaves out, and prints the command that trains on the former."""
-        if self.filter is None:
-            return
+        assert self.filter is not None
         results = list(self.filter.apply(data))
         kept = [as_line(rest) for rest, _ in results if rest is not None]
         if not kept:
             raise ConfigError("filter: no group is left; lower filter.min_log_prob")
         cut = [as_line(m.group) | {"reasons": why} for m, (_, why) in zip(data, results, strict=True) if why]
         write_jsonl(self.kept, kept)
-        write_jsonl(left_out := self.kept.with_suffix(".left_out.jsonl"), cut)
+        write_jsonl(self.left_out, cut)
         print(
             f"{len(kept):,} of {len(data):,} groups stay, {len(data) - len(cut):,} of them whole: {self.kept}\n"
-            f"What was left out, with the reasons: {left_out}\nTo train on what stays, add to a training command:\n"
+            f"The others, with the reasons: {self.left_out}\nTo train on what stays, add to a training command:\n"
             f"  dataset=humanline.data.encoded_groups dataset.source={self.kept}"
         )
 
@@ -185,13 +179,14 @@ def recipe_main(cfg: DictConfig) -> None:
     """Measures a dataset on every visible device. An error in config or data ends it with one line."""
     with common_end(Path(__file__).name):
         recipe = HumanlineQualityRecipe(cfg)
-        start_on_every_device(cfg.get("device", DEFAULTS["device"]), __file__)
+        start_on_every_device(recipe.device.type, __file__)
         with process_group(recipe.device):
             recipe.setup(cfg)
             data = recipe.measure()
             if recipe.rank == 0:
                 recipe.report(data)
-                recipe.keep(data)
+                if recipe.filter is not None:
+                    recipe.keep(data)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from humanline.programs import (
     SamplerSettings,
     check_keys,
     check_one_process,
+    check_outputs,
     common_end,
     one_of,
     parse,
@@ -71,6 +72,7 @@ class HumanlineSampleRecipe:
                 "format: jsonl"
             )
         self.output = str(cfg.output)
+        check_outputs([self.output], cfg.prompts)
         self.generator = cfg.get("generator") or Path(cfg.checkpointer.checkpoint_dir).name
 
     def setup(self, cfg: DictConfig) -> None:

@@ -211,9 +211,12 @@ def test_what_the_filter_leaves_trains_by_the_printed_command(quality):
         ({"kept": "kept.jsonl"}, "kept: there is no filter; set one, or remove kept"),
         ({"filter": {"cut": False}}, "filter.cut: the end of a turn is not known without a tokenizer; set tokenizer"),
         ({"filter": {"min_log_prob": -1e-9}}, "filter: no group is left; lower filter.min_log_prob"),
+        ({"output": "groups.json"}, "groups.jsonl would be written over, but it is read here; use another output"),
         ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
     ],
 )
 def test_a_mistake_ends_in_one_line(quality, changes, message):
+    if changes.get("output") == "groups.json":  # the .jsonl beside it is the data
+        changes = {"output": str(quality.run.data.with_suffix(".json"))}
     printed = quality.start(**changes)
     assert quality.codes == [1] and message in printed and "Traceback" not in printed

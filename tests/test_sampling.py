@@ -609,6 +609,7 @@ def test_a_killed_run_goes_on_with_the_prompts_it_lacks(tmp_path, model_folder, 
         ({"temprature": 1}, "temprature: not a key of this recipe"),
         ({"top_p": 0}, "top_p: expected a number above 0 and at most 1 (all tokens), got 0"),
         ({"prompts": None}, "prompts: missing"),
+        ({"prompts": [__file__], "output": __file__}, "test_sampling.py would be written over, but it is read here"),
         (
             {"format": "alpaca_eval", "samples_per_prompt": 2},
             "samples_per_prompt: expected 1 with format: alpaca_eval, got 2",

@@ -12,7 +12,7 @@ from humanline.launch import (
 )
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._mean_log_probs import check_fit, mean_log_probs
-from humanline.programs._output_file import write_json, write_jsonl
+from humanline.programs._output_file import check_outputs, write_json, write_jsonl
 from humanline.programs._partial_file import PartialFile
 from humanline.programs._quality import Filter, Measured, as_line, draw_histogram, histogram, summary, table
 from humanline.programs._sampler import READING, Sampler, SamplerSettings, reading
@@ -33,6 +33,7 @@ __all__ = [
     "check_fit",
     "check_keys",
     "check_one_process",
+    "check_outputs",
     "common_end",
     "component",
     "draw_histogram",
