@@ -501,8 +501,9 @@ def test_weights_that_would_go_elsewhere_are_refused_at_the_start(trajectory):
 
 
 def watched(signals, kls):
-    watch = CollapseWatch(window=20)
-    return [warning for pair in zip(signals, kls, strict=True) if (warning := watch.add(*pair))]
+    watch = CollapseWatch("reward", window=20)
+    pairs = zip(signals, kls, strict=True)
+    return [warning for signal, kl in pairs for warning in watch.add({"reward": signal, "kl": kl})]
 
 
 def test_a_signal_that_falls_while_the_kl_grows_is_a_collapse():

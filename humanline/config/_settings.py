@@ -191,8 +191,9 @@ class Settings:
     are."""
 
     collapse_window: int | None = 50
-    """Log entries that the watch for a collapse compares: the reward falls while the KL to the reference grows. None
-    does not watch."""
+    """Log entries that the watch for a collapse compares: the reward falls while the KL to the reference grows, the
+    entropy falls to a tenth of what it was at the start, the responses of rounds become five times as long or as short,
+    or one response answers half of the prompts. None does not watch."""
 
     stop_on_collapse: bool = False
     """Stop at a collapse. False only warns."""

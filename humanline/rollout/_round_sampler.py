@@ -3,6 +3,7 @@
 import math
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import pstdev
 
@@ -71,11 +72,14 @@ class RoundSampler:
         answered: dict[int, Group] = {}
         rewards: list[float] = []
         stds: list[float] = []
-        sampled = tokens = cut = 0
+        sampled = tokens = cut = repeated = others = 0
         for attempt in range(MOST_ATTEMPTS):
             open_ = [prompt for prompt in chosen if prompt not in usable]
             sampled += len(open_)
             answered = self._answer(open_, round, attempt)
+            if attempt == 0:
+                repeated = most_repeated([group.responses for group in answered.values()])
+                others = max(0, len(answered) - 1)
             for prompt, group in answered.items():
                 tokens += sum(map(len, group.responses))
                 cut += sum(response[-1] not in self.plan.tokenizer.stop_tokens for response in group.responses)
@@ -98,6 +102,8 @@ class RoundSampler:
             "rounds/responses": len(rewards),
             "rounds/groups": len(stds),
             "rounds/truncated": cut,
+            "rounds/repeated": repeated,
+            "rounds/others": others,
             "rounds/dropped": len(chosen) - len(usable),
             "rounds/empty": int(found.empty),
             "rounds/tokens": tokens,
@@ -149,3 +155,13 @@ class RoundSampler:
             for i, samples, values in zip(mine, completions, found, strict=True)
             if samples
         }
+
+
+def most_repeated(responses: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Returns how many other prompts have the response that most prompts have; 0 if no two prompts share one.
+
+    Args:
+        responses (Sequence[Sequence[Sequence[int]]]): token ids of the responses to each prompt.
+    """
+    prompts = Counter(response for each in responses for response in set(map(tuple, each)))
+    return max(prompts.values(), default=1) - 1

@@ -27,6 +27,13 @@ from humanline.rollout._round_sampler import Derive, RoundSampler
 
 log = get_logger("INFO")
 
+_MEANS = {
+    "rounds/responses": {"rounds/reward", "rounds/truncated", "rounds/response_tokens"},
+    "rounds/groups": {"rounds/reward_std"},
+    "rounds/others": {"rounds/repeated"},
+}
+"""By count: the values of which a mean over that count is logged."""
+
 
 class SampledSource(Source):
     """Samples groups from the policy in rounds; each round serves ``plan.every`` optimizer steps.
@@ -110,18 +117,23 @@ class SampledSource(Source):
         ``staleness`` counts the optimizer steps since the groups were sampled, and ``empty_rounds`` the empty rounds of
         the run. For rounds sampled since the last call, ``rounds/`` has means over all responses: ``reward``,
         ``response_tokens``, and ``truncated``, the share cut at ``max_new_tokens``; ``reward_std``, the mean over
-        prompts of the standard deviation of their rewards; and these sums: ``dropped`` prompts, ``empty`` rounds,
-        ``unused`` groups (more than the round's steps need), ``tokens``, ``seconds`` of sampling and scoring, and
-        seconds that training ``waited``.
+        prompts of the standard deviation of their rewards; and ``repeated``, the share of other prompts that also have
+        the response that most prompts have: 0 if no two prompts share one, 1 if all do, absent in rounds of one prompt.
+        It has these sums too: ``dropped`` prompts, ``empty`` rounds, ``unused`` groups (more than the round's steps
+        need), ``tokens``, ``seconds`` of sampling and scoring, and seconds that training ``waited``.
         """
         rounds, self._unlogged = self._unlogged, []
-        metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ())}
+        # Rounds and checkpoints of earlier versions have fewer values; what not all rounds have is not logged.
+        names = set.intersection(*map(set, rounds)) if rounds else set()
+        metrics = {name: sum(each[name] for each in rounds) for name in (rounds[0] if rounds else ()) if name in names}
         if rounds:
-            responses, groups = metrics.pop("rounds/responses"), metrics.pop("rounds/groups")
             metrics["rounds/response_tokens"] = metrics["rounds/tokens"]
-            for name in ("reward", "truncated", "response_tokens"):
-                metrics[f"rounds/{name}"] = metrics[f"rounds/{name}"] / responses if responses else math.nan
-            metrics["rounds/reward_std"] = metrics["rounds/reward_std"] / groups if groups else math.nan
+        for of, means in _MEANS.items():
+            count = metrics.pop(of, 0)
+            for name in means & metrics.keys():
+                metrics[name] = metrics[name] / count if count else math.nan
+        if math.isnan(metrics.get("rounds/repeated", 0.0)):
+            del metrics["rounds/repeated"]
         counts = {"staleness": step - 1 - self._policy_step, "empty_rounds": self.empty_rounds.total}
         return counts | metrics
 

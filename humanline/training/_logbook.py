@@ -43,9 +43,9 @@ class Logbook:
 
     def __init__(self, cfg: DictConfig, environment: Environment, signal: str, state: dict[str, Any] | None) -> None:
         settings = self.settings = environment.settings
-        self.device, self.rank, self.signal = environment.device, environment.rank, signal
+        self.device, self.rank = environment.device, environment.rank
         self.sums = MetricSums(self.device)
-        self.collapse = CollapseWatch(settings.collapse_window) if settings.collapse_window else None
+        self.collapse = CollapseWatch(signal, settings.collapse_window) if settings.collapse_window else None
         if state is not None:
             self.sums.load_state_dict(state["metrics"])
             if self.collapse is not None:
@@ -75,11 +75,11 @@ class Logbook:
             name = f"completions/{name.split()[0]}"
             log_table(self.logger, name, [*rows[0]], [[*row.values()] for row in rows], step)
 
-    def entry(self, step: int, metrics: dict[str, float]) -> str | None:
+    def entry(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Logs ``metrics`` and the means since the last entry. Collective.
 
         Returns:
-            str | None: a warning if the policy may be collapsing, else None.
+            list[str]: a warning for each sign that the policy may be collapsing.
         """
         metrics |= self.sums.means()
         if self.settings.log_peak_memory_stats and self.device.type == "cuda":
@@ -88,10 +88,8 @@ class Logbook:
         self._warn_of_mismatch(metrics)
         postfix = {label: f"{metrics[name]:.4g}" for name, label in _SHOWN.items() if name in metrics}
         self._bar.set_postfix(postfix, refresh=False)
-        if self.collapse is None or not {self.signal, "kl"} <= metrics.keys():
-            return None
-        warning = self.collapse.add(metrics[self.signal], metrics["kl"])
-        return None if warning is None else f"step {step}: {self.signal}: {warning}"
+        warnings = [] if self.collapse is None else self.collapse.add(metrics)
+        return [f"step {step}: {warning}" for warning in warnings]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Passes metrics to the logger of rank 0. An OSError, such as a full disk, does not end the run."""

@@ -314,13 +314,11 @@ class Run:
             "steps_since_sync": self.step - self.reference.last_sync,
             "skipped_steps": self.non_finite.total,
         }
-        warning = self.logbook.entry(self.step, metrics | self.source.metrics(self.step))
-        if warning is None:
-            return
-        if self.settings.stop_on_collapse:
+        warnings = self.logbook.entry(self.step, metrics | self.source.metrics(self.step))
+        if warnings and self.settings.stop_on_collapse:
             self._save_state()
-            raise TrainingError(f"{warning} (stop_on_collapse); {self.saves.left()}")
-        if self.rank == 0:
+            raise TrainingError(f"{'; '.join(warnings)} (stop_on_collapse); {self.saves.left()}")
+        for warning in warnings if self.rank == 0 else ():
             log.warning(warning)
 
     def _stop(self) -> None:
