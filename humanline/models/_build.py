@@ -16,6 +16,7 @@ from torchtune.modules.common_utils import NF4Tensor  # its place in torchao dep
 
 from humanline.errors import ConfigError
 from humanline.models._adapter import adapter_modules, freeze_base, quantized_like
+from humanline.models._cpu_modules import use_cpu_modules
 from humanline.models._load import fill_rotary_tables
 from humanline.models._policy import LogProbDecoder
 from humanline.models._shard import local_shard
@@ -72,6 +73,7 @@ def build_model(
     model = design_model(
         build,
         mesh=mesh,
+        device=device,
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,
         activation_checkpointing=activation_checkpointing,
@@ -97,14 +99,17 @@ def design_model(
     build: Callable[[], TransformerDecoder],
     *,
     mesh: DeviceMesh | None,
+    device: torch.device,
     param_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> LogProbDecoder:
-    """Builds the model of :func:`build_model` on the meta device, without memory."""
+    """Builds the model of :func:`build_model` on the meta device, without memory, to be placed on ``device``."""
     with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
+    if device.type == "cpu" and not compile:  # a compiled layer fuses torchtune's operations
+        use_cpu_modules(model)
     model.compute_dtype = compute_dtype
     if adapter_modules(model):
         freeze_base(model, param_dtype)

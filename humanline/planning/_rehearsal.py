@@ -189,6 +189,7 @@ class _Rehearsal:
             model = design_model(
                 lambda: with_layers(build_decoder(cfg), self.layers),
                 mesh=self.mesh,
+                device=torch.device(self.settings.device),
                 param_dtype=param_dtype,
                 compute_dtype=DTYPES[self.settings.dtype],
                 activation_checkpointing=checkpointing,

@@ -1,0 +1,64 @@
+"""Modules that compute torchtune's functions on a CPU in fewer passes over memory.
+
+Eager elementwise operations on a CPU take as long as matrix products of the same tensors, because each reads and writes
+memory. The modules here keep float32 arithmetic and round to the activations' dtype once, as torchtune's do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.modules import RMSNorm
+
+
+def use_cpu_modules(model: nn.Module) -> None:
+    """Replaces modules of torchtune with those for a CPU, in place. Parameters keep their names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (RMSNorm, GemmaRMSNorm):
+                setattr(parent, name, CPUNorm(child))
+
+
+class CPUNorm(nn.Module):
+    """The function of torchtune's ``RMSNorm`` or ``GemmaRMSNorm``, which scales with ``1 + scale``.
+
+    Args:
+        norm (RMSNorm | GemmaRMSNorm): the module whose weight and function this one has.
+    """
+
+    def __init__(self, norm: RMSNorm | GemmaRMSNorm) -> None:
+        super().__init__()
+        self.scale, self.eps = norm.scale, norm.eps
+        self.one_plus_scale = isinstance(norm, GemmaRMSNorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises over the last dimension: ``[..., D]`` to ``[..., D]``."""
+        scale = 1.0 + self.scale.float() if self.one_plus_scale else self.scale
+        return _ScaledRMS.apply(x, scale, self.eps)
+
+
+class _ScaledRMS(torch.autograd.Function):
+    """``x * scale / rms(x)``; between forward and backward it keeps ``x`` and one float per vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        x_ = x.float()  # products of two dtypes are slow
+        inverse_rms = torch.linalg.vector_norm(x_, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, inverse_rms)
+        return (x_ * inverse_rms).mul_(scale.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, inverse_rms = ctx.saved_tensors
+        need_x, need_scale = ctx.needs_input_grad[:2]
+        x_, grad, scale_ = x.float(), grad.float(), scale.float()
+        products = grad * x_
+        grad_x = grad_scale = None
+        if need_scale:
+            grad_scale = (products.flatten(0, -2).t() @ inverse_rms.flatten()).to(scale.dtype)
+        if need_x:
+            # d/dx = (scale * grad - x * mean(scale * grad * x) / rms^2) / rms
+            slope = (products @ scale_).unsqueeze(-1).mul_(inverse_rms.pow(3)).div_(-x.size(-1))
+            grad_x = (grad * scale_).mul_(inverse_rms).addcmul_(x_, slope).to(x.dtype)
+        return grad_x, grad_scale, None

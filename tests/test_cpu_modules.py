@@ -1,0 +1,51 @@
+"""The modules for a CPU compute the functions of torchtune's modules that they replace."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.modules import RMSNorm
+
+from humanline.models._cpu_modules import CPUNorm
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the largest value
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [RMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("shape", [(2, 7, 64), (2, 5, 3, 16)], ids=["hidden states", "heads"])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_norms_and_their_gradients_are_torchtunes(dtype, weight_dtype, kind, shape, size):
+    torch.manual_seed(0)
+    norm = kind(shape[-1], eps=1e-5)
+    torch.nn.init.normal_(norm.scale)
+    norm.to(weight_dtype)
+    x, grad = size * torch.randn(shape), torch.randn(shape)
+
+    def computed(module):
+        module.zero_grad()
+        given = x.to(dtype).requires_grad_()
+        y = module(given)
+        y.backward(grad.to(dtype))
+        return y.detach(), given.grad, module.scale.grad
+
+    for ours, theirs in zip(computed(CPUNorm(norm)), computed(norm), strict=True):
+        assert ours.dtype == theirs.dtype
+        bound = max(ROUNDING[theirs.dtype], 1e-6) * theirs.abs().max().item()
+        assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+def test_a_norm_in_bfloat16_is_rounded_once():
+    torch.manual_seed(0)
+    norm = RMSNorm(576)
+    torch.nn.init.normal_(norm.scale)
+    x = torch.randn(100, 576).bfloat16()
+    assert (CPUNorm(norm)(x) == norm(x)).float().mean() > 0.999
+
+
+def test_a_frozen_norm_has_no_gradient():
+    norm = CPUNorm(RMSNorm(8).requires_grad_(False))
+    x = torch.randn(3, 8, requires_grad=True)
+    norm(x).sum().backward()
+    assert norm.scale.grad is None and x.grad is not None
