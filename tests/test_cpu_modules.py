@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
-from torchtune.modules import RMSNorm
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
-from humanline.models._cpu_modules import CPUNorm
+from humanline.models._cpu_modules import CPUNorm, CPURotary
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the largest value
 
@@ -49,3 +50,23 @@ def test_a_frozen_norm_has_no_gradient():
     x = torch.randn(3, 8, requires_grad=True)
     norm(x).sum().backward()
     assert norm.scale.grad is None and x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [RotaryPositionalEmbeddings, Llama3ScaledRoPE])
+@pytest.mark.parametrize("positions", [None, (1, 7), (2, 7)], ids=["counted", "of all rows", "of each row"])
+def test_rotary_positions_and_their_gradient_are_torchtunes_bit_for_bit(dtype, kind, positions):
+    torch.manual_seed(0)
+    rotary = kind(64, max_seq_len=5000, base=10_000)
+    x, grad = torch.randn(2, 7, 3, 64).to(dtype), torch.randn(2, 7, 3, 64).to(dtype)
+    input_pos = None if positions is None else torch.randint(5000, positions)
+
+    def computed(module):
+        given = x.clone().requires_grad_()
+        # As in attention, queries are a view.
+        y = module(given.flatten(-2).unflatten(-1, (-1, 64)), input_pos=input_pos)
+        y.backward(grad)
+        return y.detach(), given.grad
+
+    for ours, theirs in zip(computed(CPURotary(rotary)), computed(rotary), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)

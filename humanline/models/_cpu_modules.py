@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
-from torchtune.modules import RMSNorm
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
 
 def use_cpu_modules(model: nn.Module) -> None:
@@ -18,6 +19,8 @@ def use_cpu_modules(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) in (RMSNorm, GemmaRMSNorm):
                 setattr(parent, name, CPUNorm(child))
+            elif type(child) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
+                setattr(parent, name, CPURotary(child))
 
 
 class CPUNorm(nn.Module):
@@ -62,3 +65,29 @@ class _ScaledRMS(torch.autograd.Function):
             slope = (products @ scale_).unsqueeze(-1).mul_(inverse_rms.pow(3)).div_(-x.size(-1))
             grad_x = (grad * scale_).mul_(inverse_rms).addcmul_(x_, slope).to(x.dtype)
         return grad_x, grad_scale, None
+
+
+class CPURotary(nn.Module):
+    """torchtune's rotary positions of neighbouring dimensions, as products of complex numbers.
+
+    Args:
+        rotary (RotaryPositionalEmbeddings | Llama3ScaledRoPE): has the table of cosines and sines.
+    """
+
+    def __init__(self, rotary: RotaryPositionalEmbeddings | Llama3ScaledRoPE) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x (Tensor): queries or keys, ``[B, S, H, D]``.
+            input_pos (Tensor | None): positions, int64 ``[B, S]`` or ``[1, S]``; None counts from 0.
+
+        Returns:
+            Tensor: ``x`` turned, bit for bit as by torchtune.
+        """
+        turns = torch.view_as_complex(self.rotary.cache)
+        turns = turns[: x.size(1)] if input_pos is None else turns[input_pos]
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).to(x.dtype)
