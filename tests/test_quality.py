@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Ranks, TrajectoryRun
+from conftest import ROOT, TUNE, Ranks, TrajectoryRun, run
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
@@ -178,7 +178,15 @@ def test_log_probs_are_those_of_transformers_on_any_number_of_ranks_and_kept_for
         [value for each in expected[1:] for value in each], abs=1e-5
     )
     partial.unlink()
-    quality.start(nproc=2)
+    command = [
+        str(TUNE),
+        "run",
+        "--nproc_per_node=2",
+        "humanline_quality",
+        "--config",
+        str(quality.run.folder / "quality.yaml"),
+    ]
+    run(command, cwd=ROOT)
     two = json.loads(quality.output.read_text())
     assert two["mean_log_prob"] == pytest.approx(alone["mean_log_prob"], abs=1e-6)
     assert {key: two[key] for key in alone if key != "mean_log_prob"} == {

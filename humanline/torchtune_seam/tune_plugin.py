@@ -135,7 +135,7 @@ def _is_distributed(path: Path) -> bool:
     """Returns whether a recipe may run on several ranks, by its name if it is ours, else by its source."""
     says = any(word in path.stem for word in ("_distributed", "_single_device"))
     if path.name.startswith("humanline_") and (says or path.parent == HOME / "recipes"):
-        return "_distributed" in path.stem
+        return "_distributed" in path.stem or b"start_on_every_device" in path.read_bytes()
     try:
         nodes = ast.walk(ast.parse(path.read_bytes()))
     except (SyntaxError, ValueError):
