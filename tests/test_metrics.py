@@ -1,6 +1,7 @@
 """Metrics of training steps: the distribution of log-ratios, and what the clips hold."""
 
 import json
+from statistics import fmean, pstdev
 
 import pytest
 import torch
@@ -86,3 +87,21 @@ def test_quantiles_since_the_last_entry_survive_a_resume(trajectory):
     (run.folder / "logs" / "log.txt").unlink()
     assert run.train(f"resume_from_checkpoint={run.folder / 'out' / 'checkpoints' / 'step_2'}") is None
     assert {name: run.log(name)[4] for name in whole} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("name", ["kto_8_k4", "grpo_8_k4"])
+def test_lengths_and_the_spread_of_scores_are_those_of_the_entry_s_groups(trajectory, name, nproc):
+    run = trajectory(name)
+    run.config["batch_size"] //= nproc
+    run.config |= {"log_every_n_steps": 2, "max_steps_per_epoch": 4, "tokens_per_row": 40, "rows_per_pass": 1}
+    run.train_on(nproc)
+    for step in (2, 4):
+        examples = [example for batch in run.golden["batches"][step - 2 : step] for example in batch]
+        lengths = [len(each) for example in examples for each in example.get("responses") or [example["response"]]]
+        assert run.log("responses/length")[step] == pytest.approx(fmean(lengths))
+        if name == "grpo_8_k4":
+            spreads = [pstdev(example["scores"]) for example in examples]
+            assert run.log("rewards/std")[step] == pytest.approx(fmean(spreads))
+    assert bool(run.log("rewards/std")) == (name == "grpo_8_k4")

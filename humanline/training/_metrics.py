@@ -1,11 +1,13 @@
+import math
 from collections.abc import Sequence
+from statistics import pstdev
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from humanline.data import Rows, best_and_worst
+from humanline.data import Group, Rows, best_and_worst
 from humanline.losses import PerceptualLoss, token_kl, token_log_ratio, unclamped
 from humanline.training._log_ratios import LogRatios
 
@@ -58,6 +60,21 @@ def mismatch_metrics(policy_logps: Tensor, rows: Rows) -> Metrics:
         "mismatch/large": ((size > 0.1).sum(), count),
         "mismatch/kl": (token_kl(-difference).sum(), count),
     }
+
+
+def group_metrics(batch: Sequence[Sequence[Group]]) -> Metrics:
+    """Returns the metrics of a step's groups: ``responses/length`` and, with scores, ``rewards/std``.
+
+    ``responses/length`` is the mean number of tokens in a response. ``rewards/std`` is the mean over groups of the
+    population standard deviation of a group's scores. Nothing is read from the device.
+
+    Args:
+        batch (Sequence[Sequence[Group]]): the microbatches, with the whole groups of all ranks.
+    """
+    groups = [group for microbatch in batch for group in microbatch]
+    lengths = [len(response) for group in groups for response in group.responses]
+    spreads = [pstdev(group.scores) for group in groups if group.scores]
+    return {"responses/length": (sum(lengths), len(lengths)), "rewards/std": (math.fsum(spreads), len(spreads))}
 
 
 def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, int]:

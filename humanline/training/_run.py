@@ -28,7 +28,7 @@ from humanline.training._data import Data
 from humanline.training._environment import Environment
 from humanline.training._held_out import HeldOut
 from humanline.training._logbook import Logbook
-from humanline.training._metrics import Metrics, MetricSums, mismatch_metrics
+from humanline.training._metrics import Metrics, MetricSums, group_metrics, mismatch_metrics
 from humanline.training._non_finite import NonFinite
 from humanline.training._position import position_of
 from humanline.training._saves import Saves
@@ -176,6 +176,7 @@ class Run:
                 raise type(error)(f"{error}; {self.saves.left()}") from error
             self.step += 1
             self._start, self._sums, self._empty = time.perf_counter(), MetricSums(self.device), not batch
+            self._sums.add(group_metrics(batch))  # the same on all ranks
             torch.manual_seed(stream_seed("dropout", self.settings.seed, self.step, self.rank))
             yield self.step, batch
 
