@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_online import online
 
-from humanline.rollout._round_sampler import most_repeated
+from humanline.rollout import most_repeated
 from humanline.training._collapse import CollapseWatch
 
 ENTROPY, LENGTH, REPEATED = "entropy", "rounds/response_tokens", "rounds/repeated"
@@ -83,6 +83,15 @@ def test_values_that_are_absent_or_not_finite_are_left_out():
     assert len(watch.add({ENTROPY: 0.011})) == 1
 
 
+def test_evaluations_in_which_the_prompts_come_to_share_a_response_are_warned_of_at_the_second():
+    repeated = "val/repeated"
+    assert warnings(repeated, [0.0, 1 / 3, 1 / 3, 1.0]) == []
+    (warning,) = warnings(repeated, [0.0, 1 / 3, 1 / 3, 1.0, 1.0])
+    assert warning.startswith("val/repeated: the share of prompts with the same most frequent response grew from 17%")
+    assert warnings(repeated, [1 / 3, 1 / 3, *[2 / 3] * 9]) == []  # three of four answers are yes
+    assert warnings(repeated, [1.0] * 9) == []
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 100))
 def test_a_resumed_watch_warns_as_one_that_was_not_interrupted(at):
@@ -152,3 +161,24 @@ def test_rounds_of_an_earlier_version_are_logged_with_the_values_that_they_have(
         shutil.rmtree(folder)
     assert run.train("resume_from_checkpoint=latest") is None
     assert run.log("rounds/reward")[4] == expected and 4 not in run.log("rounds/repeated")
+
+
+@pytest.mark.slow
+def test_a_run_stops_when_the_prompts_of_its_evaluations_come_to_share_a_response(trajectory):
+    run = trajectory("dpo_8_k4")
+    groups = [json.loads(line) for line in run.data.read_text().splitlines()]
+    run.data.write_text("".join(json.dumps(group | {"responses": [[7], [9]]}) + "\n" for group in groups))
+    run.config |= {"tokenizer": {"_component_": "toys.Letters"}, "dataset_val": dict(run.config["dataset"])}
+    run.config |= {"generate_val_every_n_steps": 1, "generate_val_max_new_tokens": 1, "generate_val_prompts": 12}
+    run.config["loss"] |= {"perception": "none", "log_eps_P": None, "log_eps_R": None}
+    run.config["reference"]["sync_every"] = None
+    run.config["optimizer"]["lr"] = 0.01
+    line = run.train("stop_on_collapse=True", "temperature=0.2")
+    files = (run.folder / "out" / "completions").glob("step_*.jsonl")
+    files = sorted(files, key=lambda file: int(file.stem.removeprefix("step_")))
+    texts = [[json.loads(line)["completion"] for line in file.read_text().splitlines()] for file in files]
+    shares = [most_repeated([[text] for text in each]) / 11 for each in texts]
+    assert list(run.log("val/repeated").values()) == pytest.approx(shares)
+    assert f"step {len(shares) - 1}: val/repeated: the share of prompts" in line and "(stop_on_collapse)" in line
+    assert sum(shares[-2:]) / 2 >= 0.9 > sum(shares[-3:-1]) / 2
+    assert (run.folder / "out" / "checkpoints" / f"step_{len(shares) - 1}").is_dir()

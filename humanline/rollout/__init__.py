@@ -10,6 +10,7 @@ from humanline.rollout._prompts import Prompt, read_prompts
 from humanline.rollout._reward import Reward, checked_scores
 from humanline.rollout._round_file import dates_of_rounds
 from humanline.rollout._round_plan import RoundPlan, Steps
+from humanline.rollout._round_sampler import most_repeated
 from humanline.rollout._sampled_source import SampledSource
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
@@ -35,6 +36,7 @@ __all__ = [
     "TorchtuneEngine",
     "checked_scores",
     "dates_of_rounds",
+    "most_repeated",
     "read_prompts",
     "token_ids",
 ]

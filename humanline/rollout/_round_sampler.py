@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import pstdev
+from typing import Any
 
 import torch.distributed as dist
 from torchtune.utils import get_logger
@@ -157,11 +158,11 @@ class RoundSampler:
         }
 
 
-def most_repeated(responses: Sequence[Sequence[Sequence[int]]]) -> int:
+def most_repeated(responses: Sequence[Sequence[Sequence[Any]]]) -> int:
     """Returns how many other prompts have the response that most prompts have; 0 if no two prompts share one.
 
     Args:
-        responses (Sequence[Sequence[Sequence[int]]]): token ids of the responses to each prompt.
+        responses (Sequence[Sequence[Sequence[Any]]]): the responses to each prompt, as token ids or as texts.
     """
     prompts = Counter(response for each in responses for response in set(map(tuple, each)))
     return max(prompts.values(), default=1) - 1

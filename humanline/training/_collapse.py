@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, variance
 from typing import Any
 
@@ -31,7 +32,7 @@ class CollapseWatch:
     def __init__(self, signal: str, window: int) -> None:
         self._signal = signal
         self._values: deque[tuple[float, float]] = deque(maxlen=window)
-        self._changes = {name: _Change(window // 2) for name in _WARNINGS}
+        self._changes = {name: _Change(2 if name.startswith("val/") else window // 2) for name in _WARNINGS}
 
     def add(self, metrics: Mapping[str, float]) -> list[str]:
         """Adds the metrics of a log entry, and returns a warning for each sign of a collapse.
@@ -136,8 +137,8 @@ def _length(before: float, after: float) -> str | None:
     )
 
 
-def _repeated(before: float, after: float) -> str | None:
-    if after < max(0.5, 2 * before):
+def _repeated(before: float, after: float, least: float = 0.5) -> str | None:
+    if after < max(least, 2 * before):
         return None
     return (
         f"the share of prompts with the same most frequent response grew from {before:.0%} to {after:.0%}: the policy "
@@ -150,6 +151,7 @@ _WARNINGS: dict[str, Callable[[float, float], str | None]] = {
     "entropy": _entropy,
     "rounds/response_tokens": _length,
     "rounds/repeated": _repeated,
+    "val/repeated": partial(_repeated, least=0.9),
 }
 """By metric: the warning if its mean changed from one value to another, or None."""
 

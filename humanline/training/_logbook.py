@@ -88,6 +88,10 @@ class Logbook:
         self._warn_of_mismatch(metrics)
         postfix = {label: f"{metrics[name]:.4g}" for name, label in _SHOWN.items() if name in metrics}
         self._bar.set_postfix(postfix, refresh=False)
+        return self.watch(step, metrics)
+
+    def watch(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Returns a warning for each sign in ``metrics`` that the policy may be collapsing."""
         warnings = [] if self.collapse is None else self.collapse.add(metrics)
         return [f"step {step}: {warning}" for warning in warnings]
 

@@ -23,6 +23,7 @@ from humanline.errors import ConfigError, DataError, Stopped, TrainingError
 from humanline.models import LogProbDecoder
 from humanline.optim import StochasticAdamW
 from humanline.reference import Reference
+from humanline.rollout import most_repeated
 from humanline.training._completions import Completions, table
 from humanline.training._data import Data
 from humanline.training._environment import Environment
@@ -281,8 +282,14 @@ class Run:
 
     def _answer(self) -> None:
         """Answers the fixed prompts of ``dataset_val``, if ``generate_val_every_n_steps`` is set. Collective."""
-        if self.completions.prompts:
-            self._show(f"val at step {self.step}", self.completions.of_held_out(self.step))
+        if not self.completions.prompts:
+            return
+        rows = self.completions.of_held_out(self.step)
+        self._show(f"val at step {self.step}", rows)
+        if len(rows) > 1:
+            repeated = {"val/repeated": most_repeated([[row["completion"]] for row in rows]) / (len(rows) - 1)}
+            self.logbook.write(self.step, repeated)
+            self._warn(self.logbook.watch(self.step, repeated))
 
     def _show(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.rank != 0 or not rows:
@@ -315,7 +322,10 @@ class Run:
             "steps_since_sync": self.step - self.reference.last_sync,
             "skipped_steps": self.non_finite.total,
         }
-        warnings = self.logbook.entry(self.step, metrics | self.source.metrics(self.step))
+        self._warn(self.logbook.entry(self.step, metrics | self.source.metrics(self.step)))
+
+    def _warn(self, warnings: list[str]) -> None:
+        """Logs the warnings of a collapse, or ends the run because of them."""
         if warnings and self.settings.stop_on_collapse:
             self._save_state()
             raise TrainingError(f"{'; '.join(warnings)} (stop_on_collapse); {self.saves.left()}")
