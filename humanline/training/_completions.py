@@ -157,7 +157,7 @@ def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
     prompt = min(max(len(line[0]) for line in [COLUMNS, *lines]), room // 3)
     widths = [prompt, min(max(len(line[1]) for line in [COLUMNS, *lines]), room - prompt), *others]
     return "\n".join(
-        "  ".join(_fitted(cell, size) for cell, size in zip(line, widths, strict=True)).rstrip()
+        "  ".join(_fitted(cell, size, i == 1) for i, (cell, size) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in [COLUMNS, *lines]
     )
 
@@ -170,9 +170,12 @@ def _shown(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _fitted(text: str, width: int) -> str:
-    """Returns a text padded to a width, or its end where it is too long: a prompt's end is its question."""
-    return text.ljust(width) if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
+def _fitted(text: str, width: int, keep_start: bool) -> str:
+    """Returns a text padded to a width. A longer one keeps its end, such as a prompt's question, or both ends."""
+    if len(text) <= width:
+        return text.ljust(width)
+    start = width // 2 if keep_start else 0
+    return f"{text[:start]}…{text[len(text) - width + start + 1 :]}"
 
 
 def _key(group: Group, response: Sequence[int]) -> tuple[str, bytes]:
