@@ -160,6 +160,7 @@ class HumanlineQualityRecipe:
     def keep(self, data: list[Measured]) -> None:
         """Writes what the filter leaves, and what it leaves out, and prints the command that trains on the former."""
         assert self.filter is not None
+        budget = self.dataset.budget
         results = list(self.filter.apply(data))
         kept = [as_line(rest) for rest, _ in results if rest is not None]
         if not kept:
@@ -170,7 +171,8 @@ class HumanlineQualityRecipe:
         print(
             f"{len(kept):,} of {len(data):,} groups stay, {len(data) - len(cut):,} of them whole: {self.kept}\n"
             f"The others, with the reasons: {self.left_out}\nTo train on what stays, add to a training command:\n"
-            f"  dataset=humanline.data.encoded_groups dataset.source={self.kept}"
+            f"  dataset=humanline.data.encoded_groups dataset.source={self.kept} "
+            f"dataset.max_tokens={budget.max_tokens} dataset.max_prompt_tokens={budget.max_prompt_tokens or 'null'}"
         )
 
 

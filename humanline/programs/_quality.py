@@ -189,10 +189,14 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def histogram(log_probs: Sequence[float], bins: int = 20, width: int = 50) -> str:
-    """Returns a histogram to print: a line for each bin between the lowest and the highest value."""
-    low, high = min(log_probs), max(log_probs)
+    """Returns a histogram to print: a line for each bin between the 1% and the 99% quantile.
+
+    The first and the last bin have the values beyond these too.
+    """
+    ordered = sorted(log_probs)
+    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
     size = (high - low) / bins or 1.0
-    counts = Counter(min(bins - 1, int((value - low) / size)) for value in log_probs)
+    counts = Counter(max(0, min(bins - 1, int((value - low) / size))) for value in log_probs)
     most = max(counts.values())
     return "\n".join(
         f"{low + i * size:8.3f}  {'#' * math.ceil(width * counts[i] / most):{width}} {counts[i]:,}"
