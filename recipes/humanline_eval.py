@@ -93,7 +93,7 @@ class HumanlineEvalRecipe:
             raise ConfigError(
                 f"output: expected a name ending in .json, got '{cfg.output}'; samples go into a .jsonl beside it"
             )
-        check_outputs([self.output, self.output.with_suffix(".jsonl")], cfg.prompts if sampling else cfg.samples)
+        check_outputs([self.output, self.output.with_suffix(".jsonl")], cfg.prompts if sampling else None)
         self.sampling = SamplerSettings(cfg) if sampling else None
         self.sampler: Sampler | None = None
         if self.sampling is not None:

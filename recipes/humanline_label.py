@@ -24,7 +24,6 @@ from humanline.programs import (
     Scorer,
     check_keys,
     check_one_process,
-    check_outputs,
     common_end,
     parse,
     reading,
@@ -69,7 +68,6 @@ class HumanlineLabelRecipe:
         check_keys(cfg, REQUIRED, DEFAULTS)
         self.batch_size = whole_number(cfg, "batch_size", default=DEFAULTS["batch_size"], least=1)
         self.output = Path(cfg.output).expanduser()
-        check_outputs([self.output], cfg.samples)
 
     def setup(self, cfg: DictConfig) -> None:
         """Reads the samples and builds the reward, so that an invalid line or reward is reported at once."""

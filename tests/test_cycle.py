@@ -151,7 +151,8 @@ def test_evaluation_writes_and_scores_the_prompt_that_was_sampled_from(programs,
 
 def test_samples_may_be_sampled_again_and_keep_their_prompt(programs, mixed):
     first, ids = programs.sample(mixed, system_prompt="Be brief.")
-    again, same = programs.sample(programs.folder / "samples.jsonl", system_prompt="Another.")
+    kept = (programs.folder / "samples.jsonl").rename(programs.folder / "kept.jsonl")
+    again, same = programs.sample(kept, system_prompt="Another.")
     assert (again, same) == (first, ids)
 
 

@@ -468,10 +468,11 @@ def test_a_mistake_ends_the_recipe_with_one_line(tmp_path):
     assert output.strip().splitlines()[-1].startswith("humanline_eval.py: k: 5 exceeds the 4 responses of ")
 
 
-def test_prompts_and_samples_are_not_written_over(tmp_path, model_folder):
+def test_prompts_are_not_written_over(tmp_path, model_folder):
     recipe = runpy.run_path(str(RECIPE))["HumanlineEvalRecipe"]
-    prompts, samples = of_a_model(tmp_path, model_folder), of_samples(tmp_path)
-    for cfg, name in ((prompts, "prompts"), (samples, "samples")):
-        files = {"output": str(tmp_path / f"{name}.json"), name: str(tmp_path / "*.jsonl")}
-        with pytest.raises(ConfigError, match=f"^output: .*{name}.jsonl would be written over, but it is read here"):
-            recipe(OmegaConf.create(cfg | files))
+    cfg = of_a_model(tmp_path, model_folder) | {
+        "output": str(tmp_path / "prompts.json"),
+        "prompts": str(tmp_path / "*.jsonl"),
+    }
+    with pytest.raises(ConfigError, match="^output: .*prompts.jsonl would be written over, but it is read here"):
+        recipe(OmegaConf.create(cfg))

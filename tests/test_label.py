@@ -220,9 +220,3 @@ def test_the_shipped_config_labels_samples_by_the_header_s_command(tmp_path):
     run([str(TUNE), "run", str(RECIPE), "--config", str(config), "samples=samples/smollm2_135m.jsonl"], cwd=tmp_path)
     rows = (tmp_path / "samples" / "gsm8k_scored.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(row)["all_rm_scores"] for row in rows] == [[1, 0, 1]] * 7
-
-
-def test_the_samples_are_not_written_over(label):
-    code, output = label.start(output=str(label.samples))
-    assert code == 1 and "samples.jsonl would be written over, but it is read here; use another output" in output
-    assert label.samples.read_text() == "".join(json.dumps(line) + "\n" for line in LINES)

@@ -392,7 +392,7 @@ def test_tags_are_counted_on_lines_of_their_own(parts):
 
 
 def test_open_r1_s_reward_is_the_weighted_sum():
-    responses = [FORM, FORM.replace("4", "5"), "4", "<think>4</think>4"]
+    responses = [LINES, LINES.replace("4", "5"), "4", "<think>\n4\n</think>\n4"]
     rewards = [
         reward([prompt("4")], [responses])[0]
         for reward in (MathReward(), FormatReward(), TagCountReward(), OpenR1Reward(), OpenR1Reward(3, 0.5, -2))
