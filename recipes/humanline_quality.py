@@ -164,7 +164,7 @@ class HumanlineQualityRecipe:
         results = list(self.filter.apply(data))
         kept = [as_line(rest) for rest, _ in results if rest is not None]
         if not kept:
-            raise ConfigError("filter: no group is left; lower filter.min_log_prob")
+            raise ConfigError("filter: it leaves no group; lower min_log_prob, or keep cut responses")
         cut = [as_line(m.group) | {"reasons": why} for m, (_, why) in zip(data, results, strict=True) if why]
         write_jsonl(self.kept, kept)
         write_jsonl(self.left_out, cut)

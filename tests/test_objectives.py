@@ -434,7 +434,7 @@ def test_a_kto_run_prints_its_warning_once_on_two_ranks(trajectory):
             "loss.desirable_weight: humanline.losses.HumanlineDPOLoss has no such argument",
         ),
         ("grpo_7_k1", {"gamma_P": 1.0}, "loss.gamma_P: 1.0 has no effect with perception: clip"),
-        ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: expected token, sequence or dapo, got 'mean'"),
+        ("grpo_7_k1", {"aggregation": "mean"}, "loss.aggregation: expected token, sequence, dapo or fixed, got 'mean'"),
         ("kto_7_k1", {"perception": "sample"}, "loss.gamma_P: got None, expected a number above 0"),
         ("grpo_7_k1", {"label_smoothing": 0.1}, "loss.label_smoothing: humanline.losses.HumanlineGRPOLoss has no such"),
     ],

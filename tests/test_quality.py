@@ -218,7 +218,7 @@ def test_what_the_filter_leaves_trains_by_the_printed_command(quality):
         ({"output": "figures.txt"}, "output: expected a name ending in .json, got 'figures.txt'"),
         ({"kept": "kept.jsonl"}, "kept: there is no filter; set one, or remove kept"),
         ({"filter": {"cut": False}}, "filter.cut: the end of a turn is not known without a tokenizer; set tokenizer"),
-        ({"filter": {"min_log_prob": -1e-9}}, "filter: no group is left; lower filter.min_log_prob"),
+        ({"filter": {"min_log_prob": -1e-9}}, "filter: it leaves no group; lower min_log_prob, or keep cut responses"),
         ({"output": "groups.json"}, "groups.jsonl would be written over, but it is read here; use another output"),
         ({"dtype": "fp16"}, "dtype: expected bf16 or fp32, got 'fp16'"),
     ],
