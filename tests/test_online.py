@@ -177,6 +177,15 @@ def test_training_at_the_sampling_temperature_agrees_with_the_engine_while_the_p
     assert apart.log("entropy")[1] > run.log("entropy")[1]
 
 
+@pytest.mark.parametrize("name", ["dpo_8_k4", "kto_8_k4"])
+def test_the_mismatch_is_logged_for_every_objective(trajectory, name):
+    run = online(trajectory(name))
+    run.config["max_steps_per_epoch"] = 2
+    assert run.train() is None
+    assert run.log("mismatch/mean").keys() == {1, 2}
+    assert all(value < 1e-5 for value in run.log("mismatch/mean").values())
+
+
 def test_an_engine_with_another_function_is_warned_of_once(trajectory, caplog):
     run = online(trajectory("grpo_8_k4"))
     run.config["engine"]["_component_"] = "toys.Offset"

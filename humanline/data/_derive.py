@@ -83,8 +83,8 @@ def _pair(group: Group) -> Group | None:
         )
     if (found_both := best_and_worst(group.scores)) is None:
         return None
-    chosen, rejected = (group.responses[i] for i in found_both)
-    return None if list(chosen) == list(rejected) else Group(group.prompt, (chosen, rejected), id=group.id)
+    pair = replace(group.part(found_both), scores=None, labels=None, advantages=None)
+    return None if list(pair.responses[0]) == list(pair.responses[1]) else pair
 
 
 def _labelled(group: Group) -> Group | None:

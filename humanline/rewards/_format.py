@@ -8,7 +8,7 @@ from humanline.rollout import Prompt
 __all__ = ["FormatReward", "TagCountReward", "format_score", "tag_count_score"]
 
 _TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
-_FORM = re.compile("".join(("<think>\n.*?\n</think>\n", "<answer>\n.*?\n</answer>$")), re.DOTALL | re.MULTILINE)
+_FORM = re.compile(r"<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$", re.DOTALL | re.MULTILINE)
 
 
 class FormatReward:

@@ -17,7 +17,7 @@ from humanline.training._metrics import MetricSums
 log = utils.get_logger("INFO")
 
 LARGEST_MISMATCH = 0.1
-"""Nats; the mean difference of log-probs that rounding in bf16 explains is a tenth of this."""
+"""Nats a token: a larger mean difference between the log-probs of engine and trainer is warned of."""
 
 _SHOWN = {
     "loss": "loss",
