@@ -233,8 +233,9 @@ def test_advantages_are_centred_and_scaled_within_each_group(pairs, shift):
     st.sampled_from([0.01, 1e-4, 1.0]),
 )
 def test_advantages_divide_by_the_chosen_standard_deviation(pairs, std, eps):
-    groups, scores = (torch.tensor(values) for values in zip(*pairs, strict=True))
-    found = HumanlineGRPOLoss(advantage_std=std, advantage_eps=eps).advantages(scores.double(), groups)
+    groups = torch.tensor([group for group, _ in pairs])
+    scores = torch.tensor([score for _, score in pairs], dtype=torch.float64)
+    found = HumanlineGRPOLoss(advantage_std=std, advantage_eps=eps).advantages(scores, groups)
     for group in groups.unique():
         mine = [score for g, score in pairs if g == group]
         mean = math.fsum(mine) / len(mine)
