@@ -4,9 +4,10 @@
     python benchmarks/replicate.py ablation clip --seeds 1
     python benchmarks/replicate.py --list                 # the experiments, with their arms and what is finished
 
-The task is sums of two numbers from 1 to 99, after a solved example. The model knows from it when to stop, so what
-it learns is to add. The result is pass@1 on held-out sums. All arms of an experiment start from the same model and take
-the same number of optimizer steps, unless the number of steps is what the experiment varies.
+The task is sums of two numbers after a solved example, up to 99 for SmolLM2, up to 30 after three examples for Gemma 3
+270M, a pretrained model. From them the model knows when to stop, so what it learns is to add. The result is pass@1 on
+held-out sums. All arms of an experiment start from the same model and take the same number of optimizer steps, unless
+the number of steps is what the experiment varies.
 
 Finished runs are kept in docs/replication.json, from which `python docs/make_results.py` makes the figures and tables
 of docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint.
@@ -19,6 +20,7 @@ import argparse
 import fcntl
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -34,10 +36,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
-SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 RESULTS = ROOT / "docs" / "replication.json"
-LARGEST, HELD_OUT = 99, 240
-STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SPARSE, SYNC, CLIP = 64, 8, 8, 16, 32, 4, (-1.5, 1.5)
+HELD_OUT = 240  # sums
+STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SYNC, CLIP = 64, 4, 8, 16, 4, (-1.5, 1.5)
+EVERY = {"online": 1, "sparse": STEPS // 2, "fresh": STEPS}  # the steps that a round of answers is for
 LR = {"dpo": 1e-5, "kto": 1e-5, "grpo": 2e-5}
 DATASET = 256  # groups with a right and a wrong answer in an offline dataset
 
@@ -45,11 +47,50 @@ Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model, how to get it, and sums that it sometimes solves: of numbers up to ``largest``, after examples."""
+
+    folder: Path
+    fetch: tuple[str, ...]  # a Python program, which takes --output-dir
+    config: dict[str, Any]
+    largest: int
+    examples: tuple[tuple[int, int], ...]
+    system: str | None
+    initial: str  # the offline dataset whose first groups are the dataset "initial"
+
+
+MODELS = {
+    "smollm2": Model(
+        folder=ROOT / "models" / "SmolLM2-135M-Instruct",
+        fetch=("-m", "humanline.tools.fetch_smollm2"),
+        config={},
+        largest=99,
+        examples=((46, 31),),
+        system="Add.",
+        initial="initial_x4",
+    ),
+    "gemma3_270m": Model(
+        folder=ROOT / "models" / "gemma-3-270m",
+        fetch=("benchmarks/gemma3_270m.py",),
+        config={
+            "model._component_": "humanline.models.gemma3.gemma3_270m",
+            "checkpointer._component_": "humanline.checkpoint.FullModelHFCheckpointer",
+            "checkpointer.model_type": "GEMMA3",
+        },
+        largest=30,
+        examples=((14, 3), (8, 22), (19, 25)),
+        system=None,
+        initial="initial",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Arm:
     """A run, but for its seed.
 
-    ``data`` is ``online`` (a round of answers for every step), ``sparse`` (a round for 32 steps), or the name of an
-    offline dataset. ``sync`` is None for a frozen reference, ``clip`` is None for an unclipped log-ratio.
+    ``data`` is ``online`` (a round of answers for every step), ``sparse`` (for 32 steps), ``fresh`` (for 64), or the
+    name of an offline dataset. ``sync`` is None for a frozen reference, ``clip`` is None for an unclipped log-ratio.
     """
 
     data: str = "initial"
@@ -68,7 +109,7 @@ class Arm:
 HUMANLINE, OFFLINE = Arm(), Arm(sync=None, clip=None)
 UNTRAINED = Arm("none", sync=None, clip=None, steps=0)
 ONLINE = Arm("online", sync=1, clip=None)
-FIVE = (UNTRAINED, ONLINE, Arm("sparse", sync=SPARSE, clip=None), Arm("sparse"), OFFLINE, HUMANLINE)
+FIVE = (UNTRAINED, ONLINE, Arm("sparse", sync=EVERY["sparse"], clip=None), Arm("sparse"), OFFLINE, HUMANLINE)
 EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
     "five": FIVE,
     "ablation": tuple(
@@ -80,19 +121,18 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
     "sync": tuple(replace(HUMANLINE, sync=sync) for sync in (1, 4, 12, 24, None)),
     "longer": (
         ONLINE,
-        *(replace(HUMANLINE, steps=4 * STEPS, data=data) for data in ("initial", "initial_x4")),
+        *(replace(HUMANLINE, steps=4 * STEPS, data=data) for data in ("initial", "initial_x4", "fresh")),
     ),
-    "better": tuple(
-        replace(arm, data=data) for data in ("hot", "initial", "online_16", "online_48") for arm in (OFFLINE, HUMANLINE)
-    ),
+    "better": tuple(replace(HUMANLINE, data=data) for data in ("hot", "initial", "online_16", "online_48")),
     "quality": tuple(replace(HUMANLINE, data=f"quartile_{i}") for i in (1, 2, 3, 4)),
+    "gemma": tuple(replace(arm, model="gemma3_270m") for arm in FIVE),
 }
 
-MODELS: dict[str, dict[str, Any]] = {"smollm2": {}}
-
 # Where offline datasets come from: the step of an online run whose policy answers, the temperature, and the size. The
-# dataset "initial" is the first quarter of initial_x4, and "quartile_N" is a quarter of it by mean log-prob.
+# dataset "initial" is the first quarter of initial_x4 if the model has that one, and "quartile_N" is a quarter of it by
+# mean log-prob.
 SOURCES: dict[str, dict[str, Any]] = {
+    "initial": {},
     "initial_x4": {"groups": 4 * DATASET},
     "hot": {"temperature": 1.5},
     "online_16": {"after": 16},
@@ -103,13 +143,15 @@ SOURCES: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------------------------- the task
 
 
-def write_prompts(folder: Path) -> tuple[Path, Path]:
-    """Writes the prompts of training and of evaluation, and returns their files."""
-    pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
+def write_prompts(folder: Path, name: str) -> tuple[Path, Path]:
+    """Writes a model's prompts of training and of evaluation, and returns their files."""
+    model, numbers = MODELS[name], range(1, MODELS[name].largest + 1)
+    begin = [{"role": "system", "content": model.system}] if model.system else []
+    begin += [turn for example in model.examples for turn in _turns(*example)]
+    pairs = [(a, b) for a in numbers for b in numbers]
     random.Random(0).shuffle(pairs)
-    begin = [{"role": "system", "content": "Add."}, *_turns(46, 31)]
     rows = [json.dumps({"prompt": [*begin, _turns(a, b)[0]], "answer": a + b}) + "\n" for a, b in pairs]
-    files = folder / "train_prompts.jsonl", folder / "held_out_prompts.jsonl"
+    files = folder / f"{name}-train_prompts.jsonl", folder / f"{name}-held_out_prompts.jsonl"
     for file, part in zip(files, (rows[HELD_OUT:], rows[:HELD_OUT]), strict=True):
         write(file, "".join(part))
     return files
@@ -125,7 +167,7 @@ def dataset(folder: Path, arm: Arm) -> Path:
 
     GRPO and KTO learn from all answers of a group, DPO from a right and a wrong one.
     """
-    source = arm.data if arm.data in SOURCES else "initial_x4"
+    source = arm.data if arm.data in SOURCES and arm.data != "initial" else MODELS[arm.model].initial
     groups = sampled_groups(folder / f"data-{arm.model}-{source}", arm.model, **SOURCES[source])
     if arm.data == "initial":
         groups = groups[:DATASET]
@@ -179,7 +221,7 @@ def run(folder: Path, arm: Arm, seed: int, keep_weights: bool = False) -> dict[s
     mine = folder / f"{arm.name}-{seed}"
     if arm.steps == 0:
         mine.mkdir(parents=True, exist_ok=True)
-        return {**asdict(arm), "seed": seed, **evaluate(folder, mine, SMOLLM2, arm, seed)}
+        return {**asdict(arm), "seed": seed, **evaluate(folder, mine, MODELS[arm.model].folder, arm, seed)}
     result, costs = mine / "result.json", mine / "costs.json"
     if not result.is_file():
         mine.mkdir(parents=True, exist_ok=True)
@@ -195,6 +237,7 @@ def run(folder: Path, arm: Arm, seed: int, keep_weights: bool = False) -> dict[s
             **asdict(arm),
             "seed": seed,
             **json.loads(costs.read_text()),
+            "processor": processor(),
             # Of the tokens that moved, those outside of the bounds; mean over the steps.
             "clipped": fmean(1 - share for share in logged["unclamped"].values()) if arm.clip else None,
             "kl_to_reference": fmean([*logged["kl"].values()][-arm.steps // 8 :]),
@@ -214,9 +257,9 @@ def evaluate(folder: Path, mine: Path, weights: Path, arm: Arm, seed: int) -> di
     """Returns figures of a model's answers to the held-out sums."""
     output = mine / f"{weights.name}.json"
     changes = {
-        **MODELS[arm.model],
+        **MODELS[arm.model].config,
         **weights_of(weights),
-        "prompts": folder / "held_out_prompts.jsonl",
+        "prompts": write_prompts(folder, arm.model)[1],
         "output": output,
     }
     changes |= {"max_new_tokens": NEW_TOKENS, "samples_per_prompt": 4, "batch_size": 480, "seed": seed, "k": "[1]"}
@@ -234,8 +277,9 @@ def evaluate(folder: Path, mine: Path, weights: Path, arm: Arm, seed: int) -> di
 
 def objective_changes(folder: Path, arm: Arm) -> dict[str, Any]:
     """Returns what an arm changes in the config of online GRPO."""
-    if arm.data in ("online", "sparse"):
-        return {"source.every": 1 if arm.data == "online" else SPARSE}
+    if every := EVERY.get(arm.data):
+        # About half of the prompts are of use: the answers to the others are all right or all wrong.
+        return {"source.every": every, "source.groups_per_round": 2 * GROUPS * every}
     file = dataset(folder, arm)
     changes: dict[str, Any] = {"source": None, "engine": None, "reward": None}
     changes |= {"dataset._component_": "humanline.data.encoded_groups", "dataset.source": str(file)}
@@ -258,7 +302,9 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "batch_size": GROUPS,
         "epochs": 1,
         "max_steps_per_epoch": arm.steps,
-        "source.prompts": str(folder.parent / "train_prompts.jsonl"),
+        **MODELS[arm.model].config,
+        **weights_of(MODELS[arm.model].folder),
+        "source.prompts": str(write_prompts(folder.parent, arm.model)[0]),
         "source.generations": GENERATIONS,
         "source.max_new_tokens": NEW_TOKENS,
         "source.temperature": 1.0,
@@ -266,7 +312,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "optimizer.lr": LR[arm.objective],
         "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
-        "save_every_n_steps": 32,
+        "save_every_n_steps": 32 if arm.steps > STEPS else None,
         "keep_last_n_checkpoints": 1,
         "resume_from_checkpoint": "latest" if resumed else False,
         "lr_scheduler.warmup_ratio": STEPS / 10 / arm.steps,  # the first steps of a longer run are those of a short one
@@ -278,7 +324,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         batch = changes.get("batch_size", GROUPS)
         epoch = min(arm.steps, groups // batch)
         shared |= {"epochs": -(-arm.steps // epoch), "max_steps_per_epoch": epoch}
-    for key, value in (shared | MODELS[arm.model] | changes | later).items():
+    for key, value in (shared | changes | later).items():
         OmegaConf.update(config, key, value)
     OmegaConf.save(config, folder / "config.yaml")
     before = cpu_seconds()
@@ -311,6 +357,12 @@ def read_log(folder: Path) -> dict[str, dict[int, float]]:
             name, _, value = item.rpartition(":")
             found.setdefault(name, {})[int(step.split()[-1])] = float(value)
     return found
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def cpu_seconds() -> float:
@@ -379,10 +431,10 @@ def main() -> None:
         for arm in arms:
             print(arm.name, *(result["seed"] for result in known() if key(result).startswith(f"{arm.name}-")))
         return
-    fetch = [sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", str(SMOLLM2)]
-    subprocess.run(fetch, cwd=ROOT, check=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_prompts(folder)
+    for name in {arm.model for arm in arms}:
+        fetch = [sys.executable, *MODELS[name].fetch, "--output-dir", str(MODELS[name].folder)]
+        subprocess.run(fetch, cwd=ROOT, check=True)
     for seed in arguments.seeds:
         for arm in arms:
             name = f"{arm.name}-{seed}"
