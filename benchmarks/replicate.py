@@ -99,11 +99,13 @@ class Arm:
     objective: str = "grpo"
     steps: int = STEPS
     model: str = "smollm2"
+    lr: float | None = None  # None is the objective's
 
     @property
     def name(self) -> str:
         clip = f"clip_{self.clip[0]:g}_{self.clip[1]:g}" if self.clip else "plain"
-        return f"{self.model}-{self.objective}-{self.data}-{clip}-sync_{self.sync}-{self.steps}"
+        lr = "" if self.lr is None else f"-lr_{self.lr:g}"
+        return f"{self.model}-{self.objective}-{self.data}-{clip}-sync_{self.sync}-{self.steps}{lr}"
 
 
 HUMANLINE, OFFLINE = Arm(), Arm(sync=None, clip=None)
@@ -117,6 +119,7 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
         for objective in ("dpo", "kto", "grpo")
         for sync, clip in ((None, None), (None, CLIP), (SYNC, None), (SYNC, CLIP))
     ),
+    "rate": tuple(replace(arm, objective="dpo", lr=lr) for lr in (2.5e-6, 5e-6, None) for arm in (OFFLINE, HUMANLINE)),
     "clip": tuple(replace(HUMANLINE, clip=clip) for clip in (None, CLIP, (-0.1, 1.0), (-0.1, 0.5))),
     "sync": tuple(replace(HUMANLINE, sync=sync) for sync in (1, 4, 12, 24, None)),
     "longer": (
@@ -309,7 +312,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "source.max_new_tokens": NEW_TOKENS,
         "source.temperature": 1.0,
         "tokens_per_row": 160,
-        "optimizer.lr": LR[arm.objective],
+        "optimizer.lr": arm.lr or LR[arm.objective],
         "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
         "save_every_n_steps": 32 if arm.steps > STEPS else None,
@@ -410,7 +413,8 @@ def keep(result: dict[str, Any]) -> None:
 
 def key(result: dict[str, Any]) -> str:
     clip = result["clip"] and tuple(result["clip"])
-    arm = Arm(**{name: result[name] for name in ("data", "sync", "objective", "steps", "model")}, clip=clip)
+    rest = {name: result[name] for name in ("data", "sync", "objective", "steps", "model")}
+    arm = Arm(**rest, clip=clip, lr=result.get("lr"))
     return f"{arm.name}-{result['seed']}"
 
 
@@ -429,7 +433,7 @@ def main() -> None:
     }  # each once, in order
     if arguments.list:
         for arm in arms:
-            print(arm.name, *(result["seed"] for result in known() if key(result).startswith(f"{arm.name}-")))
+            print(arm.name, *(result["seed"] for result in known() if key(result).rpartition("-")[0] == arm.name))
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name in {arm.model for arm in arms}:

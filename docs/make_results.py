@@ -38,7 +38,8 @@ def label(arm: Arm) -> str:
     clip = "no clip" if arm.clip is None else f"clip [{arm.clip[0]:g}, {arm.clip[1]:g}]"
     sync = "never synced" if arm.sync is None else f"synced every {arm.sync}"
     steps = "" if arm.steps == STEPS else f", {arm.steps} steps"
-    return f"{arm.objective.upper()}, {data}: {clip}, {sync}{steps}"
+    lr = "" if arm.lr is None else f", learning rate {arm.lr:g}"
+    return f"{arm.objective.upper()}, {data}: {clip}, {sync}{steps}{lr}"
 
 
 def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:

@@ -9,6 +9,7 @@ from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_wo
 from humanline.data._examples import prompt_field, read_prompt
 from humanline.data._group import Group, TokenBudget
 from humanline.data._messages import Message
+from humanline.data._query_blocks import QueryBlock
 from humanline.data._read import DataFiles, SourceName, open_rows, take
 from humanline.data._record import BadRow, Record
 from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
@@ -25,6 +26,7 @@ __all__ = [
     "Message",
     "OfflineSource",
     "Record",
+    "QueryBlock",
     "RowBudget",
     "Rows",
     "Source",

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from humanline.data._group import Group
+from humanline.data._query_blocks import QueryBlock, query_blocks
 from humanline.errors import ConfigError, DataError
 from humanline.torchtune_seam.internals import SUPPORTS_FLEX_ATTENTION
 
@@ -81,7 +82,12 @@ class Rows:
     sampler_logps: Tensor | None  # [N] float32, the engine's log-probs of the targets; None if a response has none
     num_tokens: int  # input tokens, without padding
     longest: int  # input tokens of the longest prompt with one response
+    # For each row and segment: where the segment begins, where its prompt ends, and where each response ends.
+    bounds: tuple[tuple[tuple[int, ...], ...], ...]
     _masks: dict[int | None, Tensor | BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _blocks: dict[int | None, tuple[QueryBlock, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def to(self, device: torch.device) -> "Rows":
         """Returns the rows with every tensor on ``device``; masks are recomputed there.
@@ -110,10 +116,27 @@ class Rows:
 
     def attention_mask(self, window: int | None = None) -> Tensor | BlockMask:
         """Returns torchtune's attention mask: a block mask for FlexAttention on CUDA, else dense bool ``[R, L, L]``."""
-        window = None if window is None or window >= self.longest else window
+        window = self._felt(window)
         if window not in self._masks:
             self._masks[window] = self._mask(self.visible(window))
         return self._masks[window]
+
+    def query_blocks(self, window: int | None = None) -> tuple[QueryBlock, ...]:
+        """Returns the attention rule in blocks of queries, for attention on a CPU."""
+        window = self._felt(window)
+        if window not in self._blocks:
+            rule = self.visible(window), window is not None, self.tokens.device
+            self._blocks[window] = tuple(
+                block
+                for row, segments in enumerate(self.bounds)
+                for bounds in segments
+                for block in query_blocks(row, bounds, *rule)
+            )
+        return self._blocks[window]
+
+    def _felt(self, window: int | None) -> int | None:
+        """Returns the window, or None if no sequence is longer."""
+        return None if window is None or window >= self.longest else window
 
     def _mask(self, visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor | BlockMask:
         rows, length = self.tokens.shape
@@ -262,6 +285,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
     branches = torch.zeros_like(tokens)
     predictors: dict[int, Tensor] = {}
     targets: dict[int, Tensor] = {}
+    bounds: list[list[list[int]]] = [[] for _ in rows]
     for r, row in enumerate(rows):
         start = 0
         for s, segment in enumerate(row):
@@ -271,6 +295,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
             last_of_prompt = start + len(prompt) - 1
             tokens[r, start : start + len(prompt)] = prompt
             positions[r, start : start + len(prompt)] = torch.arange(len(prompt))
+            bounds[r].append([start, start + len(prompt)])
             start += len(prompt)
             for branch, i in enumerate(segment.responses, 1):
                 response = torch.tensor(group.responses[i], dtype=torch.int64)
@@ -282,6 +307,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
                 predictors[b] = r * length + torch.tensor([last_of_prompt, *range(start, inputs.stop)])
                 targets[b] = response
                 start = inputs.stop
+                bounds[r][-1].append(start)
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
     laid = tuple(groups[i] for i in order)
     return Rows(
@@ -299,6 +325,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         sampler_logps=_sampler_logps(laid),
         num_tokens=sum(segment.tokens for row in rows for segment in row),
         longest=int(positions.max()) + 1,
+        bounds=tuple(tuple(tuple(segment) for segment in row) for row in bounds),
     )
 
 

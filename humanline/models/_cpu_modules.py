@@ -10,17 +10,39 @@ import torch
 from torch import Tensor, nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules import MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
+
+from humanline.models._cpu_attention import attend
+from humanline.models._head_normed_attention import HeadNormedAttention
+from humanline.models._policy import LogProbDecoder
+from humanline.models.gemma3._attention import Gemma3Attention
+from humanline.torchtune_seam.internals import Attend, attention_call, set_attention_call
+
+_PLAIN_ATTENTION = (MultiHeadAttention, HeadNormedAttention, Gemma3Attention)  # without a soft-cap
 
 
-def use_cpu_modules(model: nn.Module) -> None:
+def use_cpu_modules(model: LogProbDecoder) -> None:
     """Replaces modules of torchtune with those for a CPU, in place. Parameters keep their names."""
+    attentions = [layer.attn for layer in model.layers]
+    if all(type(attn) in _PLAIN_ATTENTION and not attn.attn_dropout for attn in attentions):
+        model.by_blocks = True
+        for attn in attentions:
+            set_attention_call(attn, _by_blocks(attention_call(attn), getattr(attn, "scale", attn.head_dim**-0.5)))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (RMSNorm, GemmaRMSNorm):
                 setattr(parent, name, CPUNorm(child))
             elif type(child) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
                 setattr(parent, name, CPURotary(child))
+
+
+def _by_blocks(otherwise: Attend, scale: float) -> Attend:
+    """Returns a layer's function of q, k, v and a mask, which may be a tuple of blocks."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Any, **settings: Any) -> Tensor:
+        return attend(q, k, v, mask, scale) if isinstance(mask, tuple) else otherwise(q, k, v, mask=mask, **settings)
+
+    return attention
 
 
 class CPUNorm(nn.Module):

@@ -26,6 +26,7 @@ class LogProbDecoder(nn.Module):
     Attributes:
         compute_dtype (torch.dtype): dtype of the forward pass; parameters kept in another dtype are cast to it.
         temperature (float): divides the logits of log-probs, after a soft-cap. 1 until it is set.
+        by_blocks (bool): whether attention takes blocks of queries instead of masks.
 
     Raises:
         ConfigError: if the attention or the output layer is of another type.
@@ -60,6 +61,7 @@ class LogProbDecoder(nn.Module):
         self.max_seq_len = decoder.max_seq_len
         self.compute_dtype = next(decoder.parameters()).dtype
         self.temperature = 1.0
+        self.by_blocks = False
 
     def forward(
         self,
@@ -75,7 +77,7 @@ class LogProbDecoder(nn.Module):
         Args:
             tokens (Tensor): token ids, int64 ``[R, L]``.
             masks (Mapping[int | None, Mask]): the attention mask for each sliding window that a layer has (None: no
-                window): bool ``[R, L, L]``, or a FlexAttention block mask.
+                window): bool ``[R, L, L]``, a FlexAttention block mask, or with ``by_blocks`` blocks of queries.
             positions (Tensor): position of each token in its sequence, int64 ``[R, L]``.
             predictors (Tensor): indices of the hidden states that predict the targets, int64 ``[N]`` into the flattened
                 ``[R * L]``.
@@ -135,7 +137,8 @@ def log_probs_and_entropy(model: LogProbDecoder, rows: Rows) -> tuple[Tensor, Te
 
 
 def _inputs(model: LogProbDecoder, rows: Rows) -> dict[str, Any]:
-    masks = {window: rows.attention_mask(window) for window in set(model.windows)}
+    rule = rows.query_blocks if model.by_blocks else rows.attention_mask
+    masks = {window: rule(window) for window in set(model.windows)}
     return {
         "tokens": rows.tokens,
         "masks": masks,
