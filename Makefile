@@ -35,7 +35,7 @@ demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/compare.py $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

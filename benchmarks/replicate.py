@@ -311,7 +311,8 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "source.generations": GENERATIONS,
         "source.max_new_tokens": NEW_TOKENS,
         "source.temperature": 1.0,
-        "tokens_per_row": 160,
+        "tokens_per_row": 1024,
+        "rows_per_pass": 1,
         "optimizer.lr": arm.lr or LR[arm.objective],
         "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
