@@ -407,7 +407,7 @@ def known() -> list[dict[str, Any]]:
 
 def keep(result: dict[str, Any]) -> None:
     """Adds a result to docs/replication.json."""
-    with locked(RESULTS.parent / "figures"):
+    with locked(ROOT / "outputs"):
         rest = [other for other in known() if key(other) != key(result)]
         write(RESULTS, json.dumps(sorted([*rest, result], key=key), indent=1) + "\n")
 
