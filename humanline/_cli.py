@@ -23,7 +23,7 @@ def main() -> None:
     )
     plan.add_argument("--nproc", type=int, default=1, help="processes of the run (default: 1)")
     plan.add_argument("--device-memory", type=float, default=80.0, help="memory of a GPU in GB (default: 80)")
-    plan.add_argument("--tflops", type=float, default=400.0, help="rate that a GPU reaches, TFLOP/s (default: 400)")
+    plan.add_argument("--tflops", type=float, default=330.0, help="rate that a GPU reaches, TFLOP/s (default: 330)")
     plan.add_argument(
         "overrides",
         nargs="*",

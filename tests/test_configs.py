@@ -561,6 +561,8 @@ def test_an_adapter_trains_with_another_objective_as_the_readme_says(path, name)
 
 LLAMA3_LORA, LLAMA3_QLORA = (LLAMA3.with_stem(f"llama3_8b_{mode}") for mode in ("lora", "qlora"))
 QWEN_LORA, QWEN_QLORA = (LLAMA3.with_stem(f"qwen2_5_1_5b_{mode}") for mode in ("lora", "qlora"))
+OF_A_RANK = {"tokens_per_row", "rows_per_pass", "enable_activation_checkpointing", "compile"}
+OF_A_CHECKPOINT = {"keep_last_n_checkpoints", "enable_async_checkpointing"}
 OF_A_MODEL = {"output_dir", "model", "checkpointer", "tokenizer", "rows_per_pass"}
 OF_AN_ADAPTER = {"adapter", "save_adapter_weights_only", "batch_size", "loss", "reference", "optimizer"}
 
@@ -580,7 +582,10 @@ OF_AN_ADAPTER = {"adapter", "save_adapter_weights_only", "batch_size", "loss", "
             *(LLAMA3.with_stem(f"gemma{release}_27b_offline") for release in (2, 3)), OF_A_MODEL, id="gemma2-gemma3"
         ),
         pytest.param(
-            LLAMA3, LLAMA3_LORA, {"output_dir", "model", "rows_per_pass"} | OF_AN_ADAPTER, id="llama3-full-lora"
+            LLAMA3,
+            LLAMA3_LORA,
+            {"output_dir", "model"} | OF_A_RANK | OF_A_CHECKPOINT | OF_AN_ADAPTER,
+            id="llama3-full-lora",
         ),
     ],
 )
@@ -708,7 +713,7 @@ def test_llama3_8b_offline_has_the_paper_s_setting(path):
 @every(LLAMA3_CONFIGS)
 def test_llama3_8b_offline_differs_between_objectives_in_data_batch_and_loss_only(path):
     cfg, dpo = map(effective, (path, LLAMA3))
-    own = {"output_dir", "dataset", "dataset_val", "batch_size", "loss", "rows_per_pass"}
+    own = {"output_dir", "dataset", "dataset_val", "batch_size", "loss"} | OF_A_RANK
     assert {key for key in cfg | dpo if cfg.get(key) != dpo.get(key)} <= own
 
 

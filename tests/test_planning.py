@@ -349,7 +349,7 @@ OVERRIDES = ("--nproc", "2", "--tflops", "1", "rows_per_pass=1", "batch_size=3")
 def assert_is_planned(output, messages):
     assert "2 ranks" in output
     assert "a pass: 256 tokens" in output
-    assert "3 passes if each group needs one row" in output
+    assert "at most 3 passes (a row for each group)" in output
     assert "on disk: an export 0.54 GB, a checkpoint 1.61 GB" in output
     assert "humanline plan: estimating the config as it is ..." in messages
 

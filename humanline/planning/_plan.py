@@ -38,7 +38,7 @@ def report(
     lines += [
         "",
         f"a pass: {estimate.tokens:,} tokens, {estimate.flops / 1e12:.1f} TFLOP a rank",
-        f"a step: {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} if each group needs one row, "
+        f"a step: at most {estimate.passes} {'pass' if estimate.passes == 1 else 'passes'} (a row for each group), "
         f"{flops / 1e12:.1f} TFLOP a rank, "
         f"{flops / 1e12 / tflops:.2f} s at {tflops:g} TFLOP/s",
         f"on disk: an export {estimate.export / 1e9:.2f} GB, a checkpoint {estimate.checkpoint / 1e9:.2f} GB",

@@ -50,7 +50,7 @@ class Estimate:
     Attributes:
         peak (dict[str, int]): bytes by use, at the moment with the largest total.
         flops (int): floating-point operations of a pass: forward, backward, recomputation and the reference's forward.
-        passes (int): passes of a step if each group needs one row.
+        passes (int): passes of a step if each group needs one row; fewer if rows hold several.
         tokens (int): tokens of a pass.
         export (int): bytes of the weights that the run exports at the end of an epoch. Weights that do not train are
             assumed to be bfloat16, as in most checkpoints.
