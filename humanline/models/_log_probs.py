@@ -118,6 +118,7 @@ def _pieces(left: Tensor, right: Tensor) -> Iterator[slice]:
     """Returns slices of the rows of ``left`` to multiply with ``right.t()``, one at a time."""
     budget = _LOGITS["cpu" if left.device.type == "cpu" else "accelerator"]
     rows = max(1, budget // right.size(0))
+    rows = rows - rows % 128 or rows  # whole tiles of a GPU's product
     return (slice(i, i + rows) for i in range(0, len(left), rows))
 
 
