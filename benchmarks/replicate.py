@@ -119,7 +119,11 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
         for objective in ("dpo", "kto", "grpo")
         for sync, clip in ((None, None), (None, CLIP), (SYNC, None), (SYNC, CLIP))
     ),
-    "rate": tuple(replace(arm, objective="dpo", lr=lr) for lr in (2.5e-6, 5e-6, None) for arm in (OFFLINE, HUMANLINE)),
+    "rate": tuple(
+        replace(arm, objective=objective, lr=lr)
+        for objective, lr in (("dpo", 2.5e-6), ("dpo", 5e-6), ("dpo", None), ("kto", 5e-6), ("kto", None))
+        for arm in (OFFLINE, HUMANLINE)
+    ),
     "clip": tuple(replace(HUMANLINE, clip=clip) for clip in (None, CLIP, (-0.1, 1.0), (-0.1, 0.5))),
     "sync": tuple(replace(HUMANLINE, sync=sync) for sync in (1, 4, 12, 24, None)),
     "longer": (
