@@ -312,7 +312,7 @@ def test_a_base_in_4_bits_is_planned_on_several_ranks_too():
 
 
 def test_operations_are_those_of_products_attention_and_the_reference():
-    length, cfg = 256, config("smollm2_135m_dpo", tokens_per_row=256, rows_per_pass=1)
+    length, cfg = 256, config("smollm2_135m_dpo", device="cuda", tokens_per_row=256, rows_per_pass=1)
     cfg.model = TINY
     layers, width, inner, vocabulary = (
         TINY[key] for key in ("num_layers", "embed_dim", "intermediate_dim", "vocab_size")

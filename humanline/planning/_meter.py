@@ -35,7 +35,8 @@ class Meter(TorchDispatchMode):
     Attributes:
         moment (tuple[Any, ...]): name of the current phase of the step.
         peaks (dict[tuple[Any, ...], Counter[str]]): for each moment, bytes by label when their total was largest.
-        flops (int): floating-point operations of matrix products and attention. Attention counts all pairs of tokens.
+        flops (int): floating-point operations of matrix products and attention. A fused kernel's attention counts all
+            pairs of tokens.
     """
 
     def __init__(self, vocabulary: int) -> None:
