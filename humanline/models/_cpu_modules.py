@@ -15,7 +15,7 @@ from torchtune.modules import MultiHeadAttention, RMSNorm, RotaryPositionalEmbed
 from humanline.models._cpu_attention import attend
 from humanline.models._head_normed_attention import HeadNormedAttention
 from humanline.models._policy import LogProbDecoder
-from humanline.models.gemma3._attention import Gemma3Attention
+from humanline.models.gemma3 import Gemma3Attention
 from humanline.torchtune_seam.internals import Attend, attention_call, set_attention_call
 
 _PLAIN_ATTENTION = (MultiHeadAttention, HeadNormedAttention, Gemma3Attention)  # without a soft-cap

@@ -1,5 +1,6 @@
 """The text model of Gemma 3, which torchtune does not have."""
 
+from humanline.models.gemma3._attention import Gemma3Attention
 from humanline.models.gemma3._builders import (
     gemma3,
     gemma3_1b,
@@ -21,6 +22,7 @@ from humanline.models.gemma3._builders import (
 )
 
 __all__ = [
+    "Gemma3Attention",
     "gemma3",
     "gemma3_270m",
     "gemma3_1b",
