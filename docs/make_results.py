@@ -3,8 +3,8 @@
     pip install -e '.[plots]'
     python docs/make_results.py
 
-A comment in the page says where a table stands: `<!-- experiment: NAME -->`. It ends with `<!-- end -->`. Each
-experiment has a figure, figures/results_NAME.svg.
+A comment in the page says where an experiment stands: `<!-- experiment: NAME -->`. Its table and its figure,
+figures/results_NAME.svg, end with `<!-- end -->`.
 """
 
 import json
@@ -43,7 +43,7 @@ def label(arm: Arm) -> str:
 
 
 def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
-    """Returns a Markdown table: a line for each arm that has a finished run."""
+    """Returns a Markdown table: a line for each arm that has a finished run, and the number of those that have none."""
     lines = [
         "| | pass@1 of each seed, with its 95% interval | mean | right of finished | cut | clipped tokens | CPU s |",
         "|---|---|---|---|---|---|---|",
@@ -66,7 +66,17 @@ def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
             f"{fmean(seconds):,.0f}" if seconds else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if missing := sum(not results_of(arm, results) for arm in arms):
+        lines += ["", f"Not measured yet: {missing} of {len(arms)} rows."]
     return "\n".join(lines) + "\n"
+
+
+def block(name: str, results: Sequence[Result]) -> str:
+    """Returns what stands in an experiment's place in the page."""
+    arms = EXPERIMENTS[name]
+    drawn = any(results_of(arm, results) for arm in arms)
+    figure = f"\n![pass@1 of the arms, a dot for each seed](figures/results_{name}.svg)\n" if drawn else ""
+    return table(arms, results) + figure
 
 
 def draw(name: str, arms: Sequence[Arm], results: Sequence[Result]) -> None:
@@ -97,7 +107,7 @@ def main() -> None:
     for name, arms in EXPERIMENTS.items():
         if any(results_of(arm, results) for arm in arms):
             draw(name, arms, results)
-    page = PLACE.sub(lambda m: m[1] + table(EXPERIMENTS[m[2]], results) + m[4], PAGE.read_text())
+    page = PLACE.sub(lambda m: m[1] + block(m[2], results) + m[4], PAGE.read_text())
     PAGE.write_text(page)
 
 
