@@ -141,7 +141,7 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
 SOURCES: dict[str, dict[str, Any]] = {
     "initial": {},
     "initial_x4": {"groups": 4 * DATASET},
-    "hot": {"temperature": 1.5},
+    "hot": {"temperature": 1.5, "prompts_per_group": 3},
     "online_16": {"after": 16},
     "online_48": {"after": 48},
 }
@@ -187,7 +187,12 @@ def dataset(folder: Path, arm: Arm) -> Path:
 
 
 def sampled_groups(
-    folder: Path, model: str, after: int = 0, temperature: float = 1.0, groups: int = DATASET
+    folder: Path,
+    model: str,
+    after: int = 0,
+    temperature: float = 1.0,
+    groups: int = DATASET,
+    prompts_per_group: float = 2.5,
 ) -> list[dict[str, Any]]:
     """Returns groups of a policy's answers, each with a right and a wrong one; samples them if they are not there."""
     with locked(folder):
@@ -198,7 +203,7 @@ def sampled_groups(
             changes: dict[str, Any] = {
                 "max_steps_per_epoch": 1,
                 "source.every": STEPS,
-                "source.groups_per_round": 5 * groups // 2,
+                "source.groups_per_round": int(prompts_per_group * groups),
                 "source.temperature": temperature,
                 "save_every_n_steps": None,
             }
