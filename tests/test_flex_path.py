@@ -1,0 +1,144 @@
+"""What a GPU computes, on a CPU: block masks and FlexAttention, by the operations that define it."""
+
+import random
+
+import pytest
+import torch
+from families import FAMILIES
+from torch._dynamo import config as dynamo
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
+from torchtune import training
+from torchtune.models.llama3 import llama3
+
+from humanline.data import Group, RowBudget, lay_out, pack
+from humanline.errors import ConfigError, TrainingError
+from humanline.models import LogProbDecoder
+
+VOCAB = 96
+SHAPE = {
+    **{"vocab_size": VOCAB, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2},
+    **{"embed_dim": 32, "intermediate_dim": 48, "max_seq_len": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def flex_attention_with_gradients(monkeypatch):
+    """On a CPU FlexAttention refuses inputs that need a gradient. The operations that define it have one."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", set())
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def passes(count: int, tokens_per_row: int = 256, rows_per_pass: int = 3):
+    """Passes of pairs, several to a row, with padding in and behind the rows."""
+    numbers = random.Random(0)
+
+    def sequence():
+        return [numbers.randrange(VOCAB) for _ in range(numbers.randint(5, 30))]
+
+    budget = RowBudget(tokens_per_row=tokens_per_row, rows_per_pass=rows_per_pass, fixed_shape=True)
+    for _ in range(count):
+        groups = [Group(sequence(), (sequence(), sequence())) for _ in range(5)]
+        yield lay_out(groups, pack(groups, budget)[0], budget)
+
+
+def with_masks(model, rows, masks):
+    """Log-probs under given masks."""
+    of_rows = {"positions": rows.positions, "predictors": rows.predictors, "targets": rows.targets}
+    return model(rows.tokens, masks=masks, **of_rows)
+
+
+def dense(model, rows):
+    return with_masks(model, rows, {window: rows.attention_mask(window) for window in set(model.windows)})
+
+
+def blocks(model, rows):
+    count, length = rows.tokens.shape
+    windows = set(model.windows)
+    masks = {each: create_block_mask(rows.visible(each), count, None, length, length, device="cpu") for each in windows}
+    return with_masks(model, rows, masks)
+
+
+def ran_uncompiled() -> bool:
+    return "flex_attention_performance" in flex_attention._WARNINGS_SHOWN
+
+
+# ---- The same function as with dense masks
+
+
+def relative_difference(a, b) -> float:
+    """The largest difference of two lists of tensors, relative to the largest value of each."""
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def with_gradients(log_probs, model):
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [log_probs.detach(), *torch.autograd.grad(log_probs.square().mean(), weights)]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen3"])
+def test_log_probs_and_gradients_are_those_of_dense_masks(name):
+    """Grouped queries in all four; windows in both Gemmas, soft-caps in Gemma 2."""
+    torch.manual_seed(0)
+    model = LogProbDecoder(FAMILIES[name].build())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # so that scores reach the soft-cap
+    for rows in passes(2):
+        ours, theirs = (with_gradients(by(model, rows), model) for by in (blocks, dense))
+        assert relative_difference(ours, theirs) < 1e-5
+        assert rows.segments.max() > 0 and (rows.segments == -1).all(1).any()  # several a row, and a row of padding
+
+
+# ---- The limit of kernels
+
+
+def tiny_llama(monkeypatch, compiled: bool):
+    model = LogProbDecoder(llama3(**SHAPE))
+    if compiled:
+        monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+        training.compile_model(model, verbose=False)
+    return model
+
+
+@torch.no_grad()
+def test_more_shapes_than_dynamo_s_limit_stay_compiled():
+    model = LogProbDecoder(llama3(**SHAPE))
+    for length in range(200, 200 + dynamo.recompile_limit + 2):
+        (rows,) = passes(1, tokens_per_row=length)
+        torch.testing.assert_close(blocks(model, rows), dense(model, rows), atol=1e-5, rtol=0)
+    assert not ran_uncompiled()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "in compiled layers"])
+@torch.no_grad()
+def test_one_kernel_too_many_is_an_error_that_names_the_remedy(compiled, monkeypatch):
+    model = tiny_llama(monkeypatch, compiled)
+    with dynamo.patch(accumulated_recompile_limit=3):  # of torch's two limits the one that is left as it is
+        for length in (200, 201, 202):
+            (rows,) = passes(1, tokens_per_row=length)
+            blocks(model, rows)
+        (rows,) = passes(1, tokens_per_row=203)
+        with pytest.raises(TrainingError, match=r"rows of 203 tokens need .* use RowBudget\(fixed_shape=True\)"):
+            blocks(model, rows)
+    assert not dynamo.fail_on_recompile_limit_hit  # others' compiled functions fall back as ever
+
+
+@torch.no_grad()
+def test_flex_attention_stays_compiled_in_a_compiled_layer_that_is_not(monkeypatch):
+    model = tiny_llama(monkeypatch, compiled=True)
+    with dynamo.patch(recompile_limit=1):
+        for rows in passes(2):
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(blocks(model, rows), dense(model, rows), atol=1e-5, rtol=0)
+    assert not ran_uncompiled()
+
+
+def test_dropout_of_attention_is_refused_rather_than_left_out():
+    model = LogProbDecoder(llama3(**SHAPE, attn_dropout=0.1))
+    (rows,) = passes(1)
+    with pytest.raises(ConfigError, match=r"^model.attn_dropout: expected 0, .* got 0.1$"):
+        blocks(model, rows)
