@@ -25,6 +25,8 @@ from humanline.data._query_blocks import QueryBlock, query_blocks
 from humanline.errors import ConfigError, DataError
 from humanline.torchtune_seam.internals import SUPPORTS_FLEX_ATTENTION
 
+BLOCK = 128  # tokens on a side of a block of FlexAttention's masks
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowBudget:
@@ -33,8 +35,8 @@ class RowBudget:
     Args:
         tokens_per_row (int): length of a row, tokens.
         rows_per_pass (int): most rows in one forward and backward pass.
-        fixed_shape (bool): True pads every pass to ``rows_per_pass`` rows of ``tokens_per_row`` tokens, as compiled
-            kernels need; False pads only to the pass's longest row.
+        fixed_shape (bool): True pads every pass to ``rows_per_pass`` rows of one of four widths, since kernels are
+            compiled for each shape; False pads only to the pass's longest row.
 
     Raises:
         ConfigError: if a limit is not a positive integer.
@@ -49,6 +51,14 @@ class RowBudget:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{key}: expected a positive integer, got {value!r}")
+
+    def width(self, tokens: int) -> int:
+        """Returns how wide a pass of ``fixed_shape`` is if its longest row has this many tokens.
+
+        The widths are multiples of a quarter of ``tokens_per_row``, in whole blocks, and ``tokens_per_row``.
+        """
+        quarter = -(-self.tokens_per_row // (4 * BLOCK)) * BLOCK
+        return min(-(-tokens // quarter) * quarter, self.tokens_per_row)
 
 
 @dataclass(frozen=True)
@@ -271,11 +281,11 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         budget (RowBudget): the budget given to :func:`pack`.
 
     Returns:
-        Rows: on the CPU, as wide as its longest row, or of the budget's shape with ``fixed_shape``.
+        Rows: on the CPU, as wide as its longest row, or of one of the budget's shapes with ``fixed_shape``.
     """
     count, length = len(rows), max(sum(s.tokens for s in row) for row in rows)
     if budget.fixed_shape:
-        count, length = budget.rows_per_pass, budget.tokens_per_row
+        count, length = budget.rows_per_pass, budget.width(length)
     order = sorted({s.group for row in rows for s in row})
     first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0), strict=False))
 
