@@ -7,13 +7,14 @@ import torch
 from families import FAMILIES
 from torch._dynamo import config as dynamo
 from torch.nn.attention import flex_attention
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
 from humanline.data import Group, RowBudget, lay_out, pack
 from humanline.errors import ConfigError, TrainingError
 from humanline.models import LogProbDecoder
+from humanline.models._flex import kernel_options
 
 VOCAB = 96
 SHAPE = {
@@ -142,3 +143,30 @@ def test_dropout_of_attention_is_refused_rather_than_left_out():
     (rows,) = passes(1)
     with pytest.raises(ConfigError, match=r"^model.attn_dropout: expected 0, .* got 0.1$"):
         blocks(model, rows)
+
+
+# ---- Blocks for GPUs with little shared memory
+
+A100, H100, RTX = 166_912, 232_448, 101_376  # RTX 30, 40 and 50, and the workstation cards of their generations
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "block"),
+    [(256, torch.bfloat16, 32), (192, torch.bfloat16, 32), (128, torch.float32, 32), (256, torch.float32, 16)],
+)
+def test_large_heads_have_blocks_that_fit_where_those_of_flex_attention_do_not(head_dim, dtype, block):
+    options = kernel_options(RTX, head_dim, dtype)
+    assert (options["fwd_BLOCK_M"], options["fwd_BLOCK_N"], options["fwd_num_stages"]) == (2 * block, block, 2)
+    assert {options[f"bwd_BLOCK_{side}"] for side in ("M1", "N1", "M2", "N2")} == {block}
+    head = (256 if head_dim == 192 else head_dim) * dtype.itemsize
+    queries_keys_and_values = (2 * block + block + block) * head
+    queries_keys_values_and_gradients = 4 * block * head
+    assert max(queries_keys_and_values, queries_keys_values_and_gradients) <= 2**16
+    assert {name[4:] for name in options} <= FlexKernelOptions.__annotations__.keys()
+    assert kernel_options(A100, head_dim, dtype) is None and kernel_options(H100, head_dim, dtype) is None
+
+
+@pytest.mark.parametrize("shared_memory", [RTX, A100, H100])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)])
+def test_smaller_heads_have_the_blocks_of_flex_attention(shared_memory, head_dim, dtype):
+    assert kernel_options(shared_memory, head_dim, dtype) is None
