@@ -1,20 +1,31 @@
 """What a GPU computes, on a CPU: block masks and FlexAttention, by the operations that define it."""
 
 import random
+from importlib import import_module
 
 import pytest
 import torch
+from conftest import loss_and_metrics
 from families import FAMILIES
 from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune import training
 from torchtune.models.llama3 import llama3
 
-from humanline.data import Group, RowBudget, lay_out, pack
+from humanline.data import Group, RowBudget, TokenBudget, lay_out, pack
 from humanline.errors import ConfigError, TrainingError
-from humanline.models import LogProbDecoder
+from humanline.launch._processes import process_group
+from humanline.losses import HumanlineDPOLoss, HumanlineGRPOLoss, HumanlineKTOLoss
+from humanline.models import LogProbDecoder, fixed_log_probs, freeze_base, log_probs_and_entropy
 from humanline.models._flex import kernel_options
+from humanline.training import DPO, GRPO, KTO, Passes
+from humanline.training._metrics import MetricSums, mismatch_metrics
+from humanline.training._non_finite import NonFinite
 
 VOCAB = 96
 SHAPE = {
@@ -28,7 +39,7 @@ def flex_attention_with_gradients(monkeypatch):
     """On a CPU FlexAttention refuses inputs that need a gradient. The operations that define it have one."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", set())
-    torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -80,13 +91,26 @@ def with_gradients(log_probs, model):
     return [log_probs.detach(), *torch.autograd.grad(log_probs.square().mean(), weights)]
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "qwen3"])
-def test_log_probs_and_gradients_are_those_of_dense_masks(name):
-    """Grouped queries in all four; windows in both Gemmas, soft-caps in Gemma 2."""
+def built(name: str, *lora: str):
+    """A tiny model of a family, with an adapter on some projections of attention."""
     torch.manual_seed(0)
-    model = LogProbDecoder(FAMILIES[name].build())
+    family = FAMILIES[name]
+    module, _, builder = family.component("lora_" if lora else "").rpartition(".")
+    adapter = {"lora_attn_modules": list(lora), "lora_rank": 4, "lora_alpha": 8.0} if lora else {}
+    model = LogProbDecoder(getattr(import_module(module), builder)(**family.arguments(), **adapter))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # so that scores reach the soft-cap
+    if lora:
+        freeze_base(model, torch.float32)
+    return model
+
+
+FOUR = ["llama3", "gemma2", "gemma3", "qwen3"]  # all have grouped queries, both Gemmas windows, Gemma 2 a soft-cap
+
+
+@pytest.mark.parametrize(("name", "lora"), [*((name, ()) for name in FOUR), ("gemma2", ("q_proj", "v_proj"))])
+def test_log_probs_and_gradients_are_those_of_dense_masks(name, lora):
+    model = built(name, *lora)
     for rows in passes(2):
         ours, theirs = (with_gradients(by(model, rows), model) for by in (blocks, dense))
         assert relative_difference(ours, theirs) < 1e-5
@@ -102,6 +126,23 @@ def tiny_llama(monkeypatch, compiled: bool):
         monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
         training.compile_model(model, verbose=False)
     return model
+
+
+def test_kernels_are_compiled_once_for_each_width_window_and_gradient():
+    model = built("gemma2", "q_proj", "v_proj")
+    budget = RowBudget(tokens_per_row=512, fixed_shape=True)
+    compiled, widths = [], []
+    for pairs in (2, 4, 6, 8, 1, 3, 5, 7):
+        groups = [Group([pairs, *range(19)], (list(range(i, 21 + i)), list(range(21)))) for i in range(pairs)]
+        (rows,) = (lay_out(groups, planned, budget) for planned in pack(groups, budget))
+        with torch.no_grad():
+            blocks(model, rows)
+        blocks(model, rows).sum().backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+        widths.append(rows.tokens.size(1))
+    assert widths == [128, 256, 384, 512] * 2
+    # With a window and without one: no gradient, all gradients; and those of the adapter alone in the first layer.
+    assert compiled == [5, 10, 15, 20, 20, 20, 20, 20]
 
 
 @torch.no_grad()
@@ -170,3 +211,85 @@ def test_large_heads_have_blocks_that_fit_where_those_of_flex_attention_do_not(h
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)])
 def test_smaller_heads_have_the_blocks_of_flex_attention(shared_memory, head_dim, dtype):
     assert kernel_options(shared_memory, head_dim, dtype) is None
+
+
+# ---- Passes without waiting
+
+META = torch.device("meta")  # stands for a GPU: reading a tensor there is an error
+SAMPLE = {"perception": "sample", "gamma_P": 2.0, "gamma_R": 2.0}
+OBJECTIVES = {
+    "dpo": (DPO(HumanlineDPOLoss(**SAMPLE)), {}),
+    "kto": (KTO(HumanlineKTOLoss(**SAMPLE)), {"labels": (True, False)}),
+    "grpo": (GRPO(HumanlineGRPOLoss(**SAMPLE)), {"scores": (1.0, 0.0), "advantages": (1.0, -1.0)}),
+}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "equal", "_unique2", "bincount"}
+
+
+class Operations(TorchDispatchMode):
+    """Finds operations of a GPU for which the host waits, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        devices = {each.device.type for each in tensors if each.dim()}  # scalars of the host are arguments of kernels
+        name = operation.overloadpacket.__name__
+        is_slow_copy = devices == {"cpu", "meta"} and not (kwargs or {}).get("non_blocking")
+        if "meta" in devices and (name in WAITS or is_slow_copy):
+            self.found.append(name)
+        return result
+
+
+class Indices(TorchFunctionMode):
+    """Finds lists as indices, whose copy to a GPU the host waits for. Dispatch modes do not see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.found += [each for each in index if isinstance(each, list)]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", FOUR)
+def test_the_host_does_not_wait_for_the_device_within_a_pass(name, objective):
+    with META:
+        model = LogProbDecoder(FAMILIES[name].build())
+    objective, values = OBJECTIVES[objective]
+    call = loss_and_metrics(objective.loss)
+    baseline = {"kl": torch.zeros((), device=META)} if isinstance(objective, KTO) else {}
+    logps = ([-1.0, -2.0, -3.0], [-1.0, -2.0])
+    groups = [Group([i, 2, 3], ([4, 5, 6], [7, 8]), logps=logps, **values) for i in range(3)]
+    budget, limits = RowBudget(tokens_per_row=16), TokenBudget(max_tokens=16, max_prompt_tokens=None)
+    sums, non_finite = MetricSums(META), NonFinite()
+    with process_group(torch.device("cpu")), Operations() as operations, Indices() as indices:
+        for rows, _, draws in Passes(objective, budget, limits, META, seed=0).of(groups, step=1, index=0):
+            create_block_mask(rows.visible(2), len(rows.tokens), None, *[rows.tokens.size(1)] * 2, device="meta")
+            reference_logps = fixed_log_probs(model, rows)
+            policy_logps, entropy = log_probs_and_entropy(model, rows)
+            loss, metrics = call(policy_logps, reference_logps, rows, draws, **baseline)
+            loss.backward()
+            non_finite.watch(rows, policy_logps - reference_logps, loss)
+            sums.add(metrics | mismatch_metrics(policy_logps, rows) | {"entropy": (entropy.sum(), len(entropy))})
+            sums.log_ratios.add(policy_logps - reference_logps)
+    assert operations.found == [] and indices.found == []
+
+
+def test_what_waits_for_the_device_is_found():
+    values = torch.ones(2, 3, device=META, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.bool, device=META)
+    with Operations() as operations, Indices() as indices:
+        torch.zeros(2, 3, device=META).masked_scatter(mask, values).sum().backward()
+        torch.arange(3).to(META)
+        values[[0, 1]]
+        for read in (torch.Tensor.item, torch.Tensor.tolist, torch.nonzero, lambda each: each[mask]):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read(values.sum() if read is torch.Tensor.item else values)
+    assert operations.found == ["masked_scatter_backward", "_to_copy"] and indices.found == [[0, 1]]

@@ -87,6 +87,7 @@ class Rows:
     predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
+    cells: Tensor  # [N] int64 into [B * S]: these cells
     _labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
     _advantages: Tensor | None  # [B] float32; None if a group has none
     sampler_logps: Tensor | None  # [N] float32, the engine's log-probs of the targets; None if a response has none
@@ -105,7 +106,7 @@ class Rows:
         A copy to CUDA is asynchronous and complete for later work on the same stream.
         """
         here = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        ahead = device.type == "cuda"  # the CPU may read its copy at once, so that one must be complete
+        ahead = device.type != "cpu"  # the CPU may read its copy at once, so that one must be complete
         moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
@@ -193,7 +194,9 @@ class Rows:
 
         Zero where ``mask`` is False. Differentiable.
         """
-        return values.new_zeros(*values.shape[:-1], *self.mask.shape).masked_scatter(self.mask, values)
+        # Not by masked_scatter, whose gradient makes the host wait for the device.
+        cells = values.new_zeros(*values.shape[:-1], self.mask.numel()).index_copy(-1, self.cells, values)
+        return cells.unflatten(-1, self.mask.shape)
 
 
 def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
@@ -319,6 +322,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
                 start = inputs.stop
                 bounds[r][-1].append(start)
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     laid = tuple(groups[i] for i in order)
     return Rows(
         groups=laid,
@@ -329,7 +333,8 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         branches=branches,
         predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
-        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        mask=mask,
+        cells=mask.flatten().nonzero().squeeze(1),
         _labels=_of_responses([group.labels for group in laid], torch.bool),
         _advantages=_of_responses([group.advantages for group in laid], torch.float32),
         sampler_logps=_sampler_logps(laid),
