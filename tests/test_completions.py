@@ -5,9 +5,11 @@ import math
 
 import pytest
 from test_online import online, rounds
+from torch.nn.modules.module import register_module_forward_hook
 from torchtune.training.metric_logging import TensorBoardLogger, WandBLogger
 from toys import Letters
 
+from humanline.models import LogProbDecoder
 from humanline.torchtune_seam.log_table import log_table
 from humanline.training._completions import COLUMNS, table
 
@@ -132,6 +134,28 @@ def test_a_window_cannot_score_new_completions_and_a_table_is_in_the_log(traject
     assert {row["mean_log_ratio"] for rows in completions(run).values() for row in rows} == {None}
     (first, last) = [record.message for record in caplog.records if record.message.startswith("completions, val")]
     assert len(first.splitlines()) == 4 and "completions, val at step 1:" in last
+
+
+@pytest.mark.slow
+def test_completions_are_scored_in_the_shapes_of_training_whose_kernels_are_compiled(trajectory, monkeypatch):
+    run = trajectory("dpo_8_k4")
+    run.config |= {"tokenizer": {"_component_": "toys.Letters"}, "dataset_val": dict(run.config["dataset"])}
+    run.config |= {"max_steps_per_epoch": 1, "generate_val_every_n_steps": 9, "compile": True}
+    run.config |= {"generate_val_prompts": 3, "generate_val_max_new_tokens": 7}
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    shapes = set()
+
+    def note(module, arguments, named, log_probs):
+        if isinstance(module, LogProbDecoder):
+            shapes.add(named["tokens"].shape)
+
+    hook = register_module_forward_hook(note, with_kwargs=True)
+    try:
+        assert run.train() is None
+    finally:
+        hook.remove()
+    assert {row["mean_log_ratio"] for row in completions(run)["step_0"]} == {0.0}
+    assert len(shapes) == 1
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from families import FAMILIES, OURS, QWEN2_WINDOW, WINDOW, Family, table
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules import MultiHeadAttention
@@ -637,19 +636,3 @@ def test_a_gemma_3_that_sees_images_keeps_its_names_under_either_of_two_spelling
     assert found.keys() == named.keys()
     assert all(torch.equal(found[name], named[name]) for name in named)
     assert torch.equal(logits_of(loaded(written)), logits_of(theirs))
-
-
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_flex_attention_scores_as_the_dense_path_does(name):
-    budget = RowBudget(tokens_per_row=48)
-    (rows,) = (lay_out(GROUPS, planned, budget) for planned in pack(GROUPS, budget))
-    with torch.device("meta"):
-        attention = FAMILIES[name].build().layers[0].attn
-    torch.manual_seed(0)
-    length = rows.tokens.size(1)
-    q, k, v = 4 * torch.randn(3, 1, 4, length, 12)
-    blocks = create_block_mask(rows.visible(WINDOW), 1, None, length, length, device="cpu")
-    settings = {"dropout_p": 0.0, "is_causal": False}
-    dense = attention._attention_call(q, k, v, mask=rows.attention_mask(WINDOW), **settings)
-    torch.testing.assert_close(attention._attention_call(q, k, v, mask=blocks, **settings), dense, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(rows.attention_mask(WINDOW), rows.attention_mask())

@@ -245,6 +245,14 @@ def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
     assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_a_plan_for_cuda_is_for_passes_of_the_full_width(objective):
+    cfg = config(f"smollm2_135m_{objective}", device="cuda")
+    cfg.model = TINY
+    fewer, more = (rehearsed(OmegaConf.merge(cfg, {"tokens_per_row": length}), 1) for length in (512, 513))
+    assert more.flops > fewer.flops  # the next width of rows of 513 tokens is 512
+
+
 def test_an_adapter_on_a_base_in_4_bits_takes_what_the_guide_says():
     peak = rehearsed(config("llama3_8b_qlora"), 1).peak
     assert peak["weights"] / 1e9 == pytest.approx(5.70 + 4 * 4.19e-2, rel=0.01)

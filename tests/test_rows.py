@@ -54,7 +54,7 @@ groups = st.lists(
 
 
 @settings(max_examples=60)
-@given(groups=groups, tokens_per_row=st.integers(24, 70), fixed_shape=st.booleans())
+@given(groups=groups, tokens_per_row=st.integers(24, 70) | st.integers(129, 600), fixed_shape=st.booleans())
 def test_log_probs_from_rows_equal_those_from_one_sequence_each(decoder, groups, tokens_per_row, fixed_shape):
     budget = RowBudget(tokens_per_row=tokens_per_row, rows_per_pass=4, fixed_shape=fixed_shape)
     model = LogProbDecoder(decoder)
@@ -98,6 +98,25 @@ def test_no_pass_exceeds_its_budget_and_no_response_is_lost(groups, tokens_per_r
             assert sum(segment.tokens for segment in row) <= tokens_per_row
             placed += [(segment.group, response) for segment in row for response in segment.responses]
     assert sorted(placed) == [(g, r) for g, group in enumerate(groups) for r in range(len(group.responses))]
+
+
+@given(tokens_per_row=st.integers(1, 5000))
+def test_fixed_shapes_have_at_most_four_widths_and_hold_every_row(tokens_per_row):
+    budget = RowBudget(tokens_per_row=tokens_per_row, fixed_shape=True)
+    needed = range(1, tokens_per_row + 1)
+    widths = [budget.width(tokens) for tokens in needed]
+    assert len(set(widths)) <= 4
+    assert all(tokens <= width <= tokens_per_row for tokens, width in zip(needed, widths, strict=True))
+    assert all(width % 128 == 0 or width == tokens_per_row for width in widths)
+    assert all(width - tokens < tokens_per_row / 4 + 128 for tokens, width in zip(needed, widths, strict=True))
+
+
+@given(groups=groups, tokens_per_row=st.integers(24, 600), rows_per_pass=st.integers(4, 6))
+def test_a_pass_of_a_fixed_shape_is_as_wide_as_its_longest_row_needs(groups, tokens_per_row, rows_per_pass):
+    budget = RowBudget(tokens_per_row=tokens_per_row, rows_per_pass=rows_per_pass, fixed_shape=True)
+    for planned in pack(groups, budget):
+        longest = max(sum(segment.tokens for segment in row) for row in planned)
+        assert lay_out(groups, planned, budget).tokens.shape == (rows_per_pass, budget.width(longest))
 
 
 @given(groups=groups)

@@ -304,7 +304,7 @@ class Settings:
         )
 
     def row_budget(self, device: torch.device) -> RowBudget:
-        """Returns the row budget of a pass. Its shape is fixed on CUDA and with ``compile``: kernels are per shape."""
+        """Returns the row budget of a pass. It has few shapes on CUDA and with ``compile``: kernels are per shape."""
         fixed = self.compile or device.type == "cuda"
         return RowBudget(tokens_per_row=self.tokens_per_row, rows_per_pass=self.rows_per_pass, fixed_shape=fixed)
 

@@ -25,6 +25,8 @@ from humanline.data._query_blocks import QueryBlock, query_blocks
 from humanline.errors import ConfigError, DataError
 from humanline.torchtune_seam.internals import SUPPORTS_FLEX_ATTENTION
 
+BLOCK = 128  # tokens on a side of a block of FlexAttention's masks
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowBudget:
@@ -33,8 +35,8 @@ class RowBudget:
     Args:
         tokens_per_row (int): length of a row, tokens.
         rows_per_pass (int): most rows in one forward and backward pass.
-        fixed_shape (bool): True pads every pass to ``rows_per_pass`` rows of ``tokens_per_row`` tokens, as compiled
-            kernels need; False pads only to the pass's longest row.
+        fixed_shape (bool): True pads every pass to ``rows_per_pass`` rows of one of four widths, since kernels are
+            compiled for each shape; False pads only to the pass's longest row.
 
     Raises:
         ConfigError: if a limit is not a positive integer.
@@ -49,6 +51,14 @@ class RowBudget:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{key}: expected a positive integer, got {value!r}")
+
+    def width(self, tokens: int) -> int:
+        """Returns how wide a pass of ``fixed_shape`` is if its longest row has this many tokens.
+
+        The widths are multiples of a quarter of ``tokens_per_row``, in whole blocks, and ``tokens_per_row``.
+        """
+        quarter = -(-self.tokens_per_row // (4 * BLOCK)) * BLOCK
+        return min(-(-tokens // quarter) * quarter, self.tokens_per_row)
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Rows:
     predictors: Tensor  # [N] int64 into [R * L]: the token whose hidden state predicts the target
     targets: Tensor  # [N] int64, the response tokens
     mask: Tensor  # [B, S] bool, True where a response has a token; its True cells, in order, are the N tokens
+    cells: Tensor  # [N] int64 into [B * S]: these cells
     _labels: Tensor | None  # [B] bool, whether each response is desirable; None if a group has no labels
     _advantages: Tensor | None  # [B] float32; None if a group has none
     sampler_logps: Tensor | None  # [N] float32, the engine's log-probs of the targets; None if a response has none
@@ -95,7 +106,7 @@ class Rows:
         A copy to CUDA is asynchronous and complete for later work on the same stream.
         """
         here = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        ahead = device.type == "cuda"  # the CPU may read its copy at once, so that one must be complete
+        ahead = device.type != "cpu"  # the CPU may read its copy at once, so that one must be complete
         moved: dict[str, Any] = {k: v.to(device, non_blocking=ahead) for k, v in here.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
@@ -183,7 +194,9 @@ class Rows:
 
         Zero where ``mask`` is False. Differentiable.
         """
-        return values.new_zeros(*values.shape[:-1], *self.mask.shape).masked_scatter(self.mask, values)
+        # Not by masked_scatter, whose gradient makes the host wait for the device.
+        cells = values.new_zeros(*values.shape[:-1], self.mask.numel()).index_copy(-1, self.cells, values)
+        return cells.unflatten(-1, self.mask.shape)
 
 
 def split(index: int, group: Group, budget: RowBudget) -> list[Segment]:
@@ -271,11 +284,11 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         budget (RowBudget): the budget given to :func:`pack`.
 
     Returns:
-        Rows: on the CPU, as wide as its longest row, or of the budget's shape with ``fixed_shape``.
+        Rows: on the CPU, as wide as its longest row, or of one of the budget's shapes with ``fixed_shape``.
     """
     count, length = len(rows), max(sum(s.tokens for s in row) for row in rows)
     if budget.fixed_shape:
-        count, length = budget.rows_per_pass, budget.tokens_per_row
+        count, length = budget.rows_per_pass, budget.width(length)
     order = sorted({s.group for row in rows for s in row})
     first_response = dict(zip(order, accumulate((len(groups[i].responses) for i in order), initial=0), strict=False))
 
@@ -309,6 +322,7 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
                 start = inputs.stop
                 bounds[r][-1].append(start)
     lengths = torch.tensor([len(targets[b]) for b in range(len(targets))])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     laid = tuple(groups[i] for i in order)
     return Rows(
         groups=laid,
@@ -319,7 +333,8 @@ def lay_out(groups: Sequence[Group], rows: list[list[Segment]], budget: RowBudge
         branches=branches,
         predictors=torch.cat([predictors[b] for b in range(len(predictors))]),
         targets=torch.cat([targets[b] for b in range(len(targets))]),
-        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        mask=mask,
+        cells=mask.flatten().nonzero().squeeze(1),
         _labels=_of_responses([group.labels for group in laid], torch.bool),
         _advantages=_of_responses([group.advantages for group in laid], torch.float32),
         sampler_logps=_sampler_logps(laid),

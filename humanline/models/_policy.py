@@ -9,6 +9,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.data import Rows
 from humanline.errors import ConfigError
+from humanline.models._flex import use_flex
 from humanline.models._log_probs import token_log_probs, token_log_probs_and_entropy
 from humanline.torchtune_seam.internals import Mask
 
@@ -62,6 +63,8 @@ class LogProbDecoder(nn.Module):
         self.compute_dtype = next(decoder.parameters()).dtype
         self.temperature = 1.0
         self.by_blocks = False
+        for layer in decoder.layers:
+            use_flex(layer.attn)
 
     def forward(
         self,

@@ -316,9 +316,11 @@ class _FakePasses(Passes):
         because its KL pairs need two prompts.
         """
         length = self.budget.tokens_per_row
-        prompt = max(1, length // 5)
-        responses = tuple([1] * ((length - prompt) // 2 + 1) for _ in range(2))
-        group = Group([1] * prompt, responses, scores=(1.0, 0.0), advantages=(1.0, -1.0), id="a full row")
+        response = (length - max(1, length // 5)) // 2
+        prompt = length - 2 * response  # fills the row, else a pass could be narrower
+        group = Group(
+            [1] * prompt, ([1] * (response + 1),) * 2, scores=(1.0, 0.0), advantages=(1.0, -1.0), id="a full row"
+        )
         if isinstance(self.objective, KTO):
             group = replace(group, scores=None, advantages=None, labels=(True, False))
         least = 2 if isinstance(self.objective, KTO) else 1

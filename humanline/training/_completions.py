@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torchtune import utils
 
-from humanline.data import Group, RowBudget, Rows, lay_out, pack
+from humanline.data import Group, Rows, lay_out, pack
 from humanline.distributed import gathered
 from humanline.errors import ConfigError
 from humanline.models import LogProbDecoder, fixed_log_probs
@@ -55,6 +56,8 @@ class Completions:
                 f"generate_val_max_new_tokens: prompt and completion need {longest} positions, the model has "
                 f"{policy.max_seq_len} (max_seq_len); lower it"
             )
+        # The shapes of training, whose kernels are compiled.
+        self.budget = replace(data.budget, tokens_per_row=max(data.budget.tokens_per_row, longest))
         self.engine = InProcessEngine(batch_size=len(self.prompts)).build(data.tokenizer, policy)
 
     def note(self, rows: Rows, log_ratio: Tensor) -> None:
@@ -116,10 +119,9 @@ class Completions:
         """Returns the mean log-ratio of each group's response; None for a reference that cannot score new responses."""
         if isinstance(self.reference, Window):
             return [None] * len(groups)
-        budget = RowBudget(tokens_per_row=max(len(group.prompt) + len(group.responses[0]) for group in groups))
         found: dict[int, float] = {}
-        for planned in pack(groups, budget):  # every rank computes all of them, since the model is sharded over ranks
-            rows = lay_out(groups, planned, budget).to(self.environment.device)
+        for planned in pack(groups, self.budget):  # all of them on every rank, since the model is sharded over ranks
+            rows = lay_out(groups, planned, self.budget).to(self.environment.device)
             log_ratio = fixed_log_probs(self.policy, rows) - self.reference.log_probs(rows)
             means = rows.per_response(log_ratio).sum(1) / rows.mask.sum(1)
             found |= dict(zip(rows.indices, means.tolist(), strict=True))

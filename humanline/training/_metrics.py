@@ -86,13 +86,15 @@ def likelier_best(log_probs: Tensor, values: Sequence[Sequence[float]]) -> tuple
         log_probs (Tensor): log-probs of all groups' responses, nats, ``[B]``.
         values (Sequence[Sequence[float]]): the labels or scores of each group's responses.
     """
-    best, worst, start = [], [], 0
+    pairs, start = [], 0
     for group in values:
         if (found := best_and_worst(group)) is not None:
-            best.append(start + found[0])
-            worst.append(start + found[1])
+            pairs.append([start + place for place in found])
         start += len(group)
-    return (log_probs[best] > log_probs[worst]).sum(), len(best)
+    # Not by lists of places: the host would wait for their copy to the device.
+    places = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(log_probs.device, non_blocking=True)
+    best, worst = log_probs[places].unbind(1)
+    return (best > worst).sum(), len(pairs)
 
 
 _LOG_RATIOS = "log_ratios"

@@ -44,8 +44,11 @@ class Passes:
         samples = self.objective.loss.perception == "sample"
         places = self.places(microbatch) if samples else []
         for rows, weight in self.over(self.share(microbatch)):
-            draws = uniform_draws(rows, self.seed, step, index, places).to(self.device) if samples else None
-            yield rows, weight, None if draws is None else rows.per_response(draws)
+            draws = None
+            if samples:
+                uniforms = uniform_draws(rows, self.seed, step, index, places)
+                draws = rows.per_response(uniforms.to(self.device, non_blocking=True))
+            yield rows, weight, draws
 
     def of_kl(self, microbatch: list[Group]) -> Iterator[tuple[Rows, int]]:
         """Returns this rank's passes of a global microbatch's KL sequences, with their weights."""

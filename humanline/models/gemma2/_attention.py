@@ -1,19 +1,16 @@
 """Gemma 2's attention: a soft-cap on scores, and a sliding window on every other layer."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import MultiHeadAttention
 
-from humanline.models._flex import flex
 from humanline.torchtune_seam.internals import set_attention_call
 
 
 class Gemma2Attention(MultiHeadAttention):
-    """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``; block masks use FlexAttention.
+    """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``.
 
     A mask already includes the sliding window. The window counts positions, which differ from places in the row if a
     row holds several responses.
@@ -44,19 +41,9 @@ class Gemma2Attention(MultiHeadAttention):
         return scores.softmax(-1).to(v.dtype) @ v
 
     def _masked(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, dropout_p: float, is_causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout_p: float, is_causal: bool
     ) -> Tensor:
-        if isinstance(mask, BlockMask):
-            return flex()(q, k, v, score_mod=_soft_cap(self.soft_cap), block_mask=mask, scale=self.scale)
         return self.attend(q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=is_causal)
 
     def _cap(self, scores: Tensor) -> Tensor:
         return scores.div_(self.soft_cap).tanh() * self.soft_cap
-
-
-@functools.cache
-def _soft_cap(cap: float) -> Any:
-    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
-    return score_mod

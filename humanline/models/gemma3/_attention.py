@@ -3,9 +3,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from humanline.models._flex import flex
 from humanline.models._head_normed_attention import HeadNormedAttention
 from humanline.torchtune_seam.internals import set_attention_call
 
@@ -39,8 +37,6 @@ class Gemma3Attention(HeadNormedAttention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale)
 
     def _masked(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | BlockMask | None, dropout_p: float, is_causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout_p: float, is_causal: bool
     ) -> Tensor:
-        if isinstance(mask, BlockMask):
-            return flex()(q, k, v, block_mask=mask, scale=self.scale)
         return self.attend(q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=is_causal)
