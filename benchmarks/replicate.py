@@ -10,14 +10,16 @@ held-out sums. All arms of an experiment start from the same model and take the 
 the number of steps is what the experiment varies.
 
 Finished runs are kept in docs/replication.json, from which `python docs/make_results.py` makes the figures and tables
-of docs/results.md. A run that is in this file is not repeated, and an unfinished one resumes from its last checkpoint.
-The program may be started several times at once: a run belongs to the process that locks its folder. The cost of a run
-is counted in seconds of CPU time, which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the
-time on one core. The cost of a killed attempt is not counted.
+of docs/results.md, and the offline datasets in benchmarks/replication. A run that is in this file is not repeated, and
+an unfinished one resumes from its last checkpoint if it takes more than 64 steps. The program may be started several
+times at once: a run belongs to the process that locks its folder. The cost of a run is counted in seconds of CPU time,
+which other work on the machine hardly changes; with OMP_NUM_THREADS=1 this is the time on one core. The cost of a
+killed attempt is not counted.
 """
 
 import argparse
 import fcntl
+import gzip
 import json
 import os
 import platform
@@ -37,6 +39,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "replication.json"
+DATASETS = ROOT / "benchmarks" / "replication"
 HELD_OUT = 240  # sums
 STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SYNC, CLIP = 64, 4, 8, 16, 4, (-1.5, 1.5)
 EVERY = {"online": 1, "sparse": STEPS // 2, "fresh": STEPS}  # the steps that a round of answers is for
@@ -194,10 +197,13 @@ def sampled_groups(
     groups: int = DATASET,
     prompts_per_group: float = 2.5,
 ) -> list[dict[str, Any]]:
-    """Returns groups of a policy's answers, each with a right and a wrong one; samples them if they are not there."""
+    """Returns groups of a policy's answers, each with a right and a wrong one; samples them if they are not there.
+
+    They are kept in the repository, since another machine would round otherwise and sample other answers.
+    """
+    kept = DATASETS / f"{folder.name.removeprefix('data-')}.jsonl.gz"
     with locked(folder):
-        file = folder / "rounds" / "round_0.jsonl"
-        if not (folder / "done").is_file():
+        if not kept.is_file():
             for half_done in ("checkpoints", "rounds", "logs"):
                 shutil.rmtree(folder / half_done, ignore_errors=True)
             changes: dict[str, Any] = {
@@ -213,11 +219,21 @@ def sampled_groups(
                 changes |= weights_of(folder.parent / f"{policy.name}-0" / "epoch_0")
             train(folder, replace(ONLINE, model=model), 0, changes)
             remove_weights(folder)
-            write(folder / "done", "")
-    found = [group for group in read(file) if len(set(group["scores"])) > 1]
-    if len(found) < groups:
-        raise SystemExit(f"{file}: {len(found)} groups have a right and a wrong answer, {groups} are needed")
-    return found[:groups]
+            keep_groups(kept, read(folder / "rounds" / "round_0.jsonl"), groups)
+        return [json.loads(line) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+
+
+def keep_groups(kept: Path, sampled: list[dict[str, Any]], groups: int) -> None:
+    """Writes the first groups that have a right and a wrong answer, without what the runs do not read."""
+    mixed = [group for group in sampled if len(set(group["scores"])) > 1]
+    if len(mixed) < groups:
+        raise SystemExit(f"{kept}: {len(mixed)} groups have a right and a wrong answer, {groups} are needed")
+    fields = ("prompt", "responses", "scores", "logps")
+    lines = "".join(json.dumps({name: group[name] for name in fields}) + "\n" for group in mixed[:groups])
+    kept.parent.mkdir(exist_ok=True)
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+    partial.write_bytes(gzip.compress(lines.encode(), mtime=0))
+    os.replace(partial, kept)
 
 
 def mean_log_prob(group: dict[str, Any]) -> float:
