@@ -34,6 +34,7 @@ lint: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)
 
+# make bench DATA=GROUPS.jsonl, with scored groups (docs/data.md).
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/compare.py $(DATA)
 

@@ -4,7 +4,7 @@
     python benchmarks/compare.py GROUPS.jsonl --objectives dpo kto grpo --max-tokens 512 1250 --threads 1 2
 
 GROUPS.jsonl has scored groups, such as UltraFeedback-ArmoRM's rows (docs/data.md). A step takes 8 of them: for DPO the
-best and the worst response of each, for KTO both as examples of their own, for GRPO all. All contestants train
+best and the worst response of each, for KTO both as examples of their own, for GRPO five. All contestants train
 SmolLM2-135M-Instruct's real weights on the same token ids, with bf16 compute, activation checkpointing and the same
 AdamW. Each runs in a process of its own, so that its peak memory is its own. They take turns, step by step.
 
@@ -46,16 +46,6 @@ Groups = list[dict[str, Any]]
 
 
 # ------------------------------------------------------------------------------------------------------ the turns
-
-
-def turns(steps: Iterator[None], groups: Groups) -> None:
-    """Runs a step for each line on standard input, and prints its seconds, its tokens and the peak memory so far."""
-    for index in itertools.count():
-        if not sys.stdin.readline():
-            return
-        start = time.perf_counter()
-        next(steps)
-        report(time.perf_counter() - start, groups, index)
 
 
 def report(seconds: float, groups: Groups, step: int) -> None:
@@ -127,9 +117,12 @@ def humanline(objective: str, data: Path, reference: str) -> None:
     runpy.run_path(str(ROOT / "recipes" / f"humanline_{objective}_single_device.py"), run_name="__main__")
 
 
-def torchtune(objective: str, data: Path, _: str) -> None:
-    groups = read(data)
-    turns(_torchtune_steps(groups), groups)
+def torchtune(objective: str, data: Path, reference: str) -> None:
+    steps = _torchtune_steps(read(data))
+    next(steps)  # loads the models
+    logger = TurnLogger(str(data))
+    for _ in steps:
+        logger.log_dict({}, 0)
 
 
 def _torchtune_steps(groups: Groups) -> Iterator[None]:
@@ -148,6 +141,7 @@ def _torchtune_steps(groups: Groups) -> Iterator[None]:
     training.set_activation_checkpointing(policy, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, fused=True)
     loss_fn = DPOLoss(beta=BETA)
+    yield
 
     def forward(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, labels = batch
@@ -222,16 +216,22 @@ def _load_for_trl() -> tuple[Any, Any, Any]:
     return *models, AutoTokenizer.from_pretrained(MODEL)
 
 
-def _trl_dpo(groups: Groups, folder: Path) -> Any:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+def _on_these_ids(trainer: Any) -> Any:
+    """Returns a trainer that takes the dataset's token ids as they are, in their order."""
 
-    class OnTheseIds(DPOTrainer):
+    class OnTheseIds(trainer):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return OnTheseIds
+
+
+def _trl_dpo(groups: Groups, folder: Path) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
     rows = [
         {"prompt_ids": group["prompt"], "chosen_ids": group["responses"][0], "rejected_ids": group["responses"][1]}
@@ -240,19 +240,13 @@ def _trl_dpo(groups: Groups, folder: Path) -> Any:
     model, reference, tokenizer = _load_for_trl()
     settings = _trl_settings(folder, GROUPS_PER_STEP, len(groups) // GROUPS_PER_STEP)
     config = DPOConfig(**settings, max_length=None)
-    return OnTheseIds(model, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = _on_these_ids(DPOTrainer)
+    return trainer(model, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def _trl_kto(groups: Groups, folder: Path) -> Any:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
-
-    class OnTheseIds(KTOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rows = [
         {"prompt_ids": group["prompt"], "completion_ids": response, "label": index == 0}
@@ -266,7 +260,8 @@ def _trl_kto(groups: Groups, folder: Path) -> Any:
     model, reference, tokenizer = _load_for_trl()
     settings = _trl_settings(folder, 8, len(groups) // GROUPS_PER_STEP)
     config = KTOConfig(**settings, gradient_accumulation_steps=2 * GROUPS_PER_STEP // 8, max_length=None)
-    return OnTheseIds(model, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = _on_these_ids(KTOTrainer)
+    return trainer(model, reference, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def _trl_grpo(groups: Groups, folder: Path) -> Any:
@@ -322,19 +317,28 @@ def read(file: Path) -> Groups:
 
 
 def encode(source: Path, file: Path, objective: str, max_tokens: int, count: int) -> None:
-    """Writes groups of token ids: best and worst response for DPO and KTO, the first five with scores for GRPO."""
+    """Writes groups of token ids: best and worst response for DPO and KTO, five with different scores for GRPO.
+
+    Raises:
+        SystemExit: if the source has too few groups.
+    """
     from humanline.data import ChatTokenizer, as_pairs, scored_groups
 
     tokenizer = ChatTokenizer(str(MODEL))
     dataset = scored_groups(tokenizer, str(source), max_tokens=max_tokens, max_prompt_tokens=max_tokens // 2)
     dataset = dataset if objective == "grpo" else as_pairs(dataset)
     lines = []
-    for index in range(count):
-        group = dataset[index]
+    for group in (dataset[index] for index in range(len(dataset))):
         line: dict[str, Any] = {"prompt": list(group.prompt), "responses": [list(each) for each in group.responses[:5]]}
         if objective == "grpo":
             line["scores"] = list((group.scores or ())[:5])
+            if len(line["scores"]) < 5 or len(set(line["scores"])) == 1:
+                continue
         lines.append(json.dumps(line) + "\n")
+        if len(lines) == count:
+            break
+    else:
+        raise SystemExit(f"error: {source}: {len(lines)} groups are of use for {objective}, {count} are needed")
     file.write_text("".join(lines))
 
 

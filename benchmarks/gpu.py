@@ -1,11 +1,12 @@
-"""Measures on a GPU what this project could not measure without one: one command, under ten minutes on one card.
+"""Measures on a GPU what this project could not measure without one, in one command.
 
     python benchmarks/gpu.py                          # every section, in the order of its value
-    python benchmarks/gpu.py llama compile --output outputs/gpu.jsonl
+    python benchmarks/gpu.py llama llama_compiled --output outputs/gpu.jsonl
     python benchmarks/gpu.py --rehearse               # on a CPU, with tiny sizes: that each section runs to its end
 
-Each section is a process of its own with a time limit, so that a failure of one leaves the others. It appends one line
-of JSON to the output: `section`, `status` (`ok`, `failed` or `timeout`), `seconds` of the whole process, `machine`
+It is meant to take ten minutes on one card, which is not measured; the limits of all sections are 23 minutes. Each
+section is a process of its own with a time limit, so that a failure of one leaves the others. It appends one line of
+JSON to the output: `section`, `status` (`ok`, `failed` or `timeout`), `seconds` of the whole process, `machine`
 (card and versions), `measured` (names with their units, such as `forward_ms` or `peak_gb`), and the last lines of what
 it printed if it failed. Times are medians over repetitions after a warm-up, by CUDA events.
 

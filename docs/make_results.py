@@ -84,7 +84,7 @@ def draw(name: str, arms: Sequence[Arm], results: Sequence[Result]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "humanline"
+    matplotlib.rcParams |= {"svg.hashsalt": "humanline", "svg.fonttype": "none"}
     import matplotlib.pyplot as plt
 
     shown = [(arm, runs) for arm in arms if (runs := results_of(arm, results))]

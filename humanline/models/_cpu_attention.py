@@ -42,7 +42,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[QueryBlock], scale: float) -> Tensor:
         keys = _transposed(k)
         outputs = _zeros_like(q)
-        peaks, sums = q.new_zeros(*q.shape[:3], 1), torch.ones(*q.shape[:3], 1)
+        peaks, sums = q.new_zeros(*q.shape[:3], 1), q.new_ones(*q.shape[:3], 1, dtype=torch.float32)
         for block in blocks:
             at = block.row, slice(None), block.queries
             its_keys = _gather(keys[block.row], block, 2)
