@@ -42,8 +42,6 @@ RESULTS = ROOT / "docs" / "replication.json"
 DATASETS = ROOT / "benchmarks" / "replication"
 HELD_OUT = 240  # sums
 STEPS, GROUPS, GENERATIONS, NEW_TOKENS, SYNC, CLIP = 64, 4, 8, 16, 4, (-1.5, 1.5)
-EVERY = {"online": 1, "sparse": STEPS // 2, "fresh": STEPS}  # the steps that a round of answers is for
-LR = {"dpo": 1e-5, "kto": 1e-5, "grpo": 2e-5}
 DATASET = 256  # groups with a right and a wrong answer in an offline dataset
 
 Bounds = tuple[float, float]
@@ -60,6 +58,7 @@ class Model:
     examples: tuple[tuple[int, int], ...]
     system: str | None
     initial: str  # the offline dataset whose first groups are the dataset "initial"
+    lr: dict[str, float]  # by objective
 
 
 MODELS = {
@@ -71,6 +70,7 @@ MODELS = {
         examples=((46, 31),),
         system="Add.",
         initial="initial_x4",
+        lr={"dpo": 1e-5, "kto": 1e-5, "grpo": 2e-5},
     ),
     "gemma3_270m": Model(
         folder=ROOT / "models" / "gemma-3-270m",
@@ -83,7 +83,8 @@ MODELS = {
         largest=30,
         examples=((14, 3), (8, 22), (19, 25)),
         system=None,
-        initial="initial",
+        initial="initial_half",
+        lr={"grpo": 3e-6},  # at 5e-6 the reward of an online round falls to 0.01 after 50 steps, and at 2e-5 after 8
     ),
 }
 
@@ -92,8 +93,8 @@ MODELS = {
 class Arm:
     """A run, but for its seed.
 
-    ``data`` is ``online`` (a round of answers for every step), ``sparse`` (for 32 steps), ``fresh`` (for 64), or the
-    name of an offline dataset. ``sync`` is None for a frozen reference, ``clip`` is None for an unclipped log-ratio.
+    ``data`` is ``online`` (a round of answers for every step), ``sparse`` (for half of the steps), ``fresh`` (for 64),
+    or the name of an offline dataset. ``sync`` is None for a frozen reference, ``clip`` for an unclipped log-ratio.
     """
 
     data: str = "initial"
@@ -102,7 +103,12 @@ class Arm:
     objective: str = "grpo"
     steps: int = STEPS
     model: str = "smollm2"
-    lr: float | None = None  # None is the objective's
+    lr: float | None = None  # None is the model's, for the objective
+
+    @property
+    def every(self) -> int | None:
+        """The steps that a round of answers is for; None offline."""
+        return {"online": 1, "sparse": self.steps // 2, "fresh": STEPS}.get(self.data)
 
     @property
     def name(self) -> str:
@@ -114,9 +120,16 @@ class Arm:
 HUMANLINE, OFFLINE = Arm(), Arm(sync=None, clip=None)
 UNTRAINED = Arm("none", sync=None, clip=None, steps=0)
 ONLINE = Arm("online", sync=1, clip=None)
-FIVE = (UNTRAINED, ONLINE, Arm("sparse", sync=EVERY["sparse"], clip=None), Arm("sparse"), OFFLINE, HUMANLINE)
+
+
+def five(model: str = "smollm2", steps: int = STEPS) -> tuple[Arm, ...]:
+    """Returns the untrained model and the five ways to train one."""
+    arms = (ONLINE, Arm("sparse", sync=steps // 2, clip=None), Arm("sparse"), OFFLINE, HUMANLINE)
+    return (replace(UNTRAINED, model=model), *(replace(arm, model=model, steps=steps) for arm in arms))
+
+
 EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
-    "five": FIVE,
+    "five": five(),
     "ablation": tuple(
         replace(HUMANLINE, objective=objective, sync=sync, clip=clip)
         for objective in ("dpo", "kto", "grpo")
@@ -135,14 +148,14 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
     ),
     "better": tuple(replace(HUMANLINE, data=data) for data in ("hot", "initial", "online_16", "online_48")),
     "quality": tuple(replace(HUMANLINE, data=f"quartile_{i}") for i in (1, 2, 3, 4)),
-    "gemma": tuple(replace(arm, model="gemma3_270m") for arm in FIVE),
+    "gemma": five("gemma3_270m", STEPS // 2),
 }
 
 # Where offline datasets come from: the step of an online run whose policy answers, the temperature, and the size. The
-# dataset "initial" is the first quarter of initial_x4 if the model has that one, and "quartile_N" is a quarter of it by
-# mean log-prob.
+# dataset "initial" is the model's initial one, of that at most DATASET groups, and "quartile_N" is a quarter of
+# initial_x4 by mean log-prob.
 SOURCES: dict[str, dict[str, Any]] = {
-    "initial": {},
+    "initial_half": {"groups": DATASET // 2},
     "initial_x4": {"groups": 4 * DATASET},
     "hot": {"temperature": 1.5, "prompts_per_group": 3},
     "online_16": {"after": 16},
@@ -305,9 +318,9 @@ def evaluate(folder: Path, mine: Path, weights: Path, arm: Arm, seed: int) -> di
 
 def objective_changes(folder: Path, arm: Arm) -> dict[str, Any]:
     """Returns what an arm changes in the config of online GRPO."""
-    if every := EVERY.get(arm.data):
+    if arm.every:
         # About half of the prompts are of use: the answers to the others are all right or all wrong.
-        return {"source.every": every, "source.groups_per_round": 2 * GROUPS * every}
+        return {"source.every": arm.every, "source.groups_per_round": 2 * GROUPS * arm.every}
     file = dataset(folder, arm)
     changes: dict[str, Any] = {"source": None, "engine": None, "reward": None}
     changes |= {"dataset._component_": "humanline.data.encoded_groups", "dataset.source": str(file)}
@@ -338,7 +351,7 @@ def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[st
         "source.temperature": 1.0,
         "tokens_per_row": 1024,
         "rows_per_pass": 1,
-        "optimizer.lr": arm.lr or LR[arm.objective],
+        "optimizer.lr": arm.lr or MODELS[arm.model].lr[arm.objective],
         "dataset_val": None,  # only training is timed
         "run_val_every_n_steps": None,
         "save_every_n_steps": 32 if arm.steps > STEPS else None,

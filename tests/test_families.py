@@ -17,6 +17,8 @@ from families import FAMILIES, OURS, QWEN2_WINDOW, WINDOW, Family, table
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune import training
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules import MultiHeadAttention
@@ -530,6 +532,34 @@ def test_a_gemma_2_that_is_not_mended_is_another_function(name, value, tmp_path,
     theirs = saved(FAMILIES["gemma2"], tmp_path)
     monkeypatch.setattr(_mend, name, value)
     assert difference(FAMILIES["gemma2"], tmp_path, theirs, agrees=False) > 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 100, 1000])
+def test_gemma_2_attends_to_a_long_prompt_with_few_scores_at_a_time(window):
+    length, heads, dim = 700, 2, 16
+    builder = gemma2.gemma2(
+        vocab_size=8, num_layers=2, num_heads=heads, num_kv_heads=heads, head_dim=dim, embed_dim=8, intermediate_dim=8,
+        max_seq_len=length, sliding_window_size=window, query_pre_attn_scalar=4,
+    )  # fmt: skip
+    attention = builder.layers[0].attn  # with a window, if there is one
+    q, k, v = torch.randn(3, 1, heads, length, dim, generator=torch.Generator().manual_seed(0)) * 8
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    scores = 50 * ((q.double() @ k.double().mT) / 4**0.5 / 50).tanh()
+    right = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.double()
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.largest = max([self.largest, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+            return result
+
+    with Sizes() as sizes:
+        found = attention.attend(q, k, v, is_causal=True)
+    torch.testing.assert_close(found.double(), right, atol=1e-5, rtol=1e-4)
+    assert sizes.largest <= heads * 256 * length < heads * length * length
 
 
 def test_a_gemma_2_with_its_norms_exchanged_is_another_function(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -70,6 +71,32 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(mesh, weights, var
     loss(model).backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_forward_without_backward_leaves_no_weights_that_a_step_misses(mesh, weights):
+    model = sharded(weights, mesh)
+    loss(model).backward()
+    with torch.no_grad():
+        before = loss(model)
+        for parameter in model.parameters():
+            parameter.to_local().mul_(1.5)
+    after = loss(model)
+    other = sharded({name: 1.5 * weight for name, weight in weights.items()}, mesh)
+    assert before != after
+    torch.testing.assert_close(after, loss(other))
+
+
+def test_only_the_embeddings_stay_gathered_between_forward_and_backward(mesh, weights):
+    def gathered(model):
+        return {name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)}
+
+    model = sharded(weights, mesh)
+    result = loss(model)
+    assert gathered(model) == {"tok_embeddings.weight", "norm.scale"}
+    result.backward()
+    assert not gathered(model)
+    fixed_loss = torch.no_grad()(loss)(model)
+    assert fixed_loss == result and not gathered(model)
 
 
 def test_activation_checkpointing_wraps_and_compile_compiles_every_layer(mesh, weights):

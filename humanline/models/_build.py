@@ -16,7 +16,7 @@ from torchtune.modules.common_utils import NF4Tensor  # its place in torchao dep
 
 from humanline.errors import ConfigError
 from humanline.models._adapter import adapter_modules, freeze_base, quantized_like
-from humanline.models._cpu_modules import use_cpu_modules
+from humanline.models._eager_modules import use_eager_modules
 from humanline.models._load import fill_rotary_tables
 from humanline.models._policy import LogProbDecoder
 from humanline.models._shard import local_shard
@@ -108,8 +108,8 @@ def design_model(
     """Builds the model of :func:`build_model` on the meta device, without memory, to be placed on ``device``."""
     with training.set_default_dtype(compute_dtype), torch.device("meta"):
         model = LogProbDecoder(build())
-    if device.type == "cpu" and not compile:  # a compiled layer fuses torchtune's operations
-        use_cpu_modules(model)
+    if not compile:  # a compiled layer fuses torchtune's operations
+        use_eager_modules(model, device)
     model.compute_dtype = compute_dtype
     if adapter_modules(model):
         freeze_base(model, param_dtype)
@@ -132,9 +132,9 @@ def _shard(model: LogProbDecoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     for name, module in reversed(list(model.named_modules())):
         if training.get_shard_conditions(name, module):
             fully_shard(module, mesh=mesh, mp_policy=precision)
-    # The root is resharded after forward too: after a forward without backward, gathered weights would remain, and an
-    # optimizer step or sync would then change only their shards.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    # The root (embeddings and head) stays gathered until backward, which begins with it. `log_probs` reshards it after
+    # a forward without backward, since an optimizer step or sync would change only the shards.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     if mesh.device_type == "cpu":
         # torch 2.8's gloo returns the sum of gradients when asked for their mean. So FSDP sums, then divides.
         for module in model.modules():

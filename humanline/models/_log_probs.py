@@ -97,8 +97,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[piece])
             if grad_weight is not None:
-                for part in _pieces(grad_weight, hidden.t()):  # avoids a second matrix of the weight's size
-                    grad_weight[part] += _mm(grad_logits[:, part].t(), hidden[piece])
+                _add_mm(grad_weight, grad_logits.t(), hidden[piece])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -136,6 +135,17 @@ def _skip_denormals(logits: Tensor) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """Computes ``a @ b``; on CUDA a bfloat16 product keeps its float32 accumulator, so logits keep their precision."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if _keeps_float32(a) else a @ b
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds ``a @ b`` to ``total``, float32, without a second matrix of its size."""
+    if _keeps_float32(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        for part in _pieces(total, b.t()):
+            total[part] += a[part] @ b
+
+
+def _keeps_float32(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)

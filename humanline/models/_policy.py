@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
@@ -125,7 +126,7 @@ def fixed_log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
 
 def log_probs(model: LogProbDecoder, rows: Rows) -> Tensor:
     """Computes the log-probs of the response tokens of ``rows``, nats, float32 ``[N]``."""
-    found: Tensor = model(**_inputs(model, rows))
+    found: Tensor = _call(model, rows)
     return found
 
 
@@ -135,17 +136,20 @@ def log_probs_and_entropy(model: LogProbDecoder, rows: Rows) -> tuple[Tensor, Te
     Returns:
         tuple[Tensor, Tensor]: log-probs in nats, float32 ``[N]``; entropies in nats, float32 ``[N]``, without gradient.
     """
-    found: tuple[Tensor, Tensor] = model(**_inputs(model, rows), with_entropy=True)
+    found: tuple[Tensor, Tensor] = _call(model, rows, with_entropy=True)
     return found
 
 
-def _inputs(model: LogProbDecoder, rows: Rows) -> dict[str, Any]:
+def _call(model: LogProbDecoder, rows: Rows, **settings: bool) -> Any:
     rule = rows.query_blocks if model.by_blocks else rows.attention_mask
-    masks = {window: rule(window) for window in set(model.windows)}
-    return {
-        "tokens": rows.tokens,
-        "masks": masks,
-        "positions": rows.positions,
-        "predictors": rows.predictors,
-        "targets": rows.targets,
-    }
+    found = model(
+        rows.tokens,
+        masks={window: rule(window) for window in set(model.windows)},
+        positions=rows.positions,
+        predictors=rows.predictors,
+        targets=rows.targets,
+        **settings,
+    )
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()  # no backward will
+    return found

@@ -26,7 +26,7 @@ def whole_weights(model: LogProbDecoder) -> Iterator[None]:
             yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
 

@@ -8,6 +8,8 @@ from torchtune.modules import MultiHeadAttention
 
 from humanline.torchtune_seam.internals import set_attention_call
 
+_QUERIES = 256  # of causal attention whose scores are computed at a time
+
 
 class Gemma2Attention(MultiHeadAttention):
     """torchtune's attention with scores ``cap * tanh(q . k * scale / cap)``.
@@ -32,13 +34,23 @@ class Gemma2Attention(MultiHeadAttention):
     ) -> Tensor:
         """Like ``scaled_dot_product_attention``: ``[B, H, Q, D]`` and twice ``[B, H, K, D]`` to ``[B, H, Q, D]``."""
         if is_causal:
-            at = torch.arange(q.size(2), device=q.device)
-            distance = at[:, None] - at
-            attn_mask = (distance >= 0) & (distance < (self.sliding_window or q.size(2)))
+            return self._causal(q, k, v)
         scores = self._cap((q @ k.transpose(-2, -1)).float() * self.scale)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends to earlier positions within the window, with the scores of a few queries in memory at a time."""
+        length = q.size(2)
+        window = self.sliding_window or length
+        outputs = []
+        for start in range(0, length, _QUERIES):
+            end, first = min(start + _QUERIES, length), max(0, start + 1 - window)
+            distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+            mask, seen = (distance >= 0) & (distance < window), slice(first, end)
+            outputs.append(self.attend(q[:, :, start:end], k[:, :, seen], v[:, :, seen], attn_mask=mask))
+        return torch.cat(outputs, 2)
 
     def _masked(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, dropout_p: float, is_causal: bool

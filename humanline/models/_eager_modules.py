@@ -1,12 +1,13 @@
-"""Modules that compute torchtune's functions on a CPU in fewer passes over memory.
+"""Modules that compute torchtune's functions in fewer passes over memory, for layers that are not compiled.
 
-Eager elementwise operations on a CPU take as long as matrix products of the same tensors, because each reads and writes
-memory. The modules here keep float32 arithmetic and round to the activations' dtype once, as torchtune's do.
+An eager elementwise operation reads and writes memory. On a CPU it takes as long as a matrix product of the same
+tensors. The modules here keep float32 arithmetic and round to the activations' dtype once, as torchtune's do.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
@@ -21,19 +22,27 @@ from humanline.torchtune_seam.internals import Attend, attention_call, set_atten
 _PLAIN_ATTENTION = (MultiHeadAttention, HeadNormedAttention, Gemma3Attention)  # without a soft-cap
 
 
-def use_cpu_modules(model: LogProbDecoder) -> None:
-    """Replaces modules of torchtune with those for a CPU, in place. Parameters keep their names."""
+def use_eager_modules(model: LogProbDecoder, device: torch.device) -> None:
+    """Replaces modules of torchtune with those for eager mode on ``device``, in place. Parameters keep their names."""
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        _attend_by_blocks(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
+                setattr(parent, name, ComplexRotary(child))
+            elif type(child) in (RMSNorm, GemmaRMSNorm) and on_cpu:
+                setattr(parent, name, CPUNorm(child))
+            elif type(child) is RMSNorm:
+                setattr(parent, name, FusedNorm(child))
+
+
+def _attend_by_blocks(model: LogProbDecoder) -> None:
     attentions = [layer.attn for layer in model.layers]
     if all(type(attn) in _PLAIN_ATTENTION and not attn.attn_dropout for attn in attentions):
         model.by_blocks = True
         for attn in attentions:
             set_attention_call(attn, _by_blocks(attention_call(attn), getattr(attn, "scale", attn.head_dim**-0.5)))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in (RMSNorm, GemmaRMSNorm):
-                setattr(parent, name, CPUNorm(child))
-            elif type(child) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
-                setattr(parent, name, CPURotary(child))
 
 
 def _by_blocks(otherwise: Attend, scale: float) -> Attend:
@@ -43,6 +52,23 @@ def _by_blocks(otherwise: Attend, scale: float) -> Attend:
         return attend(q, k, v, mask, scale) if isinstance(mask, tuple) else otherwise(q, k, v, mask=mask, **settings)
 
     return attention
+
+
+class FusedNorm(nn.Module):
+    """The function of torchtune's ``RMSNorm``, in the one kernel that torch has for an input and a weight of one dtype.
+
+    Args:
+        norm (RMSNorm): the module whose weight and function this one has.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.scale, self.eps = norm.scale, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises over the last dimension: ``[..., D]`` to ``[..., D]``."""
+        common = torch.promote_types(x.dtype, self.scale.dtype)
+        return F.rms_norm(x.to(common), self.scale.shape, self.scale.to(common), self.eps).to(x.dtype)
 
 
 class CPUNorm(nn.Module):
@@ -89,7 +115,7 @@ class _ScaledRMS(torch.autograd.Function):
         return grad_x, grad_scale, None
 
 
-class CPURotary(nn.Module):
+class ComplexRotary(nn.Module):
     """torchtune's rotary positions of neighbouring dimensions, as products of complex numbers.
 
     Args:

@@ -1,4 +1,4 @@
-"""The modules for a CPU compute the functions of torchtune's modules that they replace."""
+"""The modules for eager mode compute the functions of torchtune's modules that they replace."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
-from humanline.models._cpu_modules import CPUNorm, CPURotary
+from humanline.models._eager_modules import ComplexRotary, CPUNorm, FusedNorm
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the largest value
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [RMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize(("ours", "kind"), [(CPUNorm, RMSNorm), (CPUNorm, GemmaRMSNorm), (FusedNorm, RMSNorm)])
 @pytest.mark.parametrize("shape", [(2, 7, 64), (2, 5, 3, 16)], ids=["hidden states", "heads"])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
-def test_norms_and_their_gradients_are_torchtunes(dtype, weight_dtype, kind, shape, size):
+def test_norms_and_their_gradients_are_torchtunes(dtype, weight_dtype, ours, kind, shape, size):
     torch.manual_seed(0)
     norm = kind(shape[-1], eps=1e-5)
     torch.nn.init.normal_(norm.scale)
@@ -31,10 +31,19 @@ def test_norms_and_their_gradients_are_torchtunes(dtype, weight_dtype, kind, sha
         y.backward(grad.to(dtype))
         return y.detach(), given.grad, module.scale.grad
 
-    for ours, theirs in zip(computed(CPUNorm(norm)), computed(norm), strict=True):
-        assert ours.dtype == theirs.dtype
+    for mine, theirs in zip(computed(ours(norm)), computed(norm), strict=True):
+        assert mine.dtype == theirs.dtype
         bound = max(ROUNDING[theirs.dtype], 1e-6) * theirs.abs().max().item()
-        assert_close(ours, theirs, rtol=0, atol=bound)
+        assert_close(mine, theirs, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_one_kernel_is_torchtunes_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(576).to(dtype)
+    torch.nn.init.normal_(norm.scale)
+    x = (torch.randn(100, 576) * torch.logspace(-4, 3, 100)[:, None]).to(dtype)
+    assert torch.equal(FusedNorm(norm)(x), norm(x))
 
 
 def test_a_norm_in_bfloat16_is_rounded_once():
@@ -68,5 +77,5 @@ def test_rotary_positions_and_their_gradient_are_torchtunes_bit_for_bit(dtype, k
         y.backward(grad)
         return y.detach(), given.grad
 
-    for ours, theirs in zip(computed(CPURotary(rotary)), computed(rotary), strict=True):
+    for ours, theirs in zip(computed(ComplexRotary(rotary)), computed(rotary), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
