@@ -39,8 +39,13 @@ windows = st.sampled_from([None, 1, 7, 200, 10_000])
 def test_blocks_have_the_rule_of_the_dense_mask(rows, window):
     covered = torch.zeros_like(rows.attention_mask())
     for block in rows.query_blocks(window):
-        visible = torch.ones(block.queries.stop - block.queries.start, sum(k.stop - k.start for k in block.keys)).bool()
+        visible = torch.ones(block.size).bool()
         visible[:, visible.size(1) - block.hidden.size(1) :] = ~block.hidden
+        assert visible.any(1).all()  # a query without a key would have no weights
+        queries, keys = (sum(part.stop - part.start for part in parts) for parts in ([block.queries], block.keys))
+        assert not visible[:queries, keys:].any()
+        assert all(0 <= padded - count < 64 for padded, count in zip(block.size, (queries, keys), strict=True))
+        visible = visible[:queries, :keys]
         parts = visible.split([part.stop - part.start for part in block.keys], 1)
         for keys, part in zip(block.keys, parts, strict=True):
             assert not covered[block.row, block.queries, keys].any()  # no score twice

@@ -3,6 +3,8 @@
 A block is a run of neighbouring tokens of one segment. The tokens that it attends to lie in at most two slices of the
 row: the prompt, and the responses from the block's first one on. So there are no scores for the rest of the row, and
 only the scores of the block's tokens with each other need a mask.
+
+Blocks are padded to few sizes, since a CPU prepares a matrix product for each shape and keeps what it prepared.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LENGTH = 128  # tokens; longer blocks compute more scores that are hidden, shorter ones make more calls
+_QUERIES, _KEYS = 32, 64  # which the sizes of blocks are multiples of
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -25,13 +29,15 @@ class QueryBlock:
         row (int): the row.
         queries (slice): the ``n`` tokens.
         keys (tuple[slice, ...]): the ``m`` tokens, in one or two slices.
-        hidden (Tensor): True where a token does not attend to one of the last keys, bool ``[n, at most m]``. Every
-            token attends to all keys before them.
+        size (tuple[int, int]): of the padded block, ``N`` queries and ``M`` keys, at least ``n`` and ``m``.
+        hidden (Tensor): True where a token does not attend to one of the last keys, bool ``[N, at most M]``. Every
+            token attends to all keys before them, and to no padding. Padding attends to some key.
     """
 
     row: int
     queries: slice
     keys: tuple[slice, ...]
+    size: tuple[int, int]
     hidden: Tensor
 
 
@@ -55,7 +61,14 @@ def query_blocks(
         asked = index if windowed else index[start - stop :]
         queries = torch.arange(start, stop, device=device)
         hidden = ~visible(torch.tensor(row, device=device), queries, queries[:, None], asked[None])
-        yield QueryBlock(row, slice(start, stop), keys, hidden)
+        size = _up(len(queries), _QUERIES), _up(len(index), _KEYS)
+        hidden = F.pad(hidden, (0, size[1] - len(index)), value=True)
+        hidden = F.pad(hidden, (0, 0, 0, size[0] - len(queries)), value=False)
+        yield QueryBlock(row, slice(start, stop), keys, size, hidden)
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from humanline.data import QueryBlock
@@ -44,12 +45,13 @@ class _Attend(torch.autograd.Function):
         outputs = _zeros_like(q)
         peaks, sums = q.new_zeros(*q.shape[:3], 1), q.new_ones(*q.shape[:3], 1, dtype=torch.float32)
         for block in blocks:
-            at = block.row, slice(None), block.queries
-            its_keys = _gather(keys[block.row], block, 2)
-            peaks[at] = _hide(torch.bmm(q[at], its_keys), block).float().amax(-1, keepdim=True).mul_(scale / _LN_2)
-            weights = _weights(q[at], its_keys, peaks[at], block, scale)
-            sums[at] = weights.sum(-1, keepdim=True, dtype=torch.float32)
-            outputs[at] = torch.bmm(weights, _gather(v[block.row], block, 1)) / sums[at]
+            at, count = (block.row, slice(None), block.queries), block.queries.stop - block.queries.start
+            its_q, its_keys = _queries(q, block), _keys(keys, block, 2)
+            peak = _hide(torch.bmm(its_q, its_keys), block).float().amax(-1, keepdim=True).mul_(scale / _LN_2)
+            peaks[at] = peak[:, :count]
+            weights = _weights(its_q, its_keys, peak.to(q.dtype), block, scale)
+            sums[at] = weights[:, :count].sum(-1, keepdim=True, dtype=torch.float32)
+            outputs[at] = torch.bmm(weights, _keys(v, block, 1))[:, :count] / sums[at]
         ctx.save_for_backward(q, k, v, outputs, peaks, sums)
         ctx.blocks, ctx.scale = blocks, scale
         return outputs
@@ -65,13 +67,14 @@ class _Attend(torch.autograd.Function):
         grad_q = _zeros_like(q)
         grad_k, grad_v = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
         for block in blocks:
-            row, at = block.row, (block.row, slice(None), block.queries)
-            weights = _weights(q[at], _gather(keys[row], block, 2), peaks[at], block, scale)
-            _scatter(grad_v[row], torch.bmm(weights.transpose(1, 2), grad[at]), block)
+            at, count = (block.row, slice(None), block.queries), block.queries.stop - block.queries.start
+            its_q, its_grad = _queries(q, block), _queries(grad, block)  # the gradients of padding are 0
+            weights = _weights(its_q, _keys(keys, block, 2), _queries(peaks, block), block, scale)
+            _scatter(grad_v, torch.bmm(weights.transpose(1, 2), its_grad), block)
             # d score = weight * (d weight - mean of d weight)
-            grad_scores = torch.baddbmm(-means[at], grad[at], _gather(values[row], block, 2)).mul_(weights)
-            grad_q[at] = torch.bmm(grad_scores, _gather(k[row], block, 1)).mul_(scale)
-            _scatter(grad_k[row], torch.bmm(grad_scores.transpose(1, 2), q[at]), block)
+            grad_scores = torch.baddbmm(-_queries(means, block), its_grad, _keys(values, block, 2)).mul_(weights)
+            grad_q[at] = torch.bmm(grad_scores, _keys(k, block, 1))[:, :count].mul_(scale)
+            _scatter(grad_k, torch.bmm(grad_scores.transpose(1, 2), its_q), block)
         return grad_q, grad_k.mul_(scale).to(k.dtype), grad_v.to(v.dtype), None, None
 
 
@@ -91,16 +94,29 @@ def _transposed(heads: Tensor) -> Tensor:
     return heads.transpose(2, 3).contiguous()
 
 
-def _gather(row: Tensor, block: QueryBlock, dim: int) -> Tensor:
+def _queries(heads: Tensor, block: QueryBlock) -> Tensor:
+    """Returns the block's queries, ``[R, H, L, D]`` to ``[H, N, D]``, padded with 0."""
+    its = heads[block.row, :, block.queries]
+    missing = block.size[0] - its.size(1)
+    return F.pad(its, (0, 0, 0, missing)) if missing else its
+
+
+def _keys(heads: Tensor, block: QueryBlock, dim: int) -> Tensor:
+    """Returns the block's keys along ``dim``, ``[R, H, L, D]`` to ``[H, M, D]`` for 1, padded with 0."""
+    row = heads[block.row]
     parts = [row.narrow(dim, part.start, part.stop - part.start) for part in block.keys]
+    if missing := block.size[1] - sum(part.size(dim) for part in parts):
+        parts.append(row.new_zeros(*row.shape[:dim], missing, *row.shape[dim + 1 :]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _scatter(row: Tensor, values: Tensor, block: QueryBlock) -> None:
-    """Adds one value per key of the block, ``[H, m, D]``, to its place in the row, ``[H, L, D]``."""
-    sizes = [part.stop - part.start for part in block.keys]
-    for part, its in zip(block.keys, values.split(sizes, 1), strict=True):
-        row[:, part] += its
+def _scatter(heads: Tensor, values: Tensor, block: QueryBlock) -> None:
+    """Adds one value per key of the block, ``[H, M, D]``, to its place in ``[R, H, L, D]``."""
+    done = 0
+    for part in block.keys:
+        size = part.stop - part.start
+        heads[block.row, :, part] += values[:, done : done + size]
+        done += size
 
 
 def _zeros_like(heads: Tensor) -> Tensor:
