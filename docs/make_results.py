@@ -71,12 +71,28 @@ def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def curves(arms: Sequence[Arm], results: Sequence[Result]) -> str:
+    """Returns a Markdown table of mean pass@1 in the course of runs that were measured several times; "" if none was."""
+    lines: list[str] = []
+    for arm in arms:
+        runs = [run for run in results_of(arm, results) if "curve" in run]
+        if not runs:
+            continue
+        steps = sorted(runs[0]["curve"], key=int)
+        if not lines:
+            header = " | ".join(f"{step} steps" for step in steps)
+            lines = ["", f"| pass@1 after | {header} |", "|---" * (len(steps) + 1) + "|"]
+        means = (fmean(run["curve"][step]["pass@1"]["mean"] for run in runs) for step in steps)
+        lines.append(f"| {label(arm)} | " + " | ".join(f"{mean:.1%}" for mean in means) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
 def block(name: str, results: Sequence[Result]) -> str:
     """Returns what stands in an experiment's place in the page."""
     arms = EXPERIMENTS[name]
     drawn = any(results_of(arm, results) for arm in arms)
     figure = f"\n![pass@1 of the arms, a dot for each seed](figures/results_{name}.svg)\n" if drawn else ""
-    return table(arms, results) + figure
+    return table(arms, results) + curves(arms, results) + figure
 
 
 def draw(name: str, arms: Sequence[Arm], results: Sequence[Result]) -> None:
