@@ -8,9 +8,10 @@
 3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or the recipe and
    config of kto or grpo. dpo_lora runs `humanline_dpo_single_device`.
 4. Measures again. Prints both results with 95% intervals, and some responses before and after.
+5. Writes a report of the run: `humanline report`.
 
-The training log, the samples and the aligned model (a Hugging Face folder) are in outputs/smollm2_135m_humanline_dpo
-(_kto, _grpo, _dpo_lora).
+The report (report.html), the training log, the samples and the aligned model (a Hugging Face folder) are in
+outputs/smollm2_135m_humanline_dpo (_kto, _grpo, _dpo_lora).
 """
 
 import argparse
@@ -87,6 +88,7 @@ def main() -> None:
         print(f"  {first['prompt'][-1]['content']}")
         for name, row in (("before", first), ("after", second)):
             print(f"    {name:7}{' '.join(row['all_generated_responses'][0].split())}")
+    call(Path(sys.executable).with_name("humanline"), "report", output)
     seconds = time.perf_counter() - start
     print(f"\nTraining took {trained:.0f} s of {seconds:.0f} s. The aligned model: {aligned.relative_to(ROOT)}")
 

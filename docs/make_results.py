@@ -72,7 +72,7 @@ def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
 
 
 def curves(arms: Sequence[Arm], results: Sequence[Result]) -> str:
-    """Returns a Markdown table of mean pass@1 in the course of runs that were measured several times; "" if none was."""
+    """Returns a Markdown table of mean pass@1 in the course of runs that were measured several times."""
     lines: list[str] = []
     for arm in arms:
         runs = [run for run in results_of(arm, results) if "curve" in run]

@@ -13,7 +13,7 @@ PROGRAMS = sorted((ROOT / "recipes").glob("humanline_*.py"))
 # From the top floor to the lowest: a room imports rooms below its own.
 FLOORS = (
     {"_cli"},
-    {"planning"},
+    {"planning", "report"},
     {"training", "programs"},
     {"checkpoint"},
     {"optim", "launch"},
