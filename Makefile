@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 VLLM := .venv-vllm
 
-.PHONY: test test-fast test-vllm lint demo bench clean
+.PHONY: test test-fast test-vllm lint docs demo bench clean
 
 # Each worker gets half of the files, so that it makes a file's fixtures once; the one that ends first takes over tests.
 test: $(INSTALLED)
@@ -31,6 +31,10 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 	$(BIN)/pytest -q --noconftest tests/test_links.py
 
+# The site of docs/, in site/. Broken links, missing images and pages without a place in it are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py $(OBJECTIVE)
 
@@ -39,7 +43,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/compare.py $(DATA)
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # An editable install copies from these files, so a change of one reinstalls the environment.

@@ -90,7 +90,7 @@ OFFERED = {
     },
 }
 
-# How to train an adapter with another objective, as README.md has it.
+# How to train an adapter with another objective, as docs/recipes.md has it.
 OTHER_OBJECTIVES = {
     "kto": "loss=humanline.losses.HumanlineKTOLoss loss.desirable_weight=1.1",
     "grpo": "loss=humanline.losses.HumanlineGRPOLoss loss.beta=0.01",
@@ -548,9 +548,9 @@ def test_an_adapter_trains_on_one_gpu_or_on_several_with_as_many_groups_a_step(p
 
 @every(WITH_ADAPTER)
 @pytest.mark.parametrize("name", OTHER_OBJECTIVES)
-def test_an_adapter_trains_with_another_objective_as_the_readme_says(path, name):
-    readme = (ROOT / "README.md").read_text()
-    assert f"humanline_{name}_single_device" in readme and OTHER_OBJECTIVES[name] in readme
+def test_an_adapter_trains_with_another_objective_as_the_page_says(path, name):
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert f"humanline_{name}_single_device" in page and OTHER_OBJECTIVES[name] in page
     cfg = with_overrides(load_config(path), OTHER_OBJECTIVES[name].split())
     loss = objective_type(f"humanline_{name}_single_device").loss_type
     built = component(cfg, "loss")

@@ -1,6 +1,6 @@
 """Reads a run's config from a file and a command line, checks it, and builds its components."""
 
-from humanline.config._component import accepts, check_component, component, is_given
+from humanline.config._component import accepts, check_component, component, is_given, listed
 from humanline.config._config_file import load_config, read_config, with_overrides
 from humanline.config._dated import date_is_open, dated_component, today
 from humanline.config._keys import check_keys, one_of
@@ -18,6 +18,7 @@ __all__ = [
     "date_is_open",
     "dated_component",
     "is_given",
+    "listed",
     "load_config",
     "missing_package",
     "one_of",

@@ -30,6 +30,14 @@ def is_given(cfg: DictConfig, key: str) -> bool:
     return node is not None and not (OmegaConf.is_dict(node) and node.get("_component_", "") is None)
 
 
+def listed(cfg: DictConfig, key: str) -> list[tuple[DictConfig, str]]:
+    """Returns config and key of each component under a key that may have a list of them, as ``metric_logger`` may."""
+    node = cfg.get(key)
+    if not OmegaConf.is_list(node):
+        return [(cfg, key)]
+    return [(DictConfig({name: node[i]}, parent=cfg), name) for i in range(len(node)) for name in [f"{key}[{i}]"]]
+
+
 def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     """Builds the component of a config key. Returns None if the key is absent or null.
 

@@ -33,10 +33,10 @@ class Plot:
 SECTIONS: dict[str, tuple[Plot, ...]] = {
     "Training": (
         Plot("Loss", "loss", ("loss",)),
-        Plot("Margins and gains", "beta x nats", ("rewards/margins", "rewards/gain", "advantages/gain")),
+        Plot("Margins and gains", "", ("rewards/margins", "rewards/gain", "advantages/gain")),
         Plot(
             "Rewards by label",
-            "beta x nats",
+            "",
             ("rewards/chosen", "rewards/rejected", "rewards/desirable", "rewards/undesirable", "kl_baseline"),
         ),
         Plot("Accuracy", "share", ("rewards/accuracies", "log_probs/accuracies")),

@@ -117,20 +117,24 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, each in value.items():
             yield from _flat(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        for place, each in enumerate(value):
+            yield from _flat(each, f"{key}[{place}]")
     else:
         yield key, value
 
 
 def _logs(folder: Path, config: dict[str, Any]) -> list[Path]:
     """Returns the files of torchtune's ``DiskLogger``, the oldest first."""
-    places = [folder / "logs", folder, Path(str(config.get("metric_logger.log_dir", folder)))]
+    named = [value for key, value in config.items() if key.startswith("metric_logger") and key.endswith(".log_dir")]
+    places = [folder / "logs", folder, *map(Path, map(str, named))]
     for place in places:
         if found := [file for file in place.glob("*.txt") if any(True for _ in _entries(file))]:
             return sorted(found, key=lambda file: (file.stat().st_mtime, file.name))
-    logger = config.get("metric_logger._component_", "none")
+    loggers = [str(value) for key, value in config.items() if re.fullmatch(r"metric_logger.*\._component_", key)]
     raise ConfigError(
         f"{folder}: has no log of metrics; a report reads what torchtune.training.metric_logging.DiskLogger writes to "
-        f"output_dir/logs, and this run's metric_logger is {logger}"
+        f"output_dir/logs, and this run's metric_logger is {', '.join(loggers) or 'not known'}; give it both, as a list"
     )
 
 

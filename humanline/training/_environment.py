@@ -13,7 +13,7 @@ from torchtune import training
 
 from humanline._seeds import stream_seed
 from humanline.checkpoint import has_checkpoints, restore_replaced
-from humanline.config import COMPONENTS, Settings, accepts, check_component, is_given, values_of
+from humanline.config import COMPONENTS, Settings, accepts, check_component, is_given, listed, values_of
 from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError
 from humanline.models import mesh_of
@@ -98,7 +98,8 @@ def _check_components(cfg: DictConfig) -> None:
     for key in COMPONENTS:
         steps = key == "lr_scheduler" and is_given(cfg, key) and accepts(cfg, key, "num_training_steps")
         by_name = {"num_training_steps": 0} if steps else {}
-        check_component(cfg, key, *by_position.get(key, ()), **by_name)
+        for part, name in listed(cfg, key) if key == "metric_logger" else [(cfg, key)]:
+            check_component(part, name, *by_position.get(key, ()), **by_name)
 
 
 def _resume_from(settings: Settings, restarted: bool) -> bool | str:

@@ -8,7 +8,7 @@ from torchtune import training, utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from humanline.config import component
+from humanline.config import component, listed
 from humanline.torchtune_seam.log_table import log_table
 from humanline.training._collapse import CollapseWatch
 from humanline.training._environment import Environment
@@ -30,9 +30,9 @@ _SHOWN = {
 
 
 class Logbook:
-    """Sums metrics between two log entries, and passes the means to the logger of rank 0.
+    """Sums metrics between two log entries, and passes the means to the loggers of rank 0.
 
-    Building the logger creates a file, or a run at its service. So build this object last.
+    Building a logger creates a file, or a run at its service. So build this object last.
 
     Args:
         cfg (DictConfig): the whole config.
@@ -50,9 +50,11 @@ class Logbook:
             self.sums.load_state_dict(state["metrics"])
             if self.collapse is not None:
                 self.collapse.load_state_dict(state.get("collapse", []))
-        self.logger: Any = component(cfg, "metric_logger") if self.rank == 0 else None
-        if self.logger is not None:
-            self.logger.log_config(cfg)
+        self.loggers: list[Any] = []
+        if self.rank == 0:
+            self.loggers = [component(part, key) for part, key in listed(cfg, "metric_logger")]
+        for logger in self.loggers:
+            logger.log_config(cfg)
         self._has_warned = False
         self._open = ExitStack()
         self._bar: tqdm[Any] = tqdm(disable=True)
@@ -70,10 +72,10 @@ class Logbook:
         self._bar.update()
 
     def completions(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
-        """Passes completions to the logger of rank 0, if it has a place for tables."""
-        if self.logger is not None:
-            name = f"completions/{name.split()[0]}"
-            log_table(self.logger, name, [*rows[0]], [[*row.values()] for row in rows], step)
+        """Passes completions to the loggers of rank 0 that have a place for tables."""
+        for logger in self.loggers:
+            table = f"completions/{name.split()[0]}"
+            log_table(logger, table, [*rows[0]], [[*row.values()] for row in rows], step)
 
     def entry(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Logs ``metrics`` and the means since the last entry. Collective.
@@ -96,13 +98,12 @@ class Logbook:
         return [f"step {step}: {warning}" for warning in warnings]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Passes metrics to the logger of rank 0. An OSError, such as a full disk, does not end the run."""
-        if self.logger is None:
-            return
-        try:
-            self.logger.log_dict(metrics, step=step)
-        except OSError as error:
-            log.error(f"step {step}: its metrics could not be logged: {error}; training continues")
+        """Passes metrics to the loggers of rank 0. An OSError, such as a full disk, does not end the run."""
+        for logger in self.loggers:
+            try:
+                logger.log_dict(metrics, step=step)
+            except OSError as error:
+                log.error(f"step {step}: its metrics could not be logged: {error}; training continues")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that a resumed run needs. Collective."""
@@ -110,13 +111,12 @@ class Logbook:
         return state if self.collapse is None else state | {"collapse": self.collapse.state_dict()}
 
     def close(self) -> None:
-        """Closes the logger."""
-        if self.logger is None:
-            return
-        try:
-            self.logger.close()
-        except OSError as error:  # such as a full disk, which was logged at each step
-            log.error(f"metric_logger: could not be closed: {error}")
+        """Closes the loggers."""
+        for logger in self.loggers:
+            try:
+                logger.close()
+            except OSError as error:  # such as a full disk, which was logged at each step
+                log.error(f"metric_logger: could not be closed: {error}")
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
         """Warns once if the log-probs of engine and trainer differ by more than rounding explains."""
