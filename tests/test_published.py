@@ -29,6 +29,7 @@ from humanline.checkpoint._weights import build_decoder, read_decoder_weights
 from humanline.errors import ConfigError
 from humanline.models import check_function, differences, measure, read_published, second_opinion
 from humanline.models._check_function import remedy
+from humanline.models._family_defaults import FAMILY_DEFAULTS
 
 pytestmark = pytest.mark.slow
 
@@ -436,6 +437,24 @@ def test_a_run_on_a_tied_checkpoint_with_a_copy_of_its_embeddings_hands_out_ever
     assert all(name in load_file(out / file) for name, file in index.items())
     again = AutoModelForCausalLM.from_pretrained(out)
     assert not torch.equal(again.model.embed_tokens.weight, plain["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
+def test_a_value_of_any_kind_in_config_json_is_taken_or_refused_in_one_line(family, tmp_path):
+    good = {"model_type": family, **sizes(2, 32, 48, 4, 2, 96)}
+    named = {"text_config", "quantization_config", "vision_config", "rope_scaling", "rope_parameters", "layer_types"}
+    values = ["x", 5, -1, 1.5, float("inf"), True, None, [], ["x"], {}, {"a": 1}]
+    values += [{"rope_type": "linear"}, {"rope_type": "llama3", "factor": "x"}]
+    refused = 0
+    for window in ({}, {"sliding_window": 8, "use_sliding_window": True}):
+        for key in {*FAMILY_DEFAULTS[family], *good, *named}:
+            for value in values:
+                try:
+                    read_published(write(tmp_path, good | window | {key: value}), 64)
+                except ConfigError as error:
+                    assert "\n" not in str(error)
+                    refused += 1
+    assert refused > 100
 
 
 def test_a_tied_checkpoint_in_an_untied_builder_is_refused_with_the_argument(tmp_path):

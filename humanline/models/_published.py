@@ -162,9 +162,15 @@ def read_published(checkpoint_dir: str | Path, max_seq_len: int) -> Published | 
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"checkpointer.checkpoint_dir: {path}: expected an object, got {type(content).__name__}")
+    for key in ("text_config", "quantization_config"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise ConfigError(
+                f"checkpointer.checkpoint_dir: {path}: {key}: expected an object, got {content[key]!r}; download the "
+                "file again"
+            )
     content |= content.pop("text_config", None) or {}
     family = content.get("model_type")
-    if family not in FAMILY_DEFAULTS:
+    if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
         raise ConfigError(
             f"checkpointer.checkpoint_dir: {path} has model_type {family!r}, which no builder of torchtune or "
             f"humanline is known to compute; expected one of {', '.join(FAMILIES)}"
@@ -181,10 +187,10 @@ class _Reader:
 
     def published(self) -> Published:
         remarks = self._check_keys()
-        sizes = {key: self._number(key) for key in _NUMBERS}
+        sizes = {key: self._whole(key) for key in _NUMBERS}
         heads = sizes.pop("num_attention_heads")
-        kv_heads = heads if self._value("num_key_value_heads") is None else self._number("num_key_value_heads")
-        head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._number("head_dim")
+        kv_heads = heads if self._value("num_key_value_heads") is None else self._whole("num_key_value_heads")
+        head_dim = sizes["hidden_size"] // heads if self._value("head_dim") is None else self._whole("head_dim")
         if self._value("head_dim") is None and sizes["hidden_size"] % heads:
             raise self._error("hidden_size", f"expected a multiple of {heads} heads, got {sizes['hidden_size']}")
         gemma = self.family in ("gemma", "gemma2", "gemma3_text")
@@ -230,9 +236,15 @@ class _Reader:
 
     def _number(self, key: str) -> Any:
         value = self._value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self._error(key, f"expected a number above 0, got {value!r}")
         return value
+
+    def _whole(self, key: str) -> int:
+        number = self._number(key)
+        if number != int(number):
+            raise self._error(key, f"expected a whole number, got {number!r}")
+        return int(number)
 
     def _cap(self, key: str) -> float | None:
         return None if self._value(key) is None else float(self._number(key))
@@ -271,9 +283,11 @@ class _Reader:
     def _activation(self) -> str:
         # Early Gemma files say gelu but mean its approximation, as transformers does.
         name = self._value("hidden_activation") or self._value("hidden_act")
+        if not isinstance(name, str):
+            raise self._error("hidden_act", f"expected the name of an activation, got {name!r}")
         if self.family == "gemma" and name == "gelu":
             name = "gelu_pytorch_tanh"
-        return _ACTIVATIONS.get(name, str(name))
+        return _ACTIVATIONS.get(name, name)
 
     def _layer_types(self, layers: int) -> list[str]:
         window = self._value("sliding_window")
@@ -281,13 +295,14 @@ class _Reader:
         if window is None or (qwen and not self._value("use_sliding_window")):
             sliding = [False] * layers
         elif self.family in ("gemma2", "gemma3_text"):
-            pattern = self._number("sliding_window_pattern") if self.family == "gemma3_text" else 2
+            pattern = self._whole("sliding_window_pattern") if self.family == "gemma3_text" else 2
             sliding = [(layer + 1) % pattern > 0 for layer in range(layers)]
         else:
-            first = self._value("max_window_layers") if qwen else 0
+            first = self._whole("max_window_layers") if qwen and self._value("max_window_layers") != 0 else 0
             sliding = [layer >= first for layer in range(layers)]
         types = self._value("layer_types") or [("full", "sliding")[each] + "_attention" for each in sliding]
-        if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        kinds = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or not all(each in kinds for each in types):
             raise self._error(
                 "layer_types", f"expected full_attention or sliding_attention {layers} times, got {str(types)[:80]}"
             )
@@ -296,7 +311,7 @@ class _Reader:
     def _windows(self, layer_types: list[str]) -> tuple[int | None, ...]:
         if "sliding_attention" not in layer_types:
             return (None,) * len(layer_types)
-        window = self._number("sliding_window")
+        window = self._whole("sliding_window")
         return tuple(window if each == "sliding_attention" else None for each in layer_types)
 
     def _rope(self, layer_type: str) -> dict[str, Any]:
@@ -323,7 +338,7 @@ class _Reader:
     def _rotation(self, rope: dict[str, Any], head_dim: int) -> Rotation:
         try:
             return self._scaled(rope, int(head_dim * rope["partial_rotary_factor"]))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             key = "rope_scaling" if self._value("rope_scaling") else "rope_parameters"
             raise self._error(key, f"{rope} cannot be computed ({type(error).__name__}: {error})") from error
 
