@@ -14,7 +14,8 @@ from torchtune.modules import TransformerDecoder
 from humanline.errors import ConfigError
 from humanline.models._measure import Built, measure
 from humanline.models._policy import LogProbDecoder
-from humanline.models._published import Published, Rotation
+from humanline.models._published import Published
+from humanline.models._rotation import Rotation
 
 Decoder: TypeAlias = TransformerDecoder | LogProbDecoder
 

@@ -17,7 +17,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from humanline.models._head_normed_attention import HeadNormedAttention
 from humanline.models._policy import LogProbDecoder
-from humanline.models._published import Rotation
+from humanline.models._rotation import Rotation
 from humanline.torchtune_seam.internals import attention_call
 
 

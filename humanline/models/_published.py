@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from humanline.errors import ConfigError
 from humanline.models._family_defaults import FAMILY_DEFAULTS
+from humanline.models._rotation import Rotation, llama3_frequencies, yarn
 
 FAMILIES = tuple(FAMILY_DEFAULTS)
 
@@ -47,49 +47,6 @@ _ACTIVATIONS = {
     **{"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_python": "gelu"},
     **{"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"},
 }
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The angles by which rotary embeddings rotate queries and keys at position 1.
-
-    Attributes:
-        frequencies (Tensor): angles in radians, float64 ``[half of the rotated dimensions]``.
-        factor (float): factor of sines and cosines.
-        halves (bool | None): True if a dimension is paired with the one half a head away, False if with its neighbour;
-            None if that is unknown.
-    """
-
-    frequencies: Tensor
-    factor: float = 1.0
-    halves: bool | None = None
-
-    def like(self, other: "Rotation") -> bool:
-        """Whether both rotations are equal up to float32 rounding."""
-        return (
-            self.frequencies.shape == other.frequencies.shape
-            and torch.allclose(self.frequencies, other.frequencies, rtol=1e-5, atol=0)
-            and math.isclose(self.factor, other.factor, rel_tol=1e-5)
-            and (None in (self.halves, other.halves) or self.halves == other.halves)
-        )
-
-    def __str__(self) -> str:
-        count = len(self.frequencies)
-        if count == 0:
-            return "none"
-        if count == 1:
-            return f"{2 * count} dimensions, frequency {self.frequencies[0]:.4g}"
-        base = float(self.frequencies[0] / self.frequencies[1]) ** count
-        plain = base ** (-torch.arange(count, dtype=torch.float64) / count)
-        scaling = float(plain[-1] / self.frequencies[-1])
-        words = [f"base {base:,.6g}", f"{2 * count} dimensions"]
-        if not math.isclose(scaling, 1, rel_tol=1e-3):
-            words.append(f"lowest frequency divided by {scaling:.4g}")
-        if not math.isclose(self.factor, 1, rel_tol=1e-4):
-            words.append(f"sines and cosines times {self.factor:.4g}")
-        if self.halves is not None:
-            words.append("dimensions paired over halves of a head" if self.halves else "neighbouring dimensions paired")
-        return ", ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +309,9 @@ class _Reader:
         if kind == "linear":
             return Rotation(plain / rope["factor"])
         if kind == "llama3":
-            return Rotation(_llama3(plain, rope, length or limit))
+            return Rotation(llama3_frequencies(plain, rope, length or limit))
         if kind == "yarn":
-            return _yarn(plain, base, rope, length or limit)
+            return yarn(plain, base, rope, length or limit)
         if kind == "dynamic":
             self._check_length(kind, limit)
             return Rotation(plain)
@@ -374,36 +331,6 @@ class _Reader:
                 f"rope_type {kind!r} rotates by other angles if a sequence is longer than {limit:,} positions, which "
                 f"no builder computes; set model.max_seq_len: {limit} (the model has {self.max_seq_len})",
             )
-
-
-def _llama3(plain: Tensor, rope: dict[str, Any], length: int) -> Tensor:
-    """Computes Llama 3.1's frequencies: wavelengths beyond the original context are stretched, short ones are not."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = length * plain / (2 * math.pi)  # full turns of each dimension over the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * plain / rope["factor"] + kept * plain
-
-
-def _yarn(plain: Tensor, base: float, rope: dict[str, Any], length: int) -> Rotation:
-    """YaRN (https://arxiv.org/abs/2309.00071)."""
-    dim, factor = 2 * len(plain), rope["factor"]
-
-    def dimension(turns: float) -> float:
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low or 0.001)).clamp(0, 1)
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
-
-    if (attention := rope.get("attention_factor")) is None:
-        one, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-        attention = magnitude(one) / magnitude(all_dim) if one and all_dim else magnitude(1)
-    return Rotation(ramp * plain / factor + (1 - ramp) * plain, attention)
 
 
 def _is_neutral(value: Any) -> bool:

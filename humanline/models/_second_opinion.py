@@ -5,7 +5,8 @@ import sys
 import torch
 
 from humanline.errors import ConfigError
-from humanline.models._published import Published, Rotation
+from humanline.models._published import Published
+from humanline.models._rotation import Rotation
 
 
 def second_opinion(published: Published) -> str | None:
