@@ -44,6 +44,7 @@ def write_weights(
     export_dtype: torch.dtype | None,
     merged: bool,
     is_hand_over: bool = False,
+    card: str | None = None,
 ) -> str | None:
     """Writes a model as an HF folder, and its adapter, if it has one, into ``folder/adapter``.
 
@@ -60,6 +61,7 @@ def write_weights(
         export_dtype (torch.dtype | None): see :func:`export_dtypes`. An adapter is always float32.
         merged (bool): with an adapter, whether to write the merged weights too.
         is_hand_over (bool): whether the folder is for a server that samples from it.
+        card (str | None): the text of ``README.md``, in the folder and beside the adapter; None writes none.
 
     Returns:
         str | None: on all ranks, the error if the folder could not be written; None if it was written.
@@ -95,6 +97,9 @@ def write_weights(
                 level, said = _report(dtypes, kept if is_known else None, read_in_bf16, bool(layers), is_hand_over)
                 if has_quantized_base(policy):
                     said += "; the adapter is merged into the NF4 base, not into the checkpoint's weights"
+            for part in (partial / "adapter", partial) if card is not None else ():
+                if part.is_dir():
+                    _replace_text(part / "README.md", card or "")
             size = _to_disk(partial)
             replace_folder(partial, folder)
             log.log(level, f"{folder if weights else folder / 'adapter'}: {size / 1e9:.3g} GB, {said}")
@@ -210,9 +215,13 @@ def _name_dtype(path: Path, dtype: str) -> None:
     if not {"torch_dtype", "dtype"} & {key for key, value in config.items() if value is not None}:
         config["torch_dtype"] = dtype
     if config != json.loads(path.read_text()):
-        new = path.with_name(f"{path.name}.new")  # the copied file keeps its original's mode, which may be read-only
-        new.write_text(json.dumps(config, indent=2) + "\n")
-        new.replace(path)
+        _replace_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.new")  # a copied file keeps its original's mode, which may be read-only
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 @contextmanager

@@ -31,22 +31,26 @@ class WeightsOut:
         self.export_dtype = DTYPES[settings.export_dtype] if settings.export_dtype else None
         self.merged = not settings.save_adapter_weights_only
 
-    def write(self, name: str) -> str | None:
+    def write(self, name: str, card: str) -> str | None:
         """Writes the weights into the folder ``name`` of ``output_dir``; a collective.
 
         An adapter is written into ``name/adapter``. The merged weights are written too if
         ``save_adapter_weights_only`` is False.
 
+        Args:
+            name (str): the folder's name.
+            card (str): the text of its ``README.md``.
+
         Returns:
             str | None: on all ranks, the error if the weights could not be written; None if they were written.
         """
-        return self._write(self.folder / name, merged=self.merged, is_hand_over=False)
+        return self._write(self.folder / name, merged=self.merged, card=card)
 
     def hand_over(self, folder: Path) -> str | None:
         """Writes the full weights, merged with any adapter, for a sampling server. Otherwise like :meth:`write`."""
-        return self._write(folder, merged=True, is_hand_over=True)
+        return self._write(folder, merged=True, card=None)
 
-    def _write(self, folder: Path, *, merged: bool, is_hand_over: bool) -> str | None:
+    def _write(self, folder: Path, *, merged: bool, card: str | None) -> str | None:
         return write_weights(
             folder,
             self.policy,
@@ -54,5 +58,6 @@ class WeightsOut:
             checkpoint_dtypes=self.checkpoint_dtypes,
             export_dtype=self.export_dtype,
             merged=merged,
-            is_hand_over=is_hand_over,
+            is_hand_over=card is None,
+            card=card,
         )

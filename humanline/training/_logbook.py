@@ -39,6 +39,9 @@ class Logbook:
         environment (Environment): the run's environment.
         signal (str): the metric that training should raise; it is watched for a collapse.
         state (dict[str, Any] | None): the :meth:`state_dict` in the checkpoint to resume from; None for a new run.
+
+    Attributes:
+        last (dict[str, float]): the last value of each metric that this process logged.
     """
 
     def __init__(self, cfg: DictConfig, environment: Environment, signal: str, state: dict[str, Any] | None) -> None:
@@ -55,6 +58,7 @@ class Logbook:
             self.loggers = [component(part, key) for part, key in listed(cfg, "metric_logger")]
         for logger in self.loggers:
             logger.log_config(cfg)
+        self.last: dict[str, float] = {}
         self._has_warned = False
         self._open = ExitStack()
         self._bar: tqdm[Any] = tqdm(disable=True)
@@ -99,6 +103,7 @@ class Logbook:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Passes metrics to the loggers of rank 0. An OSError, such as a full disk, does not end the run."""
+        self.last |= metrics
         for logger in self.loggers:
             try:
                 logger.log_dict(metrics, step=step)

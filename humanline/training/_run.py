@@ -30,6 +30,7 @@ from humanline.training._environment import Environment
 from humanline.training._held_out import HeldOut
 from humanline.training._logbook import Logbook
 from humanline.training._metrics import Metrics, MetricSums, group_metrics, mismatch_metrics
+from humanline.training._model_card import model_card
 from humanline.training._non_finite import NonFinite
 from humanline.training._position import position_of
 from humanline.training._saves import Saves
@@ -109,6 +110,7 @@ class Run:
             settings,
             self.checkpoint,
             weights_out,
+            lambda step: model_card(cfg, step, self.total_steps, self.logbook.last if step == self.step else {}),
             rank=self.rank,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
@@ -387,10 +389,8 @@ class Run:
             )
         if self.device.type != settings.device.split(":")[0]:
             log.warning(f"device: {settings.device} is not available; training on {self.device.type} instead")
-        processes = "process" if self.world_size == 1 else "processes"
-        log.info(
-            f"{self.source.groups_per_step} groups per step on {self.world_size} {processes}, {self.total_steps} steps"
-        )
+        ranks = f"{self.world_size} process{'es' * (self.world_size > 1)}"
+        log.info(f"{self.source.groups_per_step} groups per step on {ranks}, {self.total_steps} steps")
         for note in data.left_out():
             log.info(note)
 

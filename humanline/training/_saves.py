@@ -1,5 +1,6 @@
 """The files that a run writes: checkpoints to resume from, and weights to use."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torchtune import utils
@@ -18,6 +19,7 @@ class Saves:
         settings (Settings): the config's top-level keys.
         checkpoint (TrainingCheckpoint): reads and writes ``output_dir/checkpoints``.
         weights_out (WeightsOut): writes ``output_dir/epoch_N`` and ``output_dir/best``.
+        card (Callable[[int], str]): returns the model card of the weights after a step.
         rank (int): this process's rank; only rank 0 logs.
         steps_per_epoch (int): optimizer steps in an epoch.
         total_steps (int): optimizer steps of the run.
@@ -28,12 +30,13 @@ class Saves:
         settings: Settings,
         checkpoint: TrainingCheckpoint,
         weights_out: WeightsOut,
+        card: Callable[[int], str],
         *,
         rank: int,
         steps_per_epoch: int,
         total_steps: int,
     ) -> None:
-        self.settings, self.checkpoint, self.weights_out = settings, checkpoint, weights_out
+        self.settings, self.checkpoint, self.weights_out, self.card = settings, checkpoint, weights_out, card
         self.rank, self.steps_per_epoch, self.total_steps = rank, steps_per_epoch, total_steps
 
     def state(self, step: int, progress: dict[str, Any], held_out: dict[str, float]) -> None:
@@ -54,7 +57,7 @@ class Saves:
             str | None: why they could not be written; None if they were.
         """
         epoch = (step - 1) // self.steps_per_epoch
-        error = self.weights_out.write(f"epoch_{epoch}")
+        error = self.weights_out.write(f"epoch_{epoch}", self.card(step))
         return error and f"the weights of epoch {epoch} could not be written: {error}"
 
     def best(self) -> None:
@@ -66,7 +69,7 @@ class Saves:
         step = self.checkpoint.load_best() if self.settings.best_checkpoint_metric else None
         if step is None:
             return
-        error = self.weights_out.write("best")
+        error = self.weights_out.write("best", self.card(step))
         if error is not None:
             raise TrainingError(f"the weights of the best step, {step}, could not be written: {error}; {self.left()}")
         if self.rank == 0:
