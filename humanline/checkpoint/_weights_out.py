@@ -6,7 +6,7 @@ import torch
 
 from humanline.checkpoint._export import write_weights
 from humanline.config import DTYPES, Settings
-from humanline.models import LogProbDecoder
+from humanline.models import LogProbDecoder, adapter_modules
 
 
 class WeightsOut:
@@ -17,6 +17,9 @@ class WeightsOut:
         checkpointer (Any): torchtune's checkpointer, which knows the checkpoint's files.
         checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
         settings (Settings): the config's top-level keys.
+
+    Attributes:
+        has_whole_weights (bool): whether a folder has more than an adapter.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class WeightsOut:
         self.folder = Path(settings.output_dir)
         self.export_dtype = DTYPES[settings.export_dtype] if settings.export_dtype else None
         self.merged = not settings.save_adapter_weights_only
+        self.has_whole_weights = self.merged or not adapter_modules(policy)
 
     def write(self, name: str, card: str) -> str | None:
         """Writes the weights into the folder ``name`` of ``output_dir``; a collective.

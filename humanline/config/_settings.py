@@ -1,6 +1,7 @@
 """The top-level keys of a training config, checked before anything is built."""
 
 import math
+import re
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args
 
@@ -132,6 +133,10 @@ class Settings:
     update: trained weights are written in ``master_dtype``, merged ones in float32, the others in the checkpoint's
     dtype. ``bf16`` rounds most of a small update away. An adapter is always written in float32."""
 
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, ``owner/name``, to which the final weights are uploaded when the run ends:
+    ``best``, if ``best_checkpoint_metric`` is set, else those of the last epoch. A new repository is private."""
+
     # ---- Evaluation and checkpoints
 
     run_val_every_n_steps: int | None = None
@@ -244,6 +249,8 @@ class Settings:
             "fp32, bf16 or null",
             "; null keeps small updates",
         )
+        repo = self.push_to_hub
+        self._check("push_to_hub", repo is None or re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is not None, "owner/name")
         self._check(
             "master_dtype",
             not (self.dtype == "fp32" and self.master_dtype == "bf16"),

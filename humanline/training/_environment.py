@@ -17,6 +17,7 @@ from humanline.config import COMPONENTS, Settings, accepts, check_component, is_
 from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError
 from humanline.models import mesh_of
+from humanline.training._hub import check_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Environment:
         check_same(values_of(cfg))
         _check_components(cfg)
         if rank == 0:
+            check_hub(settings.push_to_hub)
             restore_replaced(Path(settings.output_dir))
         return cls(
             settings=settings,

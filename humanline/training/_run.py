@@ -157,7 +157,7 @@ class Run:
         self.profiler.stop()
         self.checkpoint.wait()
         if self._solved or self.step == self.total_steps:
-            self.saves.best()
+            self.saves.finish(self.step)
 
     def steps(self) -> Iterator[tuple[int, list[list[Group]]]]:
         """Yields the remaining optimizer steps, each with the microbatches of all ranks' groups.

@@ -1,6 +1,7 @@
 """The files that a run writes: checkpoints to resume from, and weights to use."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torchtune import utils
@@ -8,6 +9,7 @@ from torchtune import utils
 from humanline.checkpoint import TrainingCheckpoint, WeightsOut
 from humanline.config import Settings
 from humanline.errors import TrainingError
+from humanline.training._hub import push_to_hub
 
 log = utils.get_logger("INFO")
 
@@ -60,20 +62,36 @@ class Saves:
         error = self.weights_out.write(f"epoch_{epoch}", self.card(step))
         return error and f"the weights of epoch {epoch} could not be written: {error}"
 
-    def best(self) -> None:
-        """Writes the weights of the best checkpoint into ``output_dir/best``. The policy has these weights afterwards.
+    def finish(self, step: int) -> None:
+        """Writes the weights of the best checkpoint, if they are wanted, and uploads the final weights, if they are.
+
+        Args:
+            step (int): the last optimizer step.
 
         Raises:
-            TrainingError: if they cannot be written.
+            TrainingError: if weights cannot be written or uploaded.
+        """
+        name = "best" if self._best() else f"epoch_{(step - 1) // self.steps_per_epoch}"
+        if self.rank == 0 and self.settings.push_to_hub is not None:
+            folder = Path(self.settings.output_dir) / name
+            if not self.weights_out.has_whole_weights:
+                folder /= "adapter"
+            log.info(f"uploaded: {push_to_hub(folder, self.settings.push_to_hub, f'{name}, by humanline')}")
+
+    def _best(self) -> bool:
+        """Writes the weights of the best checkpoint into ``output_dir/best``, which the policy then has too.
+
+        Returns whether there is one.
         """
         step = self.checkpoint.load_best() if self.settings.best_checkpoint_metric else None
         if step is None:
-            return
+            return False
         error = self.weights_out.write("best", self.card(step))
         if error is not None:
             raise TrainingError(f"the weights of the best step, {step}, could not be written: {error}; {self.left()}")
         if self.rank == 0:
             log.info(f"best: the weights of step {step}, by {self.settings.best_checkpoint_metric}")
+        return True
 
     def left(self) -> str:
         """Returns the end of an error message: the step that a run can resume from."""

@@ -1,0 +1,44 @@
+"""Uploads a run's weights to the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from humanline.errors import ConfigError, TrainingError
+
+
+def check_hub(repo: str | None) -> None:
+    """Checks before any work that an upload can be tried.
+
+    Args:
+        repo (str | None): the repository; None uploads nothing.
+
+    Raises:
+        ConfigError: if there is no token.
+    """
+    if repo is not None and get_token() is None:
+        raise ConfigError(
+            "push_to_hub: there is no token of the Hugging Face hub; run hf auth login, set HF_TOKEN, or remove the key"
+        )
+
+
+def push_to_hub(folder: Path, repo: str, message: str) -> str:
+    """Uploads the files of a folder, and returns the address of the commit. A new repository is private.
+
+    Args:
+        folder (Path): an exported folder.
+        repo (str): ``owner/name``.
+        message (str): the commit's message.
+
+    Raises:
+        TrainingError: if the upload fails; the folder is left as it is.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise TrainingError(f"push_to_hub: {said}; upload it later: hf upload {repo} {folder}") from error
+    return str(commit.commit_url)

@@ -1,0 +1,107 @@
+"""`push_to_hub` uploads what a run exported, tried against a stand-in of the hub's API on this machine."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import constants
+
+pytestmark = pytest.mark.slow
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Creates repositories and takes commits; keeps both in the server. Refuses the owner `nobody`."""
+
+    server: "Server"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Authorization"] != "Bearer hf_token" or "nobody" in self.path or b"nobody" in body:
+            self.answer(403, {"error": "not allowed to write"})
+        elif self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            self.answer(200, {"url": f"{constants.ENDPOINT}/owner/name"})
+        elif self.path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self.answer(200, {"files": files})
+        elif self.path.endswith("/commit/main"):
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self.answer(
+                200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"{constants.ENDPOINT}/owner/name/commit/0"}
+            )
+        else:
+            self.answer(200, {"errors": [], "warnings": []})
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_): ...
+
+
+class Server(ThreadingHTTPServer):
+    created: list[dict]
+    files: dict[str, bytes]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Server(("127.0.0.1", 0), Hub) as server:
+        server.created, server.files = [], {}
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        yield server
+        server.shutdown()
+
+
+def test_a_run_uploads_its_last_weights_with_their_card(hub, trajectory, caplog):
+    run = trajectory("dpo_8_k4")
+    assert run.train("push_to_hub=owner/name") is None
+    (created,) = hub.created
+    assert created["name"] == "name" and created["organization"] == "owner"
+    assert created.get("visibility") == "private" or created["private"]  # by the version of huggingface_hub
+    folder = run.folder / "out" / "epoch_0"
+    assert hub.files == {
+        str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
+    assert hub.files["README.md"].startswith(b"---\nbase_model:")
+    assert f"uploaded: {constants.ENDPOINT}/owner/name/commit/0" in caplog.text
+
+
+def test_a_failed_upload_leaves_the_weights_and_says_how_to_send_them(hub, trajectory):
+    run = trajectory("dpo_8_k4")
+    said = run.train("push_to_hub=nobody/name", "max_steps_per_epoch=1")
+    folder = run.folder / "out" / "epoch_0"
+    assert "push_to_hub: " in said and said.endswith(f"upload it later: hf upload nobody/name {folder}")
+    assert (folder / "README.md").is_file() and not hub.files
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [
+        ("name", "push_to_hub: expected owner/name, got 'name'"),
+        (
+            "owner/name",
+            "push_to_hub: there is no token of the Hugging Face hub; run hf auth login",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_run(repo, message, trajectory, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    run = trajectory("dpo_8_k4")
+    assert message in run.train(f"push_to_hub={repo}")
+    assert not (run.folder / "out" / "epoch_0").exists()
