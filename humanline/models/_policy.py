@@ -143,7 +143,7 @@ def log_probs_and_entropy(model: LogProbDecoder, rows: Rows) -> tuple[Tensor, Te
 def _call(model: LogProbDecoder, rows: Rows, **settings: bool) -> Any:
     rule = rows.query_blocks if model.by_blocks else rows.attention_mask
     found = model(
-        rows.tokens,
+        tokens=rows.tokens,
         masks={window: rule(window) for window in set(model.windows)},
         positions=rows.positions,
         predictors=rows.predictors,
