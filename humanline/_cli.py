@@ -83,7 +83,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     if find_spec("plotly") is None:
-        raise ConfigError("needs the package plotly; install it: pip install 'humanline[report]'")
+        raise ConfigError("needs the package plotly; install it: pip install plotly")
     from humanline.report import write_report
 
     output = arguments.output or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"

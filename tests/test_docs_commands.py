@@ -24,12 +24,13 @@ TESTED = {
     "humanline report outputs/RUN --watch": "test_report.py::test_a_watched_run_s_page_follows_it_until_the_signal",
     "humanline report": "test_report.py::test_the_command_writes_into_the_run_and_prints_the_address",
     "HEAD=": "test_multinode.py::test_two_nodes_with_a_process_each_have_the_losses_of_the_authors_code",
-    "sbatch": "test_multinode.py::test_a_slurm_job_of_two_nodes_with_two_processes_each_shards",
-    "tune cp": "test_docs_examples.py::",
+    "sbatch": "test_multinode.py::"
+    "test_a_slurm_job_of_two_nodes_with_two_processes_each_shards_within_nodes_and_equals_one_process",
+    "tune cp": "test_tune_plugin.py::test_cp_copies_a_recipe_by_name",
     "tune ls": "test_tune_plugin.py::test_ls_lists_torchtunes_recipes_unchanged_and_then_humanlines",
     "tune run my_dpo.py": "test_tune_plugin.py::test_run_a_copied_recipe_by_path",
-    "tune run humanline_dpo_single_device --config my.yaml": "test_docs_examples.py::",
-    "make lint": "test_links.py::",
+    "tune run humanline_dpo_single_device": "test_tune_plugin.py::test_run_by_name_works_from_any_folder",
+    "make lint": "test_links.py::test_every_link_leads_to_a_file_and_to_a_heading_of_it",
 }
 NOT_RUN = {
     "python3 -m venv": "every test runs in an environment that make has made so",
@@ -74,7 +75,7 @@ def test_a_command_names_the_test_that_runs_it_or_why_none_does(command):
     assert (test is None) != (first(NOT_RUN, command) is None), f"add {command!r} to TESTED or to NOT_RUN"
     if test is not None:
         file, _, name = test.partition("::")
-        assert f"def {name or 'test_'}" in (ROOT / "tests" / file).read_text()
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text()
 
 
 @pytest.mark.parametrize("table", [TESTED, NOT_RUN], ids=["tested", "not run"])

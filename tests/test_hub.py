@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import constants
+from test_adapters import one_device, trained, with_lora
 
 pytestmark = pytest.mark.slow
 
@@ -81,12 +82,22 @@ def test_a_run_uploads_its_last_weights_with_their_card(hub, trajectory, caplog)
     assert f"uploaded: {constants.ENDPOINT}/owner/name/commit/0" in caplog.text
 
 
-def test_a_failed_upload_leaves_the_weights_and_says_how_to_send_them(hub, trajectory):
+@pytest.mark.parametrize("is_there", [True, False], ids=["refuses", "is away"])
+def test_a_failed_upload_leaves_the_weights_and_says_how_to_send_them(is_there, hub, trajectory, monkeypatch, caplog):
+    if not is_there:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     run = trajectory("dpo_8_k4")
-    said = run.train("push_to_hub=nobody/name", "max_steps_per_epoch=1")
+    assert run.train("push_to_hub=nobody/name", "max_steps_per_epoch=1") is None
     folder = run.folder / "out" / "epoch_0"
-    assert "push_to_hub: " in said and said.endswith(f"upload it later: hf upload nobody/name {folder}")
+    (said,) = (record.message for record in caplog.records if record.message.startswith("push_to_hub: "))
+    assert said.endswith(f"upload it later: hf upload nobody/name {folder}")
     assert (folder / "README.md").is_file() and not hub.files
+
+
+def test_of_an_adapter_alone_its_folder_is_uploaded(hub, trajectory):
+    run = with_lora(one_device(trajectory("dpo_7_k1")))
+    trained(run, "max_steps_per_epoch=1", "save_adapter_weights_only=True", "push_to_hub=owner/name")
+    assert "adapter_model.safetensors" in hub.files and b'library_name: "peft"' in hub.files["README.md"]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_steps_after_a_restart_replace_those_that_were_lost(tmp_path):
     (folder / "logs" / "log_2.txt").write_text("".join(f"Step {step} | loss:9.0 \n" for step in range(5, 9)))
     os.utime(folder / "logs" / "log_1.txt", (1, 1))
     run = read(folder)
-    assert run.restarts == (5,)
+    assert run.restarts == (4,)
     assert run.metrics["loss"] == {step: 9.0 if step >= 5 else 1 / step for step in range(1, 9)}
 
 
@@ -117,6 +117,11 @@ def test_a_folder_that_is_no_run_is_refused_by_name(missing, tmp_path):
     words = {"folder": "is not a folder; name the output_dir", "log": "this run's metric_logger is .*WandBLogger"}
     with pytest.raises(ConfigError, match=f"{folder}: .*{words[missing]}"):
         read(folder)
+
+
+def test_bounds_that_the_config_takes_from_elsewhere_are_not_drawn(tmp_path):
+    run = read(write_run(tmp_path / "run", bounds=("${clip}", 1.5)))
+    assert run.bounds == (None, 1.5) and page([run])
 
 
 def test_a_broken_line_of_completions_is_refused_by_number(tmp_path):
@@ -292,6 +297,9 @@ def test_the_completions_are_filtered_and_no_text_of_a_model_is_markup(browser, 
     folder = write_run(tmp_path / "run")
     write_completions(folder, "round_0", [0.0, 1.0, 0.5])
     write_completions(folder, "step_8", [None, None])
+    lines = (folder / "completions" / "step_8.jsonl").read_text()
+    lines = lines.replace('"answer 1"', '"a\u2028b"').replace('"mean_log_ratio": -0.25', '"mean_log_ratio": NaN')
+    (folder / "completions" / "step_8.jsonl").write_text(lines + '{"half')
     opened(browser, [read(folder)], tmp_path)
 
     def rows():
@@ -310,3 +318,4 @@ def test_the_completions_are_filtered_and_no_text_of_a_model_is_markup(browser, 
         form.find_element(By.NAME, name).clear()
     Select(form.find_element(By.NAME, "stage")).select_by_visible_text("held out, step 8")
     assert [row[2] for row in rows()] == ["step_8 question 0", "step_8 question 1"]
+    assert [row[-1] for row in rows()] == ["nan", "nan"] and rows()[1][3].startswith("a")

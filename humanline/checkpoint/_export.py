@@ -99,7 +99,8 @@ def write_weights(
                     said += "; the adapter is merged into the NF4 base, not into the checkpoint's weights"
             for part in (partial / "adapter", partial) if card is not None else ():
                 if part.is_dir():
-                    _replace_text(part / "README.md", card or "")
+                    library = "peft" if part != partial else "transformers"
+                    _replace_text(part / "README.md", (card or "").replace("transformers", library, 1))
             size = _to_disk(partial)
             replace_folder(partial, folder)
             log.log(level, f"{folder if weights else folder / 'adapter'}: {size / 1e9:.3g} GB, {said}")

@@ -140,11 +140,11 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds ``a @ b`` to ``total``, float32, without a second matrix of its size."""
-    if _keeps_float32(a):
+    if _keeps_float32(a) and torch.__version__ >= "2.10":  # before, a float32 sum with bfloat16 factors is refused
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         for part in _pieces(total, b.t()):
-            total[part] += a[part] @ b
+            total[part] += _mm(a[part], b)
 
 
 def _keeps_float32(a: Tensor) -> bool:

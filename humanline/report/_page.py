@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -83,7 +84,17 @@ def write_images(runs: Sequence[RunLog], folder: Path) -> list[Path]:
 
 def _script_json(value: Any) -> str:
     """Returns JSON that no text in it, such as a model's ``</script>``, can end."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028")
+
+
+def _finite(value: Any) -> Any:
+    """Returns a value whose numbers JSON has: those that are not finite become text."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

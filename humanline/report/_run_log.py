@@ -26,7 +26,7 @@ class RunLog:
         config (dict[str, Any]): each value of the config by its dotted key.
         metrics (dict[str, dict[int, float]]): each metric by step. A step that was repeated after a restart has its
             last value.
-        restarts (tuple[int, ...]): the last step before each restart, if the run lost steps by it or got a new file.
+        restarts (tuple[int, ...]): the last logged step that each restart kept, if it lost steps or began a new file.
         completions (tuple[dict[str, Any], ...]): rows of ``completions/``, each with its ``stage``.
         left_out (int): the rows that are not among them.
         unread (int): the lines of the log that could not be read.
@@ -50,7 +50,7 @@ class RunLog:
     def bounds(self) -> tuple[float | None, float | None]:
         """The loss's bounds on token log-ratios, nats; None where the config has none."""
         low, high = (self.config.get(f"loss.log_eps_{side}") for side in "PR")
-        return low, high
+        return tuple(bound if isinstance(bound, int | float) else None for bound in (low, high))  # type: ignore[return-value]
 
     @property
     def last_step(self) -> int:
@@ -85,7 +85,7 @@ def _read(folder: Path, name: str) -> RunLog:
         for step, values, is_whole in _entries(file):
             trains = "loss" in values
             if trains and last and (first or step <= last):
-                restarts.append(min(last, step))
+                restarts.append(max((each for each in metrics["loss"] if each < step), default=0))
             if trains:
                 first, last = False, step
             unread += not is_whole
@@ -127,15 +127,22 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _logs(folder: Path, config: dict[str, Any]) -> list[Path]:
     """Returns the files of torchtune's ``DiskLogger``, the oldest first."""
     named = [value for key, value in config.items() if key.startswith("metric_logger") and key.endswith(".log_dir")]
-    places = [folder / "logs", folder, *map(Path, map(str, named))]
+    named = [str(value).replace("${output_dir}", str(folder)) for value in named]
+    places = [folder / "logs", folder, *map(Path, named)]
     for place in places:
         if found := [file for file in place.glob("*.txt") if any(True for _ in _entries(file))]:
-            return sorted(found, key=lambda file: (file.stat().st_mtime, file.name))
+            return sorted(found, key=_age)
     loggers = [str(value) for key, value in config.items() if re.fullmatch(r"metric_logger.*\._component_", key)]
     raise ConfigError(
         f"{folder}: has no log of metrics; a report reads what torchtune.training.metric_logging.DiskLogger writes to "
         f"output_dir/logs, and this run's metric_logger is {', '.join(loggers) or 'not known'}; give it both, as a list"
     )
+
+
+def _age(file: Path) -> tuple[float, str]:
+    """Returns what orders log files: the time in DiskLogger's names, else the time of the last change."""
+    named = re.fullmatch(r"log_(\d{9,})", file.stem)
+    return (float(named[1]) if named else file.stat().st_mtime), file.name
 
 
 def _entries(file: Path) -> Iterator[tuple[int, dict[str, float], bool]]:
@@ -163,7 +170,8 @@ def _completions(folder: Path) -> tuple[list[dict[str, Any]], int]:
         count = min(len(mine), _STAGES)
         chosen = {mine[round(i * (len(mine) - 1) / max(1, count - 1))] for i in range(count)}
         for file in mine:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            # At line feeds alone: a completion may have other separators. What follows the last is being written.
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
             taken = lines[: _ROWS // count] if file in chosen else []
             left_out += len(lines) - len(taken)
             stage = f"round {_number(file)}" if kind == "round" else f"held out, step {_number(file)}"

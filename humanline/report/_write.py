@@ -28,7 +28,7 @@ def write_report(
     if every is not None and not 1 <= every < math.inf:
         raise ConfigError(f"--watch: expected seconds of at least 1, got {every:g}")
     if images is not None and find_spec("kaleido") is None:
-        raise ConfigError("--png: needs the package kaleido and Chrome or Chromium; pip install 'humanline[report]'")
+        raise ConfigError("--png: needs the package kaleido and Chrome or Chromium; pip install kaleido")
     try:
         while True:
             _write(runs := read_runs(folders), output, every)

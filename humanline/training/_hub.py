@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
 
 from humanline.errors import ConfigError, TrainingError
 
@@ -38,7 +37,7 @@ def push_to_hub(folder: Path, repo: str, message: str) -> str:
     try:
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # of the hub, of several HTTP clients, or of its storage
         said = " ".join(str(error).split())[:300]
         raise TrainingError(f"push_to_hub: {said}; upload it later: hf upload {repo} {folder}") from error
     return str(commit.commit_url)

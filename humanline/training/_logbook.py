@@ -41,7 +41,7 @@ class Logbook:
         state (dict[str, Any] | None): the :meth:`state_dict` in the checkpoint to resume from; None for a new run.
 
     Attributes:
-        last (dict[str, float]): the last value of each metric that this process logged.
+        last (dict[str, tuple[int, float]]): the last step and value of each metric.
     """
 
     def __init__(self, cfg: DictConfig, environment: Environment, signal: str, state: dict[str, Any] | None) -> None:
@@ -58,7 +58,7 @@ class Logbook:
             self.loggers = [component(part, key) for part, key in listed(cfg, "metric_logger")]
         for logger in self.loggers:
             logger.log_config(cfg)
-        self.last: dict[str, float] = {}
+        self.last: dict[str, tuple[int, float]] = dict(state.get("last", {})) if state is not None else {}
         self._has_warned = False
         self._open = ExitStack()
         self._bar: tqdm[Any] = tqdm(disable=True)
@@ -103,7 +103,7 @@ class Logbook:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Passes metrics to the loggers of rank 0. An OSError, such as a full disk, does not end the run."""
-        self.last |= metrics
+        self.last |= {name: (step, value) for name, value in metrics.items()}
         for logger in self.loggers:
             try:
                 logger.log_dict(metrics, step=step)
@@ -112,7 +112,7 @@ class Logbook:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that a resumed run needs. Collective."""
-        state: dict[str, Any] = {"metrics": self.sums.state_dict()}
+        state: dict[str, Any] = {"metrics": self.sums.state_dict(), "last": dict(self.last)}
         return state if self.collapse is None else state | {"collapse": self.collapse.state_dict()}
 
     def close(self) -> None:

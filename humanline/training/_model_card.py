@@ -3,7 +3,7 @@
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 _SHOWN = ("model", "dataset", "source", "reward", "loss", "reference", "optimizer", "lr_scheduler")
+_SECRET = re.compile(r"(^|_)(key|token|auth)$|secret|password|credential", re.IGNORECASE)
 _PACKAGES = ("humanline", "torch", "torchtune", "torchao", "transformers")
 _METHOD = """\
 ## Method
@@ -30,17 +31,19 @@ each token's log-ratio of policy to reference is clipped before the loss, and th
 """
 
 
-def model_card(cfg: DictConfig, step: int, total_steps: int, metrics: Mapping[str, float]) -> str:
-    """Returns a model card: base model, data, settings, the last metrics, and versions. It has no path of this machine.
+def model_card(cfg: DictConfig, step: int, total_steps: int, metrics: Mapping[str, tuple[int, float]]) -> str:
+    """Returns a model card: base model, data, settings, the last metrics, and versions.
+
+    Keys and passwords, values that the config takes from elsewhere, addresses and folders are left out.
 
     Args:
         cfg (DictConfig): the run's config.
         step (int): the optimizer step after which the weights are exported.
         total_steps (int): optimizer steps of the run.
-        metrics (Mapping[str, float]): the last value of each logged metric; empty if they are of other weights.
+        metrics (Mapping[str, tuple[int, float]]): the last step and value of each logged metric.
     """
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    base = _base_model(str(config["checkpointer"].get("checkpoint_dir", "")))
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    base = _base_model(Path(str(cfg.checkpointer.get("checkpoint_dir", ""))).expanduser())
     objective = str(config["loss"]["_component_"]).rpartition(".")[2]
     datasets = [name for key in ("dataset", "source") for name in _hub_datasets(config.get(key))]
     tags = ["humanline", "alignment", *re.findall("dpo|kto|grpo", objective.lower())]
@@ -50,47 +53,67 @@ def model_card(cfg: DictConfig, step: int, total_steps: int, metrics: Mapping[st
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items())
     settings = [*_settings({key: config[key] for key in _SHOWN if config.get(key)})]
     settings += [(key, value) for key, value in _settings(config) if "." not in key and key != "output_dir"]
-    measured = [(name, f"{value:.6g}") for name, value in sorted(metrics.items())]
+    measured = [(name, f"{value:.6g}", str(at)) for name, (at, value) in sorted(metrics.items()) if at <= step]
     versions = [("Python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES)]
-    last = "## Last metrics\n\n`val/` is measured against the model before training.\n\n" + _table(measured) + "\n"
+    last = f"## Last metrics\n\n`val/` is measured against the model before training.\n\n{_table('step', measured)}\n"
     return (
-        f"---\n{front}---\n\n# {Path(config['output_dir']).name}\n\n"
+        f"---\n{front}---\n\n# {Path(str(cfg.output_dir)).name}\n\n"
         f"{base}, trained with `{objective}` of humanline for {step} of {total_steps} optimizer steps.\n\n"
-        f"## Settings\n\n{_table(settings)}\n{last if measured else ''}## Versions\n\n{_table(versions)}\n{_METHOD}"
+        f"## Settings\n\n{_table('', settings)}\n{last if measured else ''}"
+        f"## Versions\n\n{_table('', versions)}\n{_METHOD}"
     )
 
 
-def _base_model(folder: str) -> str:
-    """Returns the name under which the base model was published, as far as its files tell; else its folder's name."""
+def _base_model(folder: Path) -> str:
+    """Returns the base model's name on the hub, as `tune download` notes it; else its folder's name."""
     try:
-        name = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        name = json.loads((folder / "original_repo_id.json").read_text())["repo_id"]
+    except (OSError, ValueError, KeyError, TypeError):
         name = None
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else Path(folder).name
+    return name if isinstance(name, str) else folder.name
 
 
 def _hub_datasets(section: Any) -> Iterator[str]:
     for key in ("source", "prompts"):
         name = section.get(key) if isinstance(section, dict) else None
-        if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists():
+        if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _exists(name):
             yield name
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields each value by its dotted key; of a path only its last part."""
+    """Yields each value by its dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            if not prefix and key not in _SHOWN:
-                continue
-            yield from _settings(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            is_path = isinstance(value, str) and ("/" in value) and (value[0] in "/~." or Path(value).exists())
-            yield f"{prefix}{key}", Path(value).name if is_path else "null" if value is None else str(value)
+            if prefix or key in _SHOWN:
+                yield from _settings(value, f"{prefix}{key}.")
+        elif not _SECRET.search(str(key)) and not (isinstance(value, list) and any(isinstance(v, dict) for v in value)):
+            yield f"{prefix}{key}", ", ".join(map(_said, value)) if isinstance(value, list) else _said(value)
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = (tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows)
-    return "| | |\n|---|---|\n" + "".join(f"| `{name}` | {value} |\n" for name, value in cells)
+def _said(value: Any) -> str:
+    """Returns a value in a line, without what tells of the machine: of a path its last part, of an address its kind."""
+    if value is None:
+        return "null"
+    text = " ".join(str(value).split())
+    if "://" in text:
+        return f"{text.partition('://')[0][:20]}://..."
+    if "/" in text and " " not in text and (text[0] in "/~." or _exists(text)):
+        return text.rstrip("/").rpartition("/")[2]
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # longer than a path can be
+        return False
+
+
+def _table(last: str, rows: Sequence[tuple[str, ...]]) -> str:
+    head = "| | | |\n|---|---|---|\n" if last else "| | |\n|---|---|\n"
+    head = head.replace("| | | |", f"| | | {last} |")
+    cells = ([cell.replace("|", "\\|").replace("`", "'") for cell in row] for row in rows)
+    return head + "".join("| " + " | ".join(f"`{cell}`" for cell in row) + " |\n" for row in cells)
 
 
 def _version(package: str) -> str:

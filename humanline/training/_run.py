@@ -110,7 +110,7 @@ class Run:
             settings,
             self.checkpoint,
             weights_out,
-            lambda step: model_card(cfg, step, self.total_steps, self.logbook.last if step == self.step else {}),
+            lambda step: model_card(cfg, step, self.total_steps, self.logbook.last),
             rank=self.rank,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,

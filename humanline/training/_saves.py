@@ -59,7 +59,7 @@ class Saves:
             str | None: why they could not be written; None if they were.
         """
         epoch = (step - 1) // self.steps_per_epoch
-        error = self.weights_out.write(f"epoch_{epoch}", self.card(step))
+        error = self.weights_out.write(f"epoch_{epoch}", self._card(step))
         return error and f"the weights of epoch {epoch} could not be written: {error}"
 
     def finish(self, step: int) -> None:
@@ -69,14 +69,17 @@ class Saves:
             step (int): the last optimizer step.
 
         Raises:
-            TrainingError: if weights cannot be written or uploaded.
+            TrainingError: if weights cannot be written. An upload that fails is logged.
         """
         name = "best" if self._best() else f"epoch_{(step - 1) // self.steps_per_epoch}"
         if self.rank == 0 and self.settings.push_to_hub is not None:
             folder = Path(self.settings.output_dir) / name
             if not self.weights_out.has_whole_weights:
                 folder /= "adapter"
-            log.info(f"uploaded: {push_to_hub(folder, self.settings.push_to_hub, f'{name}, by humanline')}")
+            try:
+                log.info(f"uploaded: {push_to_hub(folder, self.settings.push_to_hub, f'{name}, by humanline')}")
+            except TrainingError as error:  # the run is complete, and torchrun must not repeat it
+                log.error(str(error))
 
     def _best(self) -> bool:
         """Writes the weights of the best checkpoint into ``output_dir/best``, which the policy then has too.
@@ -86,12 +89,19 @@ class Saves:
         step = self.checkpoint.load_best() if self.settings.best_checkpoint_metric else None
         if step is None:
             return False
-        error = self.weights_out.write("best", self.card(step))
+        error = self.weights_out.write("best", self._card(step))
         if error is not None:
             raise TrainingError(f"the weights of the best step, {step}, could not be written: {error}; {self.left()}")
         if self.rank == 0:
             log.info(f"best: the weights of step {step}, by {self.settings.best_checkpoint_metric}")
         return True
+
+    def _card(self, step: int) -> str:
+        try:
+            return self.card(step)
+        except Exception as error:  # of a config that nobody foresaw; the weights count
+            log.warning(f"README.md: the model card of step {step} cannot be made ({error})")
+            return f"Exported by humanline after optimizer step {step}.\n"
 
     def left(self) -> str:
         """Returns the end of an error message: the step that a run can resume from."""
