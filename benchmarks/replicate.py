@@ -272,7 +272,9 @@ def run(folder: Path, arm: Arm, seed: int, keep_weights: bool = False) -> dict[s
         measured = [
             evaluate(folder, mine, weights, arm, seed) for weights in (epochs if arm.steps > STEPS else epochs[-1:])
         ]
-        logged = read_log(mine / "logs")
+        from humanline.report import read_runs  # needs plotly, which drawing the results does not
+
+        (logged,) = (log.metrics for log in read_runs([mine]))
         steps_per_epoch = arm.steps // len(epochs)
         found = {
             **asdict(arm),
@@ -388,17 +390,6 @@ def weights_of(folder: Path) -> dict[str, Any]:
 def remove_weights(folder: Path) -> None:
     for weights in [*folder.glob("epoch_*[0-9]"), folder / "checkpoints"]:
         shutil.rmtree(weights, ignore_errors=True)
-
-
-def read_log(folder: Path) -> dict[str, dict[int, float]]:
-    """Returns each metric of a run by step; a resumed run logs some steps again, and the later value counts."""
-    found: dict[str, dict[int, float]] = {}
-    for line in (folder / "metrics.txt").read_text().splitlines():
-        step, bar, metrics = line.partition(" | ")
-        for item in metrics.split() if bar else ():
-            name, _, value = item.rpartition(":")
-            found.setdefault(name, {})[int(step.split()[-1])] = float(value)
-    return found
 
 
 def processor() -> str:

@@ -3,7 +3,7 @@
 from humanline.checkpoint._adapter_files import read_adapter
 from humanline.checkpoint._checkpoint import TrainingCheckpoint
 from humanline.checkpoint._export import export_dtypes
-from humanline.checkpoint._provenance import code_digest, named_files
+from humanline.checkpoint._provenance import code_digest, installed_version, named_files
 from humanline.checkpoint._replace import restore_replaced
 from humanline.checkpoint._steps import has_checkpoints, saved_dates
 from humanline.checkpoint._weights import (
@@ -23,6 +23,7 @@ __all__ = [
     "WeightsOut",
     "build_decoder",
     "code_digest",
+    "installed_version",
     "export_dtypes",
     "fingerprint",
     "has_checkpoints",

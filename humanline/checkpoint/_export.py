@@ -43,8 +43,7 @@ def write_weights(
     checkpoint_dtypes: Mapping[str, torch.dtype],
     export_dtype: torch.dtype | None,
     merged: bool,
-    is_hand_over: bool = False,
-    card: str | None = None,
+    card: str | None,
 ) -> str | None:
     """Writes a model as an HF folder, and its adapter, if it has one, into ``folder/adapter``.
 
@@ -60,13 +59,13 @@ def write_weights(
         checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
         export_dtype (torch.dtype | None): see :func:`export_dtypes`. An adapter is always float32.
         merged (bool): with an adapter, whether to write the merged weights too.
-        is_hand_over (bool): whether the folder is for a server that samples from it.
-        card (str | None): the text of ``README.md``, in the folder and beside the adapter; None writes none.
+        card (str | None): the text of ``README.md``, in the folder and beside the adapter; None writes none, and the
+            folder is for a server that samples from it.
 
     Returns:
         str | None: on all ranks, the error if the folder could not be written; None if it was written.
     """
-    rank = dist.get_rank()
+    rank, is_hand_over = dist.get_rank(), card is None
     layers = adapter_modules(policy)
     dtypes = export_dtypes(policy, checkpoint_dtypes, export_dtype)
     changed = changed_weights(policy)
@@ -97,10 +96,12 @@ def write_weights(
                 level, said = _report(dtypes, kept if is_known else None, read_in_bf16, bool(layers), is_hand_over)
                 if has_quantized_base(policy):
                     said += "; the adapter is merged into the NF4 base, not into the checkpoint's weights"
-            for part in (partial / "adapter", partial) if card is not None else ():
-                if part.is_dir():
-                    library = "peft" if part != partial else "transformers"
-                    _replace_text(part / "README.md", (card or "").replace("transformers", library, 1))
+            if card is not None:
+                if weights:
+                    _replace_text(partial / "README.md", card)
+                if layers:
+                    of_adapter = card.replace('library_name: "transformers"', 'library_name: "peft"')
+                    _replace_text(partial / "adapter" / "README.md", of_adapter)
             size = _to_disk(partial)
             replace_folder(partial, folder)
             log.log(level, f"{folder if weights else folder / 'adapter'}: {size / 1e9:.3g} GB, {said}")

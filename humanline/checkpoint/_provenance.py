@@ -31,7 +31,7 @@ def code_digest(*components: str) -> str:
     """
     files = [file for package in _SOURCES for file in sorted(Path(inspect.getfile(package)).parent.rglob("*.py"))]
     files += [path for dotpath in components if (path := _file_of(find_component(dotpath)))]
-    total = blake2b(" ".join(f"{name} {_version(name)}" for name in _VERSIONS).encode(), digest_size=16)
+    total = blake2b(" ".join(f"{name} {installed_version(name)}" for name in _VERSIONS).encode(), digest_size=16)
     for file in files:
         total.update(file.read_bytes())
     return total.hexdigest()
@@ -60,7 +60,8 @@ def _file_of(component: Any) -> Path | None:
         return None
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """Returns the version of an installed package; None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:

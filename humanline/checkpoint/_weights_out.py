@@ -62,6 +62,5 @@ class WeightsOut:
             checkpoint_dtypes=self.checkpoint_dtypes,
             export_dtype=self.export_dtype,
             merged=merged,
-            is_hand_over=card is None,
             card=card,
         )

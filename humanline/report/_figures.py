@@ -57,11 +57,14 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot("Tokens outside of the bounds", "share", ("clipped/below", "clipped/above", "clipped/ppo")),
     ),
     "Rounds": (
-        Plot("Groups left out and empty rounds", "count", ("rounds/dropped", "rounds/unused", "empty_rounds")),
+        Plot("Prompts and groups left out", "count", ("rounds/dropped", "rounds/unused", "dropped_rows")),
+        Plot("Empty rounds", "count", ("rounds/empty", "empty_rounds")),
         Plot("Cut and repeated responses", "share", ("rounds/truncated", "rounds/repeated", "val/repeated")),
         Plot("Staleness", "steps", ("staleness",)),
         Plot("Time of a round", "s", ("rounds/seconds", "rounds/waited")),
+        Plot("Sampled tokens of a round", "tokens", ("rounds/tokens",)),
         Plot("Sampler and trainer", "nats a token", ("mismatch/mean", "mismatch/kl")),
+        Plot("Sampler and trainer: tokens above 0.1 nats", "share", ("mismatch/large",)),
     ),
     "Speed and memory": (
         Plot("Throughput", "tokens/s", ("tokens_per_second",)),
@@ -69,8 +72,7 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot("Skipped steps", "count", ("skipped_steps",)),
     ),
 }
-# Shown in another way, or the same in every run.
-_ELSEWHERE = {"steps_since_sync", "unclamped", "dropped_rows", "rounds/empty", "rounds/tokens", "mismatch/large"}
+_ELSEWHERE = {"steps_since_sync", "unclamped"}  # the marks of syncs; the rest of the tokens outside of the bounds
 _LOG_RATIOS = ("log_ratio/p99", "log_ratio/p50", "log_ratio/p01")
 
 

@@ -50,7 +50,8 @@ class RunLog:
     def bounds(self) -> tuple[float | None, float | None]:
         """The loss's bounds on token log-ratios, nats; None where the config has none."""
         low, high = (self.config.get(f"loss.log_eps_{side}") for side in "PR")
-        return tuple(bound if isinstance(bound, int | float) else None for bound in (low, high))  # type: ignore[return-value]
+        # An interpolation of the config is text.
+        return low if isinstance(low, int | float) else None, high if isinstance(high, int | float) else None
 
     @property
     def last_step(self) -> int:
@@ -162,11 +163,10 @@ def _entries(file: Path) -> Iterator[tuple[int, dict[str, float], bool]]:
 
 def _completions(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns rows of the first, the last and evenly spaced stages between them, and how many there are besides."""
-    files = sorted(folder.glob("*_*.jsonl"), key=lambda file: (file.stem.split("_")[0], _number(file)))
     rows: list[dict[str, Any]] = []
     left_out = 0
     for kind in ("round", "step"):
-        mine = [file for file in files if file.stem.startswith(kind)]
+        mine = sorted(folder.glob(f"{kind}_*.jsonl"), key=_number)
         count = min(len(mine), _STAGES)
         chosen = {mine[round(i * (len(mine) - 1) / max(1, count - 1))] for i in range(count)}
         for file in mine:

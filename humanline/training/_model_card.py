@@ -4,11 +4,12 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from humanline.checkpoint import installed_version
 
 _SHOWN = ("model", "dataset", "source", "reward", "loss", "reference", "optimizer", "lr_scheduler")
 _SECRET = re.compile(r"(^|_)(key|token|auth)$|secret|password|credential", re.IGNORECASE)
@@ -54,13 +55,17 @@ def model_card(cfg: DictConfig, step: int, total_steps: int, metrics: Mapping[st
     settings = [*_settings({key: config[key] for key in _SHOWN if config.get(key)})]
     settings += [(key, value) for key, value in _settings(config) if "." not in key and key != "output_dir"]
     measured = [(name, f"{value:.6g}", str(at)) for name, (at, value) in sorted(metrics.items()) if at <= step]
-    versions = [("Python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES)]
-    last = f"## Last metrics\n\n`val/` is measured against the model before training.\n\n{_table('step', measured)}\n"
+    versions = [(name, installed_version(name) or "not installed") for name in _PACKAGES]
+    sections = {
+        "Settings": _table(settings, "key", "value"),
+        "Last metrics": _table(measured, "metric", "value", "step") if measured else "",
+        "Versions": _table([("Python", platform.python_version()), *versions], "package", "version"),
+    }
+    tables = "".join(f"## {title}\n\n{table}\n" for title, table in sections.items() if table)
     return (
         f"---\n{front}---\n\n# {Path(str(cfg.output_dir)).name}\n\n"
-        f"{base}, trained with `{objective}` of humanline for {step} of {total_steps} optimizer steps.\n\n"
-        f"## Settings\n\n{_table('', settings)}\n{last if measured else ''}"
-        f"## Versions\n\n{_table('', versions)}\n{_METHOD}"
+        f"{base}, trained with `{objective}` of humanline for {step} of {total_steps} optimizer steps. "
+        f"Metrics under `val/` are measured against the model before training.\n\n{tables}{_METHOD}"
     )
 
 
@@ -109,15 +114,7 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _table(last: str, rows: Sequence[tuple[str, ...]]) -> str:
-    head = "| | | |\n|---|---|---|\n" if last else "| | |\n|---|---|\n"
-    head = head.replace("| | | |", f"| | | {last} |")
+def _table(rows: Sequence[tuple[str, ...]], *header: str) -> str:
     cells = ([cell.replace("|", "\\|").replace("`", "'") for cell in row] for row in rows)
-    return head + "".join("| " + " | ".join(f"`{cell}`" for cell in row) + " |\n" for row in cells)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    lines = [header, ["---"] * len(header), *([f"`{cell}`" for cell in row] for row in cells)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
