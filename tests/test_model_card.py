@@ -73,3 +73,18 @@ def test_every_export_of_a_run_has_its_card(trajectory):
     card = (run.folder / "out" / "epoch_0" / "README.md").read_text()
     assert "the base model's" not in card and "for 12 of 12 optimizer steps" in card
     assert f"| `loss` | `{run.log()[12]:.6g}` | `12` |" in card
+
+
+@pytest.mark.slow
+def test_a_resumed_run_s_card_has_the_metrics_of_the_run_before(trajectory):
+    run = trajectory("dpo_8_k4")
+    assert run.train("save_every_n_steps=12") is None
+    folder = run.folder / "out" / "epoch_0"
+    before = metrics_of(folder / "README.md")
+    (folder / "README.md").unlink()
+    assert run.train("resume_from_checkpoint=latest") is None
+    assert metrics_of(folder / "README.md") == before and "| `loss` | `" in before
+
+
+def metrics_of(card):
+    return card.read_text().partition("## Last metrics")[2].partition("## Versions")[0]
