@@ -40,7 +40,7 @@ def test_blocks_have_the_rule_of_the_dense_mask(rows, window):
     covered = torch.zeros_like(rows.attention_mask())
     for block in rows.query_blocks(window):
         visible = torch.ones(block.size).bool()
-        visible[:, visible.size(1) - block.hidden.size(1) :] = ~block.hidden
+        visible[:, visible.size(1) - block.bias.size(1) :] = block.bias == 0
         assert visible.any(1).all()  # a query without a key would have no weights
         queries, keys = (sum(part.stop - part.start for part in parts) for parts in ([block.queries], block.keys))
         assert not visible[:queries, keys:].any()

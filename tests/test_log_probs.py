@@ -27,9 +27,9 @@ def full_logits(hidden, weight, soft_cap, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.9])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
-@pytest.mark.parametrize("tokens_a_piece", [1, 10, 1000])
-def test_values_gradients_and_entropies_equal_those_of_full_logits(monkeypatch, soft_cap, tokens_a_piece, temperature):
-    monkeypatch.setitem(head._LOGITS, "cpu", tokens_a_piece * VOCAB)
+@pytest.mark.parametrize("words_a_piece", [1, 10, 1000])
+def test_values_gradients_and_entropies_equal_those_of_full_logits(monkeypatch, soft_cap, words_a_piece, temperature):
+    monkeypatch.setitem(head._LOGITS, "cpu", words_a_piece * TOKENS)
     grad = torch.linspace(-1, 1, TOKENS)
     hidden, weight, targets = inputs()
     exact = full_logits(hidden, weight, soft_cap, temperature)
@@ -48,17 +48,29 @@ def test_values_gradients_and_entropies_equal_those_of_full_logits(monkeypatch, 
             torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
 
 
-def test_bfloat16_weight_gradients_are_summed_over_pieces_in_float32(monkeypatch):
-    def weight_grad(dtype, tokens_a_piece):
-        monkeypatch.setitem(head._LOGITS, "cpu", tokens_a_piece * VOCAB)
+def test_bfloat16_gradients_are_summed_over_pieces_in_float32(monkeypatch):
+    def grads(dtype, words_a_piece):
+        monkeypatch.setitem(head._LOGITS, "cpu", words_a_piece * TOKENS)
         hidden, weight, targets = inputs(dtype)
         token_log_probs(hidden, weight, targets).sum().backward()
-        return weight.grad.double()
+        return torch.cat([hidden.grad.double(), weight.grad.double()])
 
-    exact = weight_grad(torch.float32, 1000)
-    in_one_piece = (weight_grad(torch.bfloat16, 1000) - exact).norm()
-    in_many = (weight_grad(torch.bfloat16, 1) - exact).norm()
+    exact = grads(torch.float32, 1000)
+    in_one_piece = (grads(torch.bfloat16, 1000) - exact).norm()
+    in_many = (grads(torch.bfloat16, 1) - exact).norm()
     assert in_many < 1.5 * in_one_piece
+
+
+@pytest.mark.parametrize("words_a_piece", [1, 10, 1000])
+def test_a_nearly_certain_token_keeps_the_digits_of_its_log_prob(monkeypatch, words_a_piece):
+    monkeypatch.setitem(head._LOGITS, "cpu", words_a_piece)
+    logits = torch.full((VOCAB,), 988.0).index_fill_(0, torch.tensor([7]), 1000.0)
+    hidden, targets = torch.ones(1, 1), torch.tensor([7])
+    exact = logits.double().log_softmax(0)
+    for token in (7, 8):
+        found, entropy = token_log_probs_and_entropy(hidden, logits[:, None], targets.fill_(token))
+        torch.testing.assert_close(found.double(), exact[[token]], rtol=1e-7, atol=1e-5)  # 1000 is kept to 3e-5
+    torch.testing.assert_close(entropy.double()[0], -(exact.exp() * exact).sum(), rtol=0, atol=1e-4)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -75,11 +87,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_full_logits_never_exist(monkeypatch):
-    monkeypatch.setitem(head._LOGITS, "cpu", 4 * VOCAB)
+    monkeypatch.setitem(head._LOGITS, "cpu", 4 * TOKENS)
     hidden, weight, targets = inputs(torch.float32)
     with LargestTensor() as largest:
         token_log_probs(hidden, weight, targets).sum().backward()
-    assert largest.elements == VOCAB * DIM  # the weight's gradient; a piece of logits has 4 * VOCAB elements
+    assert largest.elements == VOCAB * DIM  # the weight's gradient; a piece of logits has 4 * TOKENS elements
     assert largest.elements < TOKENS * VOCAB
 
 

@@ -30,15 +30,16 @@ class QueryBlock:
         queries (slice): the ``n`` tokens.
         keys (tuple[slice, ...]): the ``m`` tokens, in one or two slices.
         size (tuple[int, int]): of the padded block, ``N`` queries and ``M`` keys, at least ``n`` and ``m``.
-        hidden (Tensor): True where a token does not attend to one of the last keys, bool ``[N, at most M]``. Every
-            token attends to all keys before them, and to no padding. Padding attends to some key.
+        bias (Tensor): of the scores with the last keys: -inf where a token does not attend to one, else 0, bfloat16
+            ``[N, at most M]``. Every token attends to all keys before them, and to no padding. Padding attends to some
+            key.
     """
 
     row: int
     queries: slice
     keys: tuple[slice, ...]
     size: tuple[int, int]
-    hidden: Tensor
+    bias: Tensor
 
 
 def query_blocks(
@@ -64,7 +65,8 @@ def query_blocks(
         size = _up(len(queries), _QUERIES), _up(len(index), _KEYS)
         hidden = F.pad(hidden, (0, size[1] - len(index)), value=True)
         hidden = F.pad(hidden, (0, 0, 0, size[0] - len(queries)), value=False)
-        yield QueryBlock(row, slice(start, stop), keys, size, hidden)
+        bias = torch.zeros(hidden.shape, dtype=torch.bfloat16, device=device).masked_fill_(hidden, float("-inf"))
+        yield QueryBlock(row, slice(start, stop), keys, size, bias)
 
 
 def _up(count: int, step: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Most logits computed at a time, as float32 elements: 256 MiB on an accelerator, 64 MiB elsewhere.
-_LOGITS = {"accelerator": 2**26, "cpu": 2**24}
+# Most logits computed at a time, as float32 elements: 256 MiB on an accelerator, 16 MiB elsewhere.
+_LOGITS = {"accelerator": 2**26, "cpu": 2**22}
 
 
 def token_log_probs(
@@ -54,24 +54,24 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        normalizers = torch.empty_like(log_probs)
-        entropies = torch.zeros_like(log_probs)
+        chosen, total, products = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
+        peak = torch.full_like(total, torch.finfo(torch.float32).min)
         for piece in _pieces(hidden, weight):
-            logits = _logits(hidden[piece], weight, soft_cap, temperature)
-            peak = logits.amax(1, keepdim=True)
-            # Relative to the peak: next to logits of 30, the log-prob of a nearly certain token has no digits.
-            log_probs[piece] = logits.sub_(peak).gather(1, targets[piece, None]).squeeze(1)
-            _skip_denormals(logits)
-            exps = logits.exp() if with_entropy else logits.exp_()
-            total = exps.sum(1)
-            log_sum = total.log()
-            if with_entropy:  # log sum(e^x) - sum(x e^x) / sum(e^x), with x the logits relative to the peak
-                mean = torch.bmm(exps[:, None], logits[:, :, None]).flatten() / total
-                entropies[piece] = log_sum - mean
-            log_probs[piece] -= log_sum
-            normalizers[piece] = log_sum.add_(peak.squeeze(1))
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
+            logits = _logits(hidden, weight[piece], soft_cap, temperature)
+            index, inside = _targets_in(piece, targets)
+            chosen = torch.where(inside, logits.gather(1, index).squeeze(1), chosen)
+            # Sums over the vocabulary so far, of e^x and x e^x, with x the logits relative to their peak so far.
+            before, peak = peak, torch.maximum(peak, logits.amax(1))
+            shrink = (before - peak).exp()
+            exps = _exp_(logits.sub_(peak[:, None]), keep=with_entropy)
+            if with_entropy:
+                products = shrink * (products + (before - peak) * total)
+                products += torch.bmm(exps[:, None], logits[:, :, None]).flatten()
+            total = shrink * total + exps.sum(1)
+        # Relative to the peak: next to logits of 30, the log-prob of a nearly certain token has no digits.
+        log_sum = total.log()
+        log_probs, entropies = chosen - peak - log_sum, log_sum - products / total
+        ctx.save_for_backward(hidden, weight, targets, log_sum + peak)
         ctx.soft_cap, ctx.temperature = soft_cap, temperature
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
@@ -80,25 +80,26 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Summed over the pieces in float32, since bfloat16 would round later pieces away.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        scale = grad / ctx.temperature
         for piece in _pieces(hidden, weight):
-            logits = _logits(hidden[piece], weight, ctx.soft_cap, ctx.temperature)
+            logits = _logits(hidden, weight[piece], ctx.soft_cap, ctx.temperature)
             # Of cap * tanh(x / cap); the capped logits were divided by the temperature.
             slope = 1 - (logits * (ctx.temperature / ctx.soft_cap)).square_() if ctx.soft_cap else None
             # d logp / d logits = (onehot(target) - softmax(logits / temperature)) / temperature
-            scale = (grad[piece] / ctx.temperature)[:, None]
-            grad_logits = _skip_denormals(logits.sub_(normalizers[piece, None])).exp_().mul_(-scale)
-            grad_logits.scatter_add_(1, targets[piece, None], scale)
+            grad_logits = _exp_(logits.sub_(normalizers[:, None])).mul_(-scale[:, None])
+            index, inside = _targets_in(piece, targets)
+            grad_logits.scatter_add_(1, index, (scale * inside)[:, None])
             if slope is not None:
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[piece])
+                grad_hidden += _mm(grad_logits, weight[piece])
             if grad_weight is not None:
-                _add_mm(grad_weight, grad_logits.t(), hidden[piece])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+                torch.mm(grad_logits.t(), hidden, out=grad_weight[piece])
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
 @contextmanager
@@ -113,12 +114,18 @@ def logits_as_on(device: str) -> Iterator[None]:
         _LOGITS["cpu"] = before
 
 
-def _pieces(left: Tensor, right: Tensor) -> Iterator[slice]:
-    """Returns slices of the rows of ``left`` to multiply with ``right.t()``, one at a time."""
-    budget = _LOGITS["cpu" if left.device.type == "cpu" else "accelerator"]
-    rows = max(1, budget // right.size(0))
+def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Returns slices of the vocabulary: rows of ``weight`` to multiply with ``hidden``, one at a time."""
+    budget = _LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"]
+    rows = max(1, budget // max(1, len(hidden)))
     rows = rows - rows % 128 or rows  # whole tiles of a GPU's product
-    return (slice(i, i + rows) for i in range(0, len(left), rows))
+    return (slice(i, min(i + rows, len(weight))) for i in range(0, len(weight), rows))
+
+
+def _targets_in(piece: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the places of targets in a piece of the vocabulary, ``[N, 1]``, and which are in it, bool ``[N]``."""
+    inside = (targets >= piece.start) & (targets < piece.stop)
+    return torch.where(inside, targets - piece.start, 0)[:, None], inside
 
 
 def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None, temperature: float) -> Tensor:
@@ -128,23 +135,16 @@ def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None, temperature:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _skip_denormals(logits: Tensor) -> Tensor:
-    """Raises logits below -87, on a CPU and in place: ``exp`` would give denormal numbers there, 30 times as slowly."""
-    return logits if logits.is_cuda else logits.clamp_(min=-87.0)  # exp(-87) is 1.6e-38
+def _exp_(logits: Tensor, keep: bool = False) -> Tensor:
+    """Computes ``exp`` in place, or with ``keep`` in a new tensor; on a CPU without denormals, 30 times as slow."""
+    if logits.device.type == "cpu":
+        logits.clamp_(min=-87.0)  # exp(-87) is 1.6e-38
+    return logits.exp() if keep else logits.exp_()
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """Computes ``a @ b``; on CUDA a bfloat16 product keeps its float32 accumulator, so logits keep their precision."""
     return torch.mm(a, b, out_dtype=torch.float32) if _keeps_float32(a) else a @ b
-
-
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds ``a @ b`` to ``total``, float32, without a second matrix of its size."""
-    if _keeps_float32(a) and torch.__version__ >= "2.10":  # before, a float32 sum with bfloat16 factors is refused
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        for part in _pieces(total, b.t()):
-            total[part] += _mm(a[part], b)
 
 
 def _keeps_float32(a: Tensor) -> bool:
