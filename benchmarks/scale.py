@@ -55,7 +55,7 @@ def write_model(folder: Path) -> None:
 
     shape = {"vocab_size": VOCABULARY, "hidden_size": DIM, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": DIM // HEADS}
-    config = LlamaConfig(**shape, **heads, max_position_embeddings=2048, tie_word_embeddings=False)
+    config = LlamaConfig(**shape, **heads, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False)
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (SMOLLM2 / name).is_file():

@@ -1,7 +1,6 @@
 """The demo's task: sums of two numbers up to 30. SmolLM2-135M solves them sometimes, and could nearly always."""
 
 import json
-import math
 import random
 import re
 from pathlib import Path
@@ -28,14 +27,6 @@ def is_right(response: str, answer: int) -> bool:
     """Returns whether the last whole number of a response is the answer."""
     numbers = re.findall(r"\d+", response)
     return bool(numbers) and int(numbers[-1]) == answer
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Returns the 95% confidence interval of a proportion (Wilson 1927), as fractions."""
-    z, p = 1.959964, successes / trials
-    centre = p + z**2 / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
-    return (centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,96 +1,107 @@
-"""The demo: trains SmolLM2 with humanline DPO, KTO, GRPO or DPO with LoRA, and measures it before and after.
+"""The demo: trains SmolLM2 on its own answers to sums, once without and once with humanline, and measures both.
 
-    make demo                    # or, with the package installed: python demo/run.py
-    make demo OBJECTIVE=kto      # or grpo, dpo_lora; python demo/run.py kto
+    make demo                    # GRPO; or, with the package installed: python demo/run.py
+    make demo OBJECTIVE=dpo      # or kto, dpo_lora; python demo/run.py dpo
 
 1. Fetches SmolLM2-135M-Instruct.
-2. Measures pass@1: one sampled response to each of 240 held-out sums.
-3. Trains with `tune run recipes/humanline_dpo_distributed --config configs/smollm2_135m_dpo.yaml`, or the recipe and
-   config of kto or grpo. dpo_lora runs `humanline_dpo_single_device`.
-4. Measures again. Prints both results with 95% intervals, and some responses before and after.
-5. Writes a report of the run: `humanline report`.
+2. Measures pass@1: four sampled answers to each of 240 held-out sums.
+3. Trains twice from the same weights on the same data, in the same order: the plain objective with a frozen reference,
+   then `tune run recipes/humanline_grpo_distributed --config configs/smollm2_135m_grpo.yaml`, or the recipe and config
+   of dpo or kto. dpo_lora runs `humanline_dpo_single_device`.
+4. Measures both. Prints the results with 95% intervals and some answers, and draws them.
+5. Writes a report of both runs: `humanline report`.
 
-The report (report.html), the training log, the samples and the aligned model (a Hugging Face folder) are in
-outputs/smollm2_135m_humanline_dpo (_kto, _grpo, _dpo_lora).
+The measurements, the picture (demo.png) and the report (report.html) are in outputs/demo_grpo; the runs, with the
+aligned models as Hugging Face folders, in outputs/smollm2_135m_grpo and outputs/smollm2_135m_humanline_grpo.
 """
 
 import argparse
-import re
+import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-from arithmetic import HELD_OUT_PROMPTS, is_right, read_jsonl, wilson_interval
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-TUNE = Path(sys.executable).with_name("tune")
+BIN = Path(sys.executable).parent
+PLAIN = ("loss.perception=none", "reference.sync_every=null")
 
 
 def call(*command: object) -> None:
-    print(f"\n$ {' '.join(map(str, command)).replace(f'{ROOT}/', '').replace(str(TUNE), 'tune')}", flush=True)
+    print(f"\n$ {' '.join(map(str, command)).replace(f'{BIN}/', '').replace(f'{ROOT}/', '')}", flush=True)
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
 
 
-def sample(folder: Path, weights: str, output: Path) -> list[dict]:
-    """Samples one response of the model in ``folder`` to each held-out prompt."""
+def measure(folder: Path, output: Path) -> dict[str, Any]:
+    """Samples answers of the model in ``folder``, and returns their pass@1 with its interval, as fractions."""
+    weights = next(file.name for file in sorted(folder.glob("model*.safetensors")))
     call(
-        *(TUNE, "run", "recipes/humanline_sample", "--config", "configs/smollm2_135m_sample.yaml"),
+        *(BIN / "tune", "run", "recipes/humanline_eval", "--config", "configs/smollm2_135m_eval.yaml"),
         *(f"checkpointer.checkpoint_dir={folder}", f"checkpointer.checkpoint_files=[{weights}]"),
-        *(f"prompts={HELD_OUT_PROMPTS}", f"output={output}", "temperature=0.7", "max_new_tokens=48", "batch_size=240"),
+        *(f"output={output}", "samples_per_prompt=4", "k=[1]", "batch_size=480"),
     )
-    return read_jsonl(output)
+    return json.loads(output.read_text())["figures"]["pass@1"]
 
 
-def preference_accuracy(output: Path) -> tuple[float, float, int]:
-    """Returns the share of held-out pairs with the right response likelier, before and after, and their number."""
-    log = (output / "logs" / "metrics.txt").read_text()
-    shares = [float(value) for value in re.findall(r"val/log_probs/accuracies:(\S+)", log)]
-    return shares[0], shares[-1], len(read_jsonl(ROOT / "demo" / "held_out_groups.jsonl"))
+def first_answers(output: Path) -> list[tuple[str, str]]:
+    """Returns the first sums, and the first answer to each."""
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()[:4]]
+    return [(row["prompt"][-1]["content"], " ".join(row["all_generated_responses"][0].split())) for row in rows]
 
 
-def percent(successes: int, trials: int) -> str:
-    low, high = wilson_interval(successes, trials)
-    return f"{successes / trials:6.1%}  [{low:5.1%}, {high:5.1%}]"
+def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    for name, each in found.items():
+        distances = [[each["mean"] - each["low"]], [each["high"] - each["mean"]]]
+        axis.bar(name, each["mean"], yerr=distances, capsize=6)
+    axis.set(ylabel="pass@1, with its 95% interval", ylim=(0, 1))
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Aligns SmolLM2-135M-Instruct on sums and measures it.")
-    parser.add_argument("objective", choices=("dpo", "kto", "grpo", "dpo_lora"), default="dpo", nargs="?")
+    parser.add_argument("objective", choices=("grpo", "dpo", "kto", "dpo_lora"), default="grpo", nargs="?")
     objective = parser.parse_args().objective
-    output = ROOT / "outputs" / f"smollm2_135m_humanline_{objective}"
-    aligned = output / "epoch_0"
+    method, lora = objective.upper().split("_")[0], objective.endswith("lora")
+    folder = ROOT / "outputs" / f"demo_{objective}"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = f"recipes/humanline_{method.lower()}_{'single_device' if lora else 'distributed'}"
+    runs = {
+        f"plain {method}": (ROOT / "outputs" / f"smollm2_135m_{objective}", PLAIN),
+        f"humanline {method}": (ROOT / "outputs" / f"smollm2_135m_humanline_{objective}", ()),
+    }
 
     start = time.perf_counter()
-    shutil.rmtree(output / "logs", ignore_errors=True)  # the new run replaces the other files itself
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
-    before = sample(MODEL, "model.safetensors", output / "before.jsonl")
-    trained = time.perf_counter()
-    config = f"configs/smollm2_135m_{objective}.yaml"
-    recipe = (ROOT / config).read_text().split()[2].rstrip(",")  # the first line is "# recipe: NAME"
-    call(TUNE, "run", f"recipes/{recipe}", "--config", config)
-    trained = time.perf_counter() - trained
-    after = sample(aligned, "model-00001-of-00001.safetensors", output / "after.jsonl")
+    measured = {"untrained": measure(MODEL, folder / "untrained.json")}
+    trained = {"untrained": ""}
+    for name, (output, overrides) in runs.items():
+        shutil.rmtree(output / "logs", ignore_errors=True)  # the new run replaces the other files itself
+        began = time.perf_counter()
+        config = f"configs/smollm2_135m_{objective}.yaml"
+        call(BIN / "tune", "run", recipe, "--config", config, f"output_dir={output.relative_to(ROOT)}", *overrides)
+        trained[name] = f"{time.perf_counter() - began:.0f} s"
+        measured[name] = measure(output / "epoch_0", folder / f"{name.replace(' ', '_')}.json")
+    outputs = [output for output, _ in runs.values()]
+    call(BIN / "humanline", "report", *outputs, "--output", folder / "report.html")
+    draw(measured, folder / "demo.png")
 
-    right = [
-        sum(is_right(row["all_generated_responses"][0], row["answer"]) for row in rows) for rows in (before, after)
-    ]
-    preferred_before, preferred_after, pairs = preference_accuracy(output)
-    print(f"\n{'':28}{'before':^24}{'after':^24}")
-    preferred = [round(share * pairs) for share in (preferred_before, preferred_after)]
-    for name, counts, trials in (("pass@1", right, len(before)), ("preference accuracy", preferred, pairs)):
-        columns = "".join(f"{percent(count, trials):24}" for count in counts)
-        print(f"{f'{name} (of {trials})':28}{columns}")
-    print("\nThe first five held-out prompts:")
-    for first, second in list(zip(before, after, strict=True))[:5]:
-        print(f"  {first['prompt'][-1]['content']}")
-        for name, row in (("before", first), ("after", second)):
-            print(f"    {name:7}{' '.join(row['all_generated_responses'][0].split())}")
-    call(Path(sys.executable).with_name("humanline"), "report", output)
+    print(f"\n{'':18}{'pass@1 of 240 sums':26}training")
+    for name, each in measured.items():
+        print(f"{name:18}{each['mean']:6.1%}  [{each['low']:5.1%}, {each['high']:5.1%}]   {trained[name]}")
+    print("\nThe first held-out sums:")
+    answers = {name: first_answers(folder / f"{name.replace(' ', '_')}.json") for name in measured}
+    for i, (prompt, _) in enumerate(answers["untrained"]):
+        print(f"  {prompt}")
+        for name, found in answers.items():
+            print(f"    {name:17}{found[i][1]}")
     seconds = time.perf_counter() - start
-    print(f"\nTraining took {trained:.0f} s of {seconds:.0f} s. The aligned model: {aligned.relative_to(ROOT)}")
+    print(f"\n{seconds / 60:.0f} min in all. The picture and the report: {folder.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What mkdocs needs beyond Markdown: pages for the repository's own files, and docstrings without Sphinx's roles.
+"""What mkdocs needs beyond Markdown: pages for notebooks and other files, and docstrings without Sphinx's roles.
 
-A page may link to a file outside of docs/, such as a recipe. On GitHub that link opens the file; on the site it opens a
-page with the file's text, which is made here.
+A page may link to a notebook, or to a file outside of docs/, such as a recipe. On GitHub that link opens the file; on
+the site it opens a page with the file's text, which is made here.
 """
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -21,11 +23,15 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of files that others link to, and the changelog and the guide for contributors."""
+    """Adds the pages of notebooks, of files that others link to, of the changelog and the guide for contributors."""
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        files.remove(notebook)
+        for name, content in _pages(notebook).items():
+            files.append(File.generated(config, name, content=content))
     wanted = {"CHANGELOG.md", "CONTRIBUTING.md"}
     for file in [*files]:
         if file.src_uri.endswith(".md"):
-            links = _LINK.finditer(Path(file.abs_src_path or "").read_text())
+            links = _LINK.finditer(file.content_string)
             wanted |= {_target(match[2], file.src_uri) for match in links}
     for path in sorted(wanted):
         source = ROOT / path
@@ -35,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links to files outside of docs/ into links to their pages."""
+    """Turns links to notebooks and to files outside of docs/ into links to their pages."""
 
     def to_page(match: re.Match[str]) -> str:
         uri = _uri(_target(match[2], page.file.src_uri))
@@ -44,7 +50,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         to = posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
         return f"{match[1]}{to}{match[3] or ''}{match[4]}"
 
-    return _LINK.sub(to_page, markdown)
+    return _LINK.sub(to_page, markdown.replace(".ipynb)", ".md)"))
+
+
+def _pages(notebook: File) -> dict[str, str | bytes]:
+    """Returns a notebook's page and its images, by their paths in docs/."""
+    name = notebook.src_uri.removesuffix(".ipynb")
+    parts: list[str] = []
+    images: dict[str, str | bytes] = {}
+    for cell in json.loads(notebook.content_string)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                image = f"figures/{posixpath.basename(name)}_{len(images)}.png"
+                images[image] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![{''.join(data['text/plain'])}]({image})")
+            elif text := "".join(output.get("text", ())):
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return {f"{name}.md": "\n\n".join(parts) + "\n", **images}
 
 
 def _target(link: str, page: str) -> str:

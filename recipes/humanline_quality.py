@@ -52,10 +52,10 @@ from humanline.programs import (
     write_json,
     write_jsonl,
 )
+from humanline.progress import Progress
 from humanline.training import KTO
 from omegaconf import DictConfig
 from torchtune import utils
-from tqdm import tqdm
 
 REQUIRED = ("model", "checkpointer", "dataset", "output")
 DEFAULTS: dict[str, Any] = dict.fromkeys(("tokenizer", "filter", "kept", "output_dir"))
@@ -124,8 +124,8 @@ class HumanlineQualityRecipe:
         """Computes the mean log-probs that an earlier run has not, on all ranks, and returns all of them."""
         with self.file if self.rank == 0 else nullcontext() as file:
             found: list[list[float]] = gathered(file and file.rows)[0]
-            total = len(self.dataset)
-            with tqdm(total=total, initial=len(found), unit="group", desc="log-probs", disable=self.rank > 0) as bar:
+            total, hidden = len(self.dataset), self.rank > 0
+            with Progress(total=total, initial=len(found), unit="group", desc="log-probs", disable=hidden) as bar:
                 while len(found) < total:
                     chunk = range(len(found), min(len(found) + GROUPS_PER_RANK * self.world_size, total))
                     mine = {i: self.dataset[i] for i in chunk[self.rank :: self.world_size]}

@@ -94,10 +94,16 @@ def test_a_failed_upload_leaves_the_weights_and_says_how_to_send_them(is_there, 
     assert (folder / "README.md").is_file() and not hub.files
 
 
-def test_of_an_adapter_alone_its_folder_is_uploaded(hub, trajectory):
+@pytest.mark.parametrize("repo_id", [None, "owner/base"])
+def test_of_an_adapter_alone_its_folder_is_uploaded(repo_id, hub, trajectory, caplog):
     run = with_lora(one_device(trajectory("dpo_7_k1")))
+    if repo_id:  # as tune download leaves it
+        (run.folder / "model" / "original_repo_id.json").write_text(json.dumps({"repo_id": repo_id}))
     trained(run, "max_steps_per_epoch=1", "save_adapter_weights_only=True", "push_to_hub=owner/name")
     assert "adapter_model.safetensors" in hub.files and b'library_name: "peft"' in hub.files["README.md"]
+    base = json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"]
+    assert base == (repo_id or str(run.folder / "model"))
+    assert (f"names this machine's folder {base} as the base model" in caplog.text) == (repo_id is None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ NEWS = [
     r"Loading the model took [\d.]+ s",
     r"106,816 trainable parameters",
     r"4 groups per step on 2 processes, 12 steps",
-    r" *\d+%\|.*\| \d+/12 \[.*(step/s|s/step).*\] *",
+    r"12 of 12, [\d:]+ elapsed, [\d:]+ left, \S+(step/s|s/step), loss=.*",
     r"\S+/epoch_0: \S+ GB, float32; 100\.0% of the update's norm survived rounding.*",
 ]
 

@@ -10,6 +10,7 @@ from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 from torchtune.training import ModelType
 
+from humanline.checkpoint._provenance import named_files
 from humanline.config import component
 from humanline.errors import ConfigError
 from humanline.models import (
@@ -27,6 +28,7 @@ from humanline.torchtune_seam.internals import checkpoint_files, hf_files, safe_
 log = utils.get_logger("INFO")
 
 _HEAD = "lm_head.weight"
+_ANNOUNCED = 2e9  # bytes of weights: reading more takes long enough to say so
 OWN_MODEL_TYPES = {"qwen3": "QWEN3", "gemma3_text": "GEMMA3"}
 """config.json's model_type -> the checkpointer's, for families that torchtune 0.6.1 does not have."""
 
@@ -70,6 +72,10 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
             _check_checkpointer(cfg, published)
         check_function(model, published, cfg.model, cfg.checkpointer.get("model_type") if is_hf else None)
         remarks = [*published.remarks, second_opinion(published)]
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    size = sum(size for _, size, _ in named_files(str(folder)))
+    if is_first and size > _ANNOUNCED:
+        log.info(f"{folder}: reading {size / 1e9:.1f} GB of weights")
     checkpointer, weights = read_weights(cfg)
     _leave_out(checkpointer, "rotary_emb.inv_freq")  # tables in Llama 2's files, which are computed here
     if published is None:
@@ -78,7 +84,7 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
         remarks.append(f"{folder}: left out {_HEAD}, a copy of the embeddings that the model ties")
         _leave_out(checkpointer, _HEAD)
     check_architecture(model, weights, folder)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first:
         for remark in filter(None, remarks):
             log.info(remark)
     return checkpointer, weights

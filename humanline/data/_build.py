@@ -14,8 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from humanline.data._batch_encoder import Disagreement
 from humanline.data._dataset import GroupDataset
 from humanline.data._encoded import GroupWriter, open_encoded
@@ -28,6 +26,7 @@ from humanline.data._record import BadRow, Record
 from humanline.data._schemas import FIELDS, RESPONSES, Example, find_schema
 from humanline.data._tally import Tally
 from humanline.errors import ConfigError, DataError
+from humanline.progress import Progress
 
 __all__ = ["build", "map_rows", "parse_text"]
 
@@ -74,7 +73,7 @@ def build(
     def encode(folder: Path) -> None:
         tally, writer = Tally(opened().name, options.split), GroupWriter(folder)
         rows = tally.counted(opened().read())
-        with tqdm(rows, desc=f"reading {tally.name}", unit=" rows", delay=2, leave=False) as bar:
+        with Progress(rows, desc=f"reading {tally.name}", unit=" rows", delay=2, leave=False) as bar:
             for found in groups_of(iter(bar), tally):
                 if (group := tally.fitted(found, budget)) is not None:
                     writer.add(group)

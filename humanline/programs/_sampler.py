@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
-from tqdm import tqdm
 
 from humanline.checkpoint import code_digest, named_files
 from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
@@ -16,6 +15,7 @@ from humanline.errors import ConfigError, DataError
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._partial_file import PartialFile
 from humanline.programs._whole_model import model_sources, whole_model
+from humanline.progress import Progress
 from humanline.rollout import Completion, Prompt, SamplingParams, TorchtuneEngine, read_prompts, token_ids
 
 log = utils.get_logger("INFO")
@@ -196,9 +196,7 @@ class Sampler:
         completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
         tokens = cut = 0
         start = time.perf_counter()
-        with tqdm(
-            total=len(self.prompts) * count, initial=len(rows) * count, unit="response", dynamic_ncols=True
-        ) as bar:
+        with Progress(total=len(self.prompts) * count, initial=len(rows) * count, unit="response") as bar:
             # The seed is the prompt's own index, whichever prompts are left.
             stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
             for place, sample, completion in stream:

@@ -4,12 +4,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
-from tqdm import tqdm
 
 from humanline.checkpoint import code_digest, named_files
 from humanline.config import component, date_is_open, dated_component
 from humanline.errors import DataError
 from humanline.programs._partial_file import PartialFile
+from humanline.progress import Progress
 from humanline.rollout import Prompt, Reward, checked_scores
 
 log = utils.get_logger("INFO")
@@ -97,7 +97,7 @@ class Scorer:
         scored = list(partial.rows)
         if scored:
             log.info(f"{len(scored):,} of {len(rows):,} prompts are scored already, in {partial.path}")
-        with tqdm(total=len(rows), initial=len(scored), desc="scoring", unit="prompt", dynamic_ncols=True) as bar:
+        with Progress(total=len(rows), initial=len(scored), desc="scoring", unit="prompt") as bar:
             while len(scored) < len(rows):
                 part = slice(len(scored), len(scored) + batch_size)
                 responses = [row["all_generated_responses"] for row in rows[part]]

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchtune import utils
-from tqdm import tqdm
 
 from humanline.data import Group, Rows
 from humanline.distributed import on_any_rank
 from humanline.errors import ConfigError, TrainingError
 from humanline.models import fixed_log_probs
+from humanline.progress import Progress
 from humanline.reference._reference import Reference, Strategy
 from humanline.reference._run_context import RunContext
 
@@ -166,7 +166,7 @@ class Window(Reference):
         known = _read(cache)
         written, start = set(known), time.monotonic()
         steps = range(1, self.total_steps + 1)
-        for step in tqdm(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False):
+        for step in Progress(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False):
             self._take([step], known)
             if step == self.total_steps or time.monotonic() - start > SECONDS_BETWEEN_WRITES:
                 _write(cache, {key: log_probs for key, log_probs in self.window.items() if key not in written})

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch.distributed as dist
+
 from humanline.models import LogProbDecoder
+from humanline.progress import Progress
 from humanline.rollout._sampling import SamplingParams
 
 
@@ -78,3 +81,9 @@ class Engine(ABC):
 
     def stop(self) -> None:
         """Called from another thread when the run must end; ``generate`` then raises Stopped soon."""
+
+
+def progress_of(responses: int) -> Progress:
+    """Returns the bar of a call that samples this many responses: on rank 0, once the call lasts two seconds."""
+    hidden = dist.is_initialized() and dist.get_rank() > 0
+    return Progress(total=responses, desc="sampling", unit="response", delay=2, leave=False, disable=hidden)

@@ -32,7 +32,7 @@ from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError, DataError, TrainingError
 from humanline.models import LogProbDecoder
 from humanline.rollout._connection import Connection, Gone, Refused
-from humanline.rollout._engine import Completion, Engine, EngineSettings
+from humanline.rollout._engine import Completion, Engine, EngineSettings, progress_of
 from humanline.rollout._reply import Reply, read_reply
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
@@ -276,9 +276,11 @@ class ServerEngine(Engine):
         pool = ThreadPool(max(1, min(self._max_concurrency, len(jobs))))
         try:
             results = pool.imap_unordered(lambda i: (i, self._draw(*jobs[i], params)), range(len(jobs)))
-            for _ in jobs:
-                i, completion = self._server.next_of(results)
-                drawn[i] = completion
+            with progress_of(len(jobs)) as bar:
+                for _ in jobs:
+                    i, completion = self._server.next_of(results)
+                    drawn[i] = completion
+                    bar.update()
         except BaseException:
             self._server.give_up()
             raise

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from humanline.models import LogProbDecoder, whole_weights
-from humanline.rollout._engine import Completion, Engine, EngineSettings
+from humanline.rollout._engine import Completion, Engine, EngineSettings, progress_of
 from humanline.rollout._sampling import SamplingParams
 from humanline.rollout._token_ids import token_ids
 from humanline.rollout._torchtune_engine import TorchtuneEngine
@@ -44,8 +44,8 @@ class PolicyEngine(Engine):
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """Returns the completions of this rank's prompts. All ranks call it together; a rank may have no prompts."""
-        with whole_weights(self.policy):
-            return self.engine.generate(prompts, params, seeds)
+        with whole_weights(self.policy), progress_of(len(prompts) * params.samples_per_prompt) as bar:
+            return self.engine.generate(prompts, params, seeds, bar)
 
     def stop(self) -> None:
         self.engine.stop()

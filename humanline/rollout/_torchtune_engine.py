@@ -23,6 +23,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from humanline.errors import ConfigError, Stopped
 from humanline.models import LogProbDecoder
+from humanline.progress import Progress
 from humanline.rollout._engine import Completion
 from humanline.rollout._kv_cache import KVCache, Prefill, Step, attached
 from humanline.rollout._sampling import SamplingParams, draw
@@ -92,12 +93,21 @@ class TorchtuneEngine:
         return next(self._model.parameters()).device
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None = None,
+        bar: Progress | None = None,
     ) -> list[list[Completion]]:
-        """Returns the completions of each prompt, in the order of the prompts. See :meth:`stream`."""
+        """Returns the completions of each prompt, in the order of the prompts, and counts them on ``bar``.
+
+        See :meth:`stream`.
+        """
         completions: list[dict[int, Completion]] = [{} for _ in prompts]
         for prompt, sample, completion in self.stream(prompts, params, seeds):
             completions[prompt][sample] = completion
+            if bar is not None:
+                bar.update()
         return [[samples[j] for j in range(params.samples_per_prompt)] for samples in completions]
 
     def stop(self) -> None:

@@ -1,10 +1,14 @@
 """Uploads a run's weights to the Hugging Face hub."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
+from torchtune import utils
 
 from humanline.errors import ConfigError, TrainingError
+
+log = utils.get_logger("INFO")
 
 
 def check_hub(repo: str | None) -> None:
@@ -40,4 +44,11 @@ def push_to_hub(folder: Path, repo: str, message: str) -> str:
     except Exception as error:  # of the hub, of several HTTP clients, or of its storage
         said = " ".join(str(error).split())[:300]
         raise TrainingError(f"push_to_hub: {said}; upload it later: hf upload {repo} {folder}") from error
+    for config in folder.rglob("adapter_config.json"):
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+        if Path(base).exists():
+            log.warning(
+                f"push_to_hub: {config.name} names this machine's folder {base} as the base model; in the repository, "
+                "set base_model_name_or_path to the model's name on the hub. Models that tune download fetched have it"
+            )
     return str(commit.commit_url)

@@ -5,10 +5,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 from torchtune import training, utils
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from humanline.config import component, listed
+from humanline.progress import Progress
 from humanline.torchtune_seam.log_table import log_table
 from humanline.training._collapse import CollapseWatch
 from humanline.training._environment import Environment
@@ -61,11 +61,11 @@ class Logbook:
         self.last: dict[str, tuple[int, float]] = dict(state.get("last", {})) if state is not None else {}
         self._has_warned = False
         self._open = ExitStack()
-        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._bar = Progress(disable=True)
 
     def show_bar(self, step: int, total_steps: int) -> None:
         """Shows a progress bar on rank 0 until :meth:`close_bar`; log lines appear above it."""
-        bar = tqdm(total=total_steps, initial=step, disable=self.rank != 0, unit="step")
+        bar = Progress(total=total_steps, initial=step, disable=self.rank != 0, unit="step")
         self._bar = self._open.enter_context(bar)
         self._open.enter_context(logging_redirect_tqdm([log]))
 

@@ -1,0 +1,54 @@
+"""Progress of long stages where the output is no terminal: a line now and then, in place of a bar."""
+
+import re
+
+import pytest
+
+from humanline import progress
+from humanline.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that have passed, for the bar and its lines."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def test_a_line_has_the_time_left_and_comes_at_most_every_ten_seconds(clock, capsys):
+    with Progress(total=100, unit="step") as bar:
+        for _ in range(25):
+            clock[0] += 1
+            bar.set_postfix({"loss": "0.69"}, refresh=False)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "10 of 100, 00:10 elapsed, 01:30 left, 1.00step/s, loss=0.69",
+        "20 of 100, 00:20 elapsed, 01:20 left, 1.00step/s, loss=0.69",
+        "25 of 100, 00:25 elapsed, 01:15 left, 1.00step/s, loss=0.69",
+    ]
+
+
+def test_a_short_stage_that_leaves_nothing_writes_nothing(clock, capsys):
+    with Progress(total=3, desc="sampling", leave=False) as bar:
+        bar.update(3)
+    with Progress(total=3, desc="sampling", disable=True) as bar:
+        clock[0] += 100
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_of_an_unknown_number_it_says_how_many(clock, capsys):
+    for _ in Progress(range(30).__iter__(), desc="reading pairs", unit=" rows", leave=False):
+        clock[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(re.match(r"reading pairs: \d+ rows \[00:\d\d,", line) for line in lines)
+
+
+def test_on_a_terminal_it_is_a_bar(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress(total=2) as bar:
+        bar.update(2)
+    assert re.search(r"100%\|.*\| 2/2 \[", capsys.readouterr().err)
