@@ -44,6 +44,7 @@ class Progress(tqdm):
 
     def _write(self) -> None:
         self.written_at, self.written = time.monotonic(), self.n
-        line = "{desc}{n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+        line = "{n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+        line = f"{self.desc}: {line}" if self.desc else line
         facts = self.format_dict | {"ncols": None} | ({"bar_format": line} if self.total else {})
         print(" ".join(self.format_meter(**facts).split()), file=sys.stderr, flush=True)

@@ -109,6 +109,15 @@ def test_compiled_layers_change_no_loss_on_one_device(trajectory, dtype, steps, 
     assert compiled == pytest.approx(plain, abs=tolerance)
 
 
+def test_compiled_layers_with_a_base_in_nf4_change_no_loss(trajectory):
+    run = quantize(with_lora(one_device(trajectory("dpo_7_k1"))))
+    run.config["enable_activation_checkpointing"] = True
+    plain = trained(run, "max_steps_per_epoch=3")
+    (run.folder / "logs" / "log.txt").unlink()
+    compiled = trained(run, "max_steps_per_epoch=3", "compile=True")
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
 def test_an_8_bit_optimizer_trains_an_adapter(trajectory):
     run = quantize(with_lora(one_device(trajectory("dpo_7_k1")), lora_rank=16))
     run.config["optimizer"] = {"_component_": "torchao.optim.AdamW8bit", "lr": 0.02}

@@ -17,14 +17,17 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_line_has_the_time_left_and_comes_at_most_every_ten_seconds(clock, capsys):
-    with Progress(total=100, unit="step") as bar:
+@pytest.mark.parametrize("desc", [None, "log-probs"])
+def test_a_line_has_the_time_left_and_comes_at_most_every_ten_seconds(desc, clock, capsys):
+    with Progress(total=100, desc=desc, unit="step") as bar:
         for _ in range(25):
             clock[0] += 1
             bar.set_postfix({"loss": "0.69"}, refresh=False)
             bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+    if desc:
+        assert all(line.startswith("log-probs: ") for line in lines)
+    assert [line.removeprefix("log-probs: ") for line in lines] == [
         "10 of 100, 00:10 elapsed, 01:30 left, 1.00step/s, loss=0.69",
         "20 of 100, 00:20 elapsed, 01:20 left, 1.00step/s, loss=0.69",
         "25 of 100, 00:25 elapsed, 01:15 left, 1.00step/s, loss=0.69",

@@ -166,7 +166,9 @@ class Window(Reference):
         known = _read(cache)
         written, start = set(known), time.monotonic()
         steps = range(1, self.total_steps + 1)
-        for step in Progress(steps, desc="log-probs of the frozen reference", disable=dist.get_rank() > 0, leave=False):
+        hidden = dist.get_rank() > 0
+        bar = Progress(steps, desc="log-probs of the frozen reference", unit="step", disable=hidden, leave=False)
+        for step in bar:
             self._take([step], known)
             if step == self.total_steps or time.monotonic() - start > SECONDS_BETWEEN_WRITES:
                 _write(cache, {key: log_probs for key, log_probs in self.window.items() if key not in written})
