@@ -5,6 +5,7 @@ The filters must exist before those packages log, so ``humanline`` imports this 
 
 import functools
 import logging
+import warnings
 
 _NOISE = (
     # torchao's compiled kernels need another torch version. Nothing here uses them.
@@ -20,7 +21,8 @@ _NOISE = (
 
 
 def hide_noise() -> None:
-    """Hides the lines above and no other lines of their loggers."""
+    """Hides the lines above and no other lines of their loggers, and tqdm's wish for a package in notebooks."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
     for name, words in _NOISE:
         logging.getLogger(name).addFilter(functools.partial(_is_news, words))
 

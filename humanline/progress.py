@@ -24,7 +24,7 @@ class Progress(tqdm):
         """Shows the bar; as a line, only if the last is ten seconds old."""
         if not self.plain:
             return super().display(msg, pos)
-        if time.monotonic() - self.written_at >= SECONDS:
+        if self.n != self.written and time.monotonic() - self.written_at >= SECONDS:
             self._write()
 
     def clear(self, nolock: bool = False) -> None:

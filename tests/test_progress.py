@@ -55,3 +55,12 @@ def test_on_a_terminal_it_is_a_bar(clock, capsys, monkeypatch):
     with Progress(total=2) as bar:
         bar.update(2)
     assert re.search(r"100%\|.*\| 2/2 \[", capsys.readouterr().err)
+
+
+def test_what_is_shown_again_is_not_written_again(clock, capsys):
+    with Progress(total=2) as bar:
+        clock[0] += 20
+        bar.update(2)
+        clock[0] += 20
+        bar.refresh()
+    assert len(capsys.readouterr().err.splitlines()) == 1
