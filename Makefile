@@ -3,8 +3,8 @@
 # an index of CPU wheels to avoid most of that.
 
 PYTHON ?= python3
-# The demo's objective: dpo, kto, grpo or dpo_lora.
-OBJECTIVE ?= dpo
+# The demo's objective: grpo, dpo, kto or dpo_lora.
+OBJECTIVE ?= grpo
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed

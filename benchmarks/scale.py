@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import humanline  # noqa: F401, hides notices of other packages
+
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 VOCABULARY, DIM, LAYERS, HEADS, HIDDEN = 49152, 64, 2, 2, 128
@@ -90,7 +92,7 @@ def train(folder: Path, objective: str, data: Path, groups: int, ranks: int = 1,
         "dataset.source": data,
         "dataset_val": "null",
         "run_val_every_n_steps": "null",
-        "batch_size": groups,
+        "batch_size": groups // ranks,
         "max_steps_per_epoch": steps,
         "save_every_n_steps": "null",
         "tokens_per_row": 1024,

@@ -89,7 +89,6 @@ def main() -> None:
         measured[name] = measure(output / "epoch_0", folder / f"{name.replace(' ', '_')}.json")
     outputs = [output for output, _ in runs.values()]
     call(BIN / "humanline", "report", *outputs, "--output", folder / "report.html")
-    draw(measured, folder / "demo.png")
 
     print(f"\n{'':18}{'pass@1 of 240 sums':26}training")
     for name, each in measured.items():
@@ -100,6 +99,7 @@ def main() -> None:
         print(f"  {prompt}")
         for name, found in answers.items():
             print(f"    {name:17}{found[i][1]}")
+    draw(measured, folder / "demo.png")
     seconds = time.perf_counter() - start
     print(f"\n{seconds / 60:.0f} min in all. The picture and the report: {folder.relative_to(ROOT)}")
 

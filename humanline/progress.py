@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -10,13 +11,15 @@ SECONDS = 10.0  # at least, between two plain lines
 
 
 class Progress(tqdm):
-    """tqdm's bar, with its arguments, for the terminal; otherwise lines, the first after ten seconds.
+    """tqdm's bar, with its arguments, for the terminal; otherwise lines, at most one every ten seconds.
 
-    A line has what is done, of how much, the time so far, the time left, the speed, and the bar's postfix.
+    A line has what is done, of how much, the time so far, the time left, the speed, and the bar's postfix. A bar that
+    stays on a terminal (``leave``) ends with a line. Where lines cannot be written, as on a full disk, there are none.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        self.plain, self.written_at, self.written = not sys.stderr.isatty(), time.monotonic(), -1
+        self.plain = not (sys.stderr and not sys.stderr.closed and sys.stderr.isatty())
+        self.written_at, self.written = time.monotonic(), settings.get("initial", 0)
         self.disable: bool  # without type in tqdm's stubs
         super().__init__(*arguments, dynamic_ncols=True, **settings)
 
@@ -24,7 +27,7 @@ class Progress(tqdm):
         """Shows the bar; as a line, only if the last is ten seconds old."""
         if not self.plain:
             return super().display(msg, pos)
-        if self.n != self.written and time.monotonic() - self.written_at >= SECONDS:
+        if time.monotonic() - self.written_at >= SECONDS:
             self._write()
 
     def clear(self, nolock: bool = False) -> None:
@@ -33,18 +36,20 @@ class Progress(tqdm):
             super().clear(nolock)
 
     def close(self) -> None:
-        """Ends the bar. The last line says what was done, if an earlier one was written or the bar is to stay."""
+        """Ends the bar, with a last line if it is to stay or has an earlier one."""
         if not self.plain:
             super().close()
         elif not self.disable:
             self.disable = True
             self._decr_instances(self)
-            if self.n != self.written and (self.leave or self.written >= 0):
+            if self.leave or self.written > self.initial:
                 self._write()
 
     def _write(self) -> None:
+        if self.n == self.written or sys.stderr is None:
+            return
         self.written_at, self.written = time.monotonic(), self.n
-        line = "{n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
-        line = f"{self.desc}: {line}" if self.desc else line
-        facts = self.format_dict | {"ncols": None} | ({"bar_format": line} if self.total else {})
-        print(" ".join(self.format_meter(**facts).split()), file=sys.stderr, flush=True)
+        line = "{desc}: " * bool(self.desc) + "{n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"
+        facts = self.format_dict | {"ncols": None} | ({"bar_format": line + "{postfix}"} if self.total else {})
+        with suppress(OSError, ValueError):
+            print(" ".join(self.format_meter(**facts).split()), file=sys.stderr, flush=True)

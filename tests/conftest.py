@@ -18,8 +18,10 @@ import yaml
 from hypothesis import settings
 from ranks import Ranks
 
-# Before any test imports torchtune, which imports with today's torchao through humanline.
 from humanline._garbage import spare_imports
+
+# Before any test imports torchtune, which imports with today's torchao through humanline.
+from humanline.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT / "tests" / "data" / "cases"  # small inputs that real users' data look like
@@ -240,6 +242,18 @@ def run_recipe(recipe: Path, config: dict, folder: Path) -> tuple[int, str]:
 def trajectory(tmp_path):
     """``trajectory(name)`` lays a golden trajectory out in a folder of its own."""
     return lambda name: TrajectoryRun(name, tmp_path / name)
+
+
+def counted(monkeypatch, engine):
+    """The bars of an engine's calls from now on, which keep what was counted."""
+    bars = []
+
+    def bar(responses):
+        bars.append(Progress(total=responses, leave=False))
+        return bars[-1]
+
+    monkeypatch.setattr(f"humanline.rollout.{engine}.progress_of", bar)
+    return bars
 
 
 def loss_and_metrics(loss):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from completions_server import answer
+from conftest import counted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.import_utils import is_serve_available
@@ -152,12 +153,14 @@ def as_sets(rows: list[list[Completion]]) -> list[set]:
 # ---- The protocol
 
 
-def test_completions_are_the_ids_that_the_server_sampled_with_their_log_probs(folder, tokenizer, prompts):
+def test_completions_are_the_ids_that_the_server_sampled_with_their_log_probs(folder, tokenizer, prompts, monkeypatch):
+    bars = counted(monkeypatch, "_http_engine")
     with Server(folder) as server:
         completions = engine_for(server, tokenizer).generate(prompts, PARAMS, SEEDS)
         assert as_sets(completions) == as_sets(expected(server, tokenizer, prompts))
         assert all(isinstance(line["prompt"], list) for line in server.answered())
     samples = [sample for row in completions for sample in row]
+    assert [(bar.n, bar.total) for bar in bars] == [(len(samples), len(samples))]
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
     assert all(sample.logps == [-id / 100 for id in sample.tokens] for sample in samples)
 

@@ -1,11 +1,15 @@
 """docs/humanline.ipynb, run from its first cell to its last with fewer steps and sums than it has."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from test_smollm2 import folder  # noqa: F401, a fixture
 
 NOTEBOOK = ROOT / "docs" / "humanline.ipynb"
 
@@ -27,8 +31,9 @@ def test_what_is_in_it_is_of_a_whole_run():
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path):
-    (ROOT / "models").mkdir(exist_ok=True)
+def test_it_runs(tmp_path, monkeypatch, folder):  # noqa: F811
+    assert folder.is_relative_to(ROOT / "models")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for name in ("recipes", "configs", "demo", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(NOTEBOOK, 4)
@@ -37,7 +42,5 @@ def test_it_runs(tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     figures = json.loads((tmp_path / "outputs/notebook/after.json").read_text())["figures"]
     assert 0 <= figures["pass@1"]["mean"] <= 1
-    assert (
-        sum("image/png" in output.get("data", ()) for cell in notebook.cells for output in cell.get("outputs", ())) == 3
-    )
+    assert images(notebook.cells) == 3
     assert (tmp_path / "outputs/notebook/run/epoch_0/adapter_model.safetensors").is_file()

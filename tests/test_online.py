@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TrajectoryRun, logged_steps, wait_until
+from conftest import TrajectoryRun, counted, logged_steps, wait_until
 from safetensors.torch import load_file, save_file
 from test_http_engine import Server, write_tokenizer
 from test_rewards import judge, says
@@ -397,6 +397,13 @@ def test_an_engine_that_is_stopped_samples_no_further_token_and_leaves_the_polic
         engine.generate([[1, 2]], SamplingParams(max_new_tokens=100), seeds=[1])
     hook.remove()
     assert len(passes) == 5 and torch.equal(decoder(ids), before)
+
+
+def test_an_engine_counts_what_it_has_sampled(monkeypatch):
+    bars = counted(monkeypatch, "_in_process")
+    engine = InProcessEngine(batch_size=4).build(Letters(), LogProbDecoder(llama3(256, 2, 4, 2, 64, 128)))
+    engine.generate([[1, 2], [3]], SamplingParams(max_new_tokens=3, samples_per_prompt=3), seeds=[1, 2])
+    assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]
 
 
 def test_a_reward_that_leaves_responses_out_is_refused(trajectory):

@@ -65,7 +65,8 @@ TINY = {
 
 @pytest.mark.parametrize("fake", [False, True])
 def test_a_storage_counts_from_its_first_byte_to_its_last_reference(fake):
-    meter = Meter(vocabulary=50)
+    meter = Meter(embed_dim=256)
+    meter.moment = (1, "head")
     with FakeTensorMode() if fake else torch.no_grad(), meter:
         with meter.label("weights"):
             weights = torch.zeros(1024, 1024)

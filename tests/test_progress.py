@@ -1,6 +1,9 @@
 """Progress of long stages where the output is no terminal: a line now and then, in place of a bar."""
 
+import io
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +67,18 @@ def test_what_is_shown_again_is_not_written_again(clock, capsys):
         clock[0] += 20
         bar.refresh()
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stream", [None, "closed", "full"])
+def test_an_output_that_takes_nothing_ends_no_run(stream, clock, monkeypatch):
+    full = Path("/dev/full").open("w")
+    if stream == "closed":
+        full.close()
+    monkeypatch.setattr(progress.sys, "stderr", full if stream else None)
+    with Progress(total=2, file=io.StringIO()) as bar:
+        clock[0] += 20
+        bar.update(2)
+    assert bar.n == 2
+    monkeypatch.undo()
+    with suppress(OSError):
+        full.close()

@@ -75,7 +75,7 @@ def read_decoder_weights(cfg: DictConfig, model: TransformerDecoder) -> tuple[An
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     size = sum(size for _, size, _ in named_files(str(folder)))
     if is_first and size > _ANNOUNCED:
-        log.info(f"{folder}: reading {size / 1e9:.1f} GB of weights")
+        log.info(f"{folder}: reading the weights; it holds {size / 1e9:.1f} GB")
     checkpointer, weights = read_weights(cfg)
     _leave_out(checkpointer, "rotary_emb.inv_freq")  # tables in Llama 2's files, which are computed here
     if published is None:

@@ -54,8 +54,9 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        chosen, total, products = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
+        total, products = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2))
         peak = torch.full_like(total, torch.finfo(torch.float32).min)
+        chosen = torch.full_like(total, torch.nan)  # stays for a target outside of the vocabulary
         for piece in _pieces(hidden, weight):
             logits = _logits(hidden, weight[piece], soft_cap, temperature)
             index, inside = _targets_in(piece, targets)
@@ -136,7 +137,10 @@ def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None, temperature:
 
 
 def _exp_(logits: Tensor, keep: bool = False) -> Tensor:
-    """Computes ``exp`` in place, or with ``keep`` in a new tensor; on a CPU without denormals, 30 times as slow."""
+    """Computes ``exp`` in place, or with ``keep`` in a new tensor.
+
+    On a CPU, logits below -87 are raised to it first: ``exp`` would give denormal numbers, 30 times as slowly.
+    """
     if logits.device.type == "cpu":
         logits.clamp_(min=-87.0)  # exp(-87) is 1.6e-38
     return logits.exp() if keep else logits.exp_()

@@ -30,7 +30,7 @@ class Meter(TorchDispatchMode):
     """A mode that counts every new storage under the current label until the storage is freed.
 
     Args:
-        vocabulary (int): matrices with this number of columns count as logits.
+        embed_dim (int): matrices that the head makes with another number of columns count as logits.
 
     Attributes:
         moment (tuple[Any, ...]): name of the current phase of the step.
@@ -39,9 +39,9 @@ class Meter(TorchDispatchMode):
             pairs of tokens.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
+        self.embed_dim = embed_dim
         self.now: Counter[str] = Counter()
         self.moment: tuple[Any, ...] = ()
         self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
@@ -108,7 +108,8 @@ class Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._labels:
             return
-        is_logits = tensor.dim() == 2 and tensor.size(1) == self.vocabulary and self._label == "activations"
+        in_head = self.moment[-1:] == ("head",) and self._label == "activations"
+        is_logits = in_head and tensor.dim() == 2 and tensor.size(1) not in (1, self.embed_dim)
         entry = ["logits" if is_logits else self._label, 0]
         self._labels[storage] = entry
         weakref.finalize(storage, self._free, entry)

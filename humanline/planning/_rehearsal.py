@@ -92,15 +92,15 @@ def rehearse(cfg: DictConfig, ranks: int) -> Estimate:
     with torch.device("meta"):
         shape = build_decoder(cfg)
     check_adapter(shape, ranks, settings.data_parallel_replicate_dim)
-    vocabulary = shape.tok_embeddings.num_embeddings
+    dim = shape.tok_embeddings.embedding_dim
     taken = None
     if (planned := depths(shape.layers)) is not None:
         fewer, more, times = planned
-        first, second = (_take(cfg, ranks, vocabulary, count, period=more - fewer) for count in (fewer, more))
+        first, second = (_take(cfg, ranks, dim, count, period=more - fewer) for count in (fewer, more))
         if first.peaks.keys() == second.peaks.keys():
             taken = _extrapolated(first, second, times)
     if taken is None:
-        taken = _take(cfg, ranks, vocabulary, len(shape.layers), period=1)
+        taken = _take(cfg, ranks, dim, len(shape.layers), period=1)
     peak = max(taken.peaks.values(), key=Counter.total)
     passes = settings.gradient_accumulation_steps * -(-settings.batch_size // settings.rows_per_pass)
     tokens = settings.rows_per_pass * settings.tokens_per_row
@@ -116,10 +116,10 @@ class _Taken(NamedTuple):
     checkpoint: int
 
 
-def _take(cfg: DictConfig, ranks: int, vocabulary: int, layers: int, period: int) -> _Taken:
+def _take(cfg: DictConfig, ranks: int, embed_dim: int, layers: int, period: int) -> _Taken:
     """Runs the two steps with ``layers`` of the model's layers, which repeat after ``period`` layers."""
     settings = Settings.from_config(cfg)
-    mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(vocabulary)
+    mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter(embed_dim)
     with _ranks(ranks), logits_as_on(settings.device):
         mesh = mesh_of(CPU, settings.data_parallel_replicate_dim)  # outside of the mode
         with mode, meter:

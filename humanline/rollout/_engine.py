@@ -84,6 +84,9 @@ class Engine(ABC):
 
 
 def progress_of(responses: int) -> Progress:
-    """Returns the bar of a call that samples this many responses: on rank 0, once the call lasts two seconds."""
+    """Returns the bar of a call that samples this many responses of this rank.
+
+    It is shown on rank 0, once the call lasts two seconds.
+    """
     hidden = dist.is_initialized() and dist.get_rank() > 0
     return Progress(total=responses, desc="sampling", unit="response", delay=2, leave=False, disable=hidden)

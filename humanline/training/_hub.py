@@ -45,8 +45,8 @@ def push_to_hub(folder: Path, repo: str, message: str) -> str:
         said = " ".join(str(error).split())[:300]
         raise TrainingError(f"push_to_hub: {said}; upload it later: hf upload {repo} {folder}") from error
     for config in folder.rglob("adapter_config.json"):
-        base = json.loads(config.read_text())["base_model_name_or_path"]
-        if Path(base).exists():
+        base = json.loads(config.read_text()).get("base_model_name_or_path")
+        if base and Path(base).exists():
             log.warning(
                 f"push_to_hub: {config.name} names this machine's folder {base} as the base model; in the repository, "
                 "set base_model_name_or_path to the model's name on the hub. Models that tune download fetched have it"

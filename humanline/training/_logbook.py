@@ -67,7 +67,7 @@ class Logbook:
         """Shows a progress bar on rank 0 until :meth:`close_bar`; log lines appear above it."""
         bar = Progress(total=total_steps, initial=step, disable=self.rank != 0, unit="step")
         self._bar = self._open.enter_context(bar)
-        self._open.enter_context(logging_redirect_tqdm([log]))
+        self._open.enter_context(logging_redirect_tqdm([log], tqdm_class=Progress))
 
     def close_bar(self) -> None:
         self._open.close()
