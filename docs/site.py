@@ -18,6 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)(#[^)\s]*)?(\))")
+_NOTEBOOK = re.compile(r"(\]\((?!\w+:)[^)\s#]+)\.ipynb(#[^)\s]*)?\)")
 _ROLE = re.compile(r":(?:class|func|meth|attr|mod|data|exc|math):`~?([^`]+)`")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash"}
 
@@ -50,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         to = posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
         return f"{match[1]}{to}{match[3] or ''}{match[4]}"
 
-    return _LINK.sub(to_page, markdown.replace(".ipynb)", ".md)"))
+    return _LINK.sub(to_page, _NOTEBOOK.sub(r"\1.md\2)", markdown))
 
 
 def _pages(notebook: File) -> dict[str, str | bytes]:
@@ -64,10 +65,10 @@ def _pages(notebook: File) -> dict[str, str | bytes]:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
-                image = f"figures/{posixpath.basename(name)}_{len(images)}.png"
+                image = f"{name}_{len(images)}.png"
                 images[image] = base64.b64decode("".join(data["image/png"]))
-                parts.append(f"![{''.join(data['text/plain'])}]({image})")
-            elif text := "".join(output.get("text", ())):
+                parts.append(f"![{''.join(data['text/plain'])}]({posixpath.basename(image)})")
+            elif text := "".join(output.get("text", data.get("text/plain", ()))):
                 parts.append(f"```text\n{text.rstrip()}\n```")
     return {f"{name}.md": "\n\n".join(parts) + "\n", **images}
 

@@ -40,3 +40,11 @@ def test_a_recipe_that_a_page_links_to_is_a_page(site):
     assert 'href="../files/recipes/humanline_dpo_distributed.py/"' in (site / "architecture" / "index.html").read_text()
     recipe = (site / "files" / "recipes" / "humanline_dpo_distributed.py" / "index.html").read_text()
     assert "before_optimizer_step" in recipe
+
+
+def test_a_notebook_is_a_page_with_its_outputs_and_pictures(site):
+    page = (site / "humanline" / "index.html").read_text()
+    assert "held-out sums" in page and "pass@1" in page
+    pictures = re.findall(r'<img [^>]*src="([^"]+\.png)"', page)
+    assert len(pictures) == 3 and all((site / "humanline" / picture).is_file() for picture in pictures)
+    assert 'href="../humanline/"' in (site / "quickstart" / "index.html").read_text()
