@@ -43,4 +43,4 @@ def test_it_runs(tmp_path, monkeypatch, folder):  # noqa: F811
     figures = json.loads((tmp_path / "outputs/notebook/after.json").read_text())["figures"]
     assert 0 <= figures["pass@1"]["mean"] <= 1
     assert images(notebook.cells) == 3
-    assert (tmp_path / "outputs/notebook/run/epoch_0/adapter_model.safetensors").is_file()
+    assert (tmp_path / "outputs/notebook/run/epoch_0/adapter/adapter_model.safetensors").is_file()
