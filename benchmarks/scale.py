@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--plot docs/figures/scale.svg]
 
-The recipes themselves train a Llama of two small layers and SmolLM2's vocabulary on made-up answers of 6 to 70 tokens
+The recipes themselves train a Llama of two small layers and SmolLM2's vocabulary on made-up answers of 5 to 70 tokens
 to sums, so that what does not belong to the model weighs as much as it can. Each point is a process of its own, with
 one thread a rank. The tables have the median time of the steps after the first, in all and for each pair or response,
 the largest resident set of rank 0, and for rows of data the time until the first step begins, at a first and a second
@@ -124,16 +124,16 @@ def measure(folder: Path) -> Iterator[tuple[str, int, Point]]:
     write_groups(data, STEPS * max(PAIRS), 2)
     for ranks in (1, 2):
         for pairs in PAIRS:
-            yield f"pairs a step, ranks: {ranks}", pairs, {**train(folder, "dpo", data, pairs, ranks), "of": pairs}
+            yield f"pairs a step, ranks: {ranks}", pairs, {**train(folder, "dpo", data, pairs, ranks), "items": pairs}
     for responses in RESPONSES:
         groups = RESPONSES_A_STEP // responses
         write_groups(data, STEPS * groups, responses)
         point = train(folder, "grpo", data, groups)
-        yield f"responses a group, {RESPONSES_A_STEP} a step", responses, {**point, "of": RESPONSES_A_STEP}
+        yield f"responses a group, {RESPONSES_A_STEP} a step", responses, {**point, "items": RESPONSES_A_STEP}
     for rows in ROWS:
         write_groups(data, rows, 2)
         first, second = (train(folder, "dpo", data, 16, steps=3) for _ in range(2))
-        yield "rows of data", rows, {**first, "second": second["start"], "of": 16}
+        yield "rows of data", rows, {**first, "second": second["start"], "items": 16}
 
 
 def tables(points: Iterable[tuple[str, int, Point]]) -> dict[str, dict[int, Point]]:
@@ -146,7 +146,7 @@ def tables(points: Iterable[tuple[str, int, Point]]) -> dict[str, dict[int, Poin
             print(f"\n| {name} | s a step | ms a {each} | peak GB {start}|\n" + "|---" * (6 if start else 4) + "|")
         found.setdefault(name, {})[amount] = point
         start = f"| {point['start']:.1f} | {point['second']:.1f} " if "second" in point else ""
-        share = 1e3 * point["step"] / point["of"]
+        share = 1e3 * point["step"] / point["items"]
         print(f"| {amount} | {point['step']:.2f} | {share:.1f} | {point['peak']:.2f} {start}|", flush=True)
     return found
 

@@ -67,10 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Aligns SmolLM2-135M-Instruct on sums and measures it.")
     parser.add_argument("objective", choices=("grpo", "dpo", "kto", "dpo_lora"), default="grpo", nargs="?")
     objective = parser.parse_args().objective
-    method, lora = objective.upper().split("_")[0], objective.endswith("lora")
+    method = objective.upper().split("_")[0]
+    config = f"configs/smollm2_135m_{objective}.yaml"
+    recipe = (ROOT / config).read_text().split()[2].rstrip(",")  # the first line is "# recipe: NAME"
     folder = ROOT / "outputs" / f"demo_{objective}"
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = f"recipes/humanline_{method.lower()}_{'single_device' if lora else 'distributed'}"
     runs = {
         f"plain {method}": (ROOT / "outputs" / f"smollm2_135m_{objective}", PLAIN),
         f"humanline {method}": (ROOT / "outputs" / f"smollm2_135m_humanline_{objective}", ()),
@@ -78,23 +79,25 @@ def main() -> None:
 
     start = time.perf_counter()
     call(sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", MODEL)
-    measured = {"untrained": measure(MODEL, folder / "untrained.json")}
+    samples = {name: folder / f"{name.replace(' ', '_')}.json" for name in ("untrained", *runs)}
+    measured = {"untrained": measure(MODEL, samples["untrained"])}
     trained = {"untrained": ""}
     for name, (output, overrides) in runs.items():
         shutil.rmtree(output / "logs", ignore_errors=True)  # the new run replaces the other files itself
         began = time.perf_counter()
-        config = f"configs/smollm2_135m_{objective}.yaml"
-        call(BIN / "tune", "run", recipe, "--config", config, f"output_dir={output.relative_to(ROOT)}", *overrides)
+        own = [f"output_dir={output.relative_to(ROOT)}", *overrides]
+        call(BIN / "tune", "run", f"recipes/{recipe}", "--config", config, *own)
         trained[name] = f"{time.perf_counter() - began:.0f} s"
-        measured[name] = measure(output / "epoch_0", folder / f"{name.replace(' ', '_')}.json")
+        measured[name] = measure(output / "epoch_0", samples[name])
     outputs = [output for output, _ in runs.values()]
     call(BIN / "humanline", "report", *outputs, "--output", folder / "report.html")
 
-    print(f"\n{'':18}{'pass@1 of 240 sums':26}training")
+    sums = len(samples["untrained"].with_suffix(".jsonl").read_text().splitlines())
+    print(f"\n{'':18}{f'pass@1 of {sums} sums':26}training")
     for name, each in measured.items():
         print(f"{name:18}{each['mean']:6.1%}  [{each['low']:5.1%}, {each['high']:5.1%}]   {trained[name]}")
     print("\nThe first held-out sums:")
-    answers = {name: first_answers(folder / f"{name.replace(' ', '_')}.json") for name in measured}
+    answers = {name: first_answers(output) for name, output in samples.items()}
     for i, (prompt, _) in enumerate(answers["untrained"]):
         print(f"  {prompt}")
         for name, found in answers.items():

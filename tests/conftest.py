@@ -18,9 +18,8 @@ import yaml
 from hypothesis import settings
 from ranks import Ranks
 
-from humanline._garbage import spare_imports
-
 # Before any test imports torchtune, which imports with today's torchao through humanline.
+from humanline._garbage import spare_imports
 from humanline.progress import Progress
 
 ROOT = Path(__file__).parent.parent

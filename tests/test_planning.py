@@ -162,6 +162,11 @@ def test_weights_gradients_and_states_are_four_copies_of_the_parameters(objectiv
     assert peak["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)
 
 
+def test_the_logits_of_the_head_are_counted_as_logits():
+    peak = rehearsed(config("qwen2_5_1_5b_lora"), 1).peak
+    assert 2**28 < peak["logits"] < 4 * 2**28  # a piece in float32, its gradient, and copies in bfloat16
+
+
 def test_ranks_divide_what_is_sharded_and_gather_it_layer_by_layer():
     one, eight = (rehearsed(config("llama3_8b_offline"), ranks).peak for ranks in (1, 8))
     for label in ("weights", "gradients", "optimizer"):

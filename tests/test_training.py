@@ -194,6 +194,15 @@ def test_bf16_weights_with_stochastic_rounding_train(trajectory):
     assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
 
 
+def test_what_takes_long_is_announced(trajectory, caplog, monkeypatch):
+    monkeypatch.setattr("humanline.checkpoint._weights._ANNOUNCED", 0)
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    run = trajectory(RUN)
+    assert_trained(run, "compile=True", "max_steps_per_epoch=1")
+    assert f"{run.folder / 'model'}: reading the weights; it holds 0.0 GB" in caplog.text
+    assert "compile: the first step also compiles the layers" in caplog.text
+
+
 def test_bf16_weights_without_stochastic_rounding_are_warned_of(trajectory, caplog):
     run = trajectory(RUN)
     assert_trained(run, "dtype=bf16", "master_dtype=bf16", "max_steps_per_epoch=1")

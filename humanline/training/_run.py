@@ -391,8 +391,8 @@ class Run:
             log.warning(f"device: {settings.device} is not available; training on {self.device.type} instead")
         ranks = f"{self.world_size} process{'es' * (self.world_size > 1)}"
         log.info(f"{self.source.groups_per_step} groups per step on {ranks}, {self.total_steps} steps")
-        slow = ["compile: the first step also compiles the layers, which takes a minute or more"] * settings.compile
-        for note in slow + data.left_out():
+        notes = ["compile: the first step also compiles the layers, which takes a minute or more"] * settings.compile
+        for note in notes + data.left_out():
             log.info(note)
 
 
