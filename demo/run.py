@@ -95,7 +95,7 @@ def main() -> None:
     sums = len(samples["untrained"].with_suffix(".jsonl").read_text().splitlines())
     print(f"\n{'':18}{f'pass@1 of {sums} sums':26}training")
     for name, each in measured.items():
-        print(f"{name:18}{each['mean']:6.1%}  [{each['low']:5.1%}, {each['high']:5.1%}]   {trained[name]}")
+        print(f"{name:18}{each['mean']:6.1%}  [{each['low']:5.1%}, {each['high']:5.1%}]   {trained[name]}".rstrip())
     print("\nThe first held-out sums:")
     answers = {name: first_answers(output) for name, output in samples.items()}
     for i, (prompt, _) in enumerate(answers["untrained"]):
