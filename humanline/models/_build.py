@@ -16,6 +16,7 @@ from torchtune.modules.common_utils import NF4Tensor  # its place in torchao dep
 
 from humanline.errors import ConfigError
 from humanline.models._adapter import adapter_modules, freeze_base, quantized_like
+from humanline.models._cpu_products import speed_up_bf16_products
 from humanline.models._eager_modules import use_eager_modules
 from humanline.models._load import fill_rotary_tables
 from humanline.models._policy import LogProbDecoder
@@ -110,6 +111,8 @@ def design_model(
         model = LogProbDecoder(build())
     if not compile:  # a compiled layer fuses torchtune's operations
         use_eager_modules(model, device)
+    if device.type == "cpu":
+        speed_up_bf16_products()
     model.compute_dtype = compute_dtype
     if adapter_modules(model):
         freeze_base(model, param_dtype)
