@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from replicate import EXPERIMENTS, STEPS, Arm, key  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "docs" / "replication.json"
+PROCESSOR = "AMD EPYC"  # of the runs whose costs are shown, and of the first ones, which do not name theirs
 PLACE = re.compile(r"(<!-- experiment: (\w+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -33,7 +34,7 @@ def results_of(arm: Arm, results: Iterable[Result]) -> list[Result]:
 
 def label(arm: Arm) -> str:
     if arm.data == "none":
-        return f"untrained {arm.model}"
+        return "untrained"
     data = {"initial": "offline", "initial_x4": "offline, 4 x the data"}.get(arm.data, arm.data.replace("_", " "))
     clip = "no clip" if arm.clip is None else f"clip [{arm.clip[0]:g}, {arm.clip[1]:g}]"
     sync = "never synced" if arm.sync is None else f"synced every {arm.sync}"
@@ -51,11 +52,10 @@ def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
     for arm in arms:
         if not (runs := results_of(arm, results)):
             continue
-        each = "; ".join(
-            f"{run['pass@1']['mean']:.1%} [{run['pass@1']['low']:.1%}, {run['pass@1']['high']:.1%}]" for run in runs
-        )
+        each = "<br>".join(map(_mean_and_interval, runs))
         # A resumed run's time lacks that of the attempt before.
-        seconds = [run["cpu_seconds"] for run in runs if "cpu_seconds" in run and not run["resumed"]]
+        timed = [run for run in runs if "cpu_seconds" in run and not run["resumed"]]
+        seconds = [run["cpu_seconds"] for run in timed if run.get("processor", PROCESSOR) == PROCESSOR]
         cells = [
             label(arm),
             each,
@@ -69,6 +69,11 @@ def table(arms: Sequence[Arm], results: Sequence[Result]) -> str:
     if missing := sum(not results_of(arm, results) for arm in arms):
         lines += ["", f"Not measured yet: {missing} of {len(arms)} rows."]
     return "\n".join(lines) + "\n"
+
+
+def _mean_and_interval(run: Result) -> str:
+    mean, low, high = (f"{run['pass@1'][end]:.1%}" for end in ("mean", "low", "high"))
+    return f"{mean}&nbsp;[{low},&nbsp;{high}]"  # on one line
 
 
 def curves(arms: Sequence[Arm], results: Sequence[Result]) -> str:
