@@ -180,6 +180,28 @@ def test_bounds_and_syncs_are_in_the_figure_of_log_ratios(tmp_path):
     assert traces["1st percentile"].y == tuple(-step for step in range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "range_", "scale", "title"),
+    [
+        ("lr", [2e-5] * 40, (0, 2.5e-5), None, "Learning rate"),
+        ("rewards/mean", [-2.0] * 40, (-2.5, 0), None, "Reward"),
+        ("loss", [*range(20), *range(20), 5000], (-17.6, 37.3), None, "Loss (1 of 42 values lie outside)"),
+        ("loss", [*range(20), *range(20), 50], None, None, "Loss"),
+        ("grad_norm", [*range(1, 40), 1e6], None, "log", "Gradient norm"),
+        ("rewards/accuracies", [*[1.0] * 39, 0.5], None, None, "Accuracy"),
+        ("loss", [float("nan"), 1.0], None, None, "Loss"),
+    ],
+)
+def test_no_outlier_or_constant_flattens_a_curve(tmp_path, metric, values, range_, scale, title):
+    lines = [f"Step {step} | {metric}:{value} \n" for step, value in enumerate(values, 1)]
+    run = read(write_run(tmp_path / "run", steps=range(0), lines=lines))
+    drawn = {figure.data[0].name: figure for figure in figures([run])["Training"]}
+    figure = drawn[metric]
+    assert figure.layout.title.text == title
+    assert figure.layout.yaxis.range == (range_ and pytest.approx(range_))
+    assert figure.layout.yaxis.type == scale
+
+
 def test_a_metric_that_nobody_knows_is_drawn_too(tmp_path):
     run = read(write_run(tmp_path / "run", lines=["Step 12 | my/metric:3.0 \n"]))
     assert [figure.layout.title.text for figure in figures([run])["Other metrics"]] == ["my/metric"]

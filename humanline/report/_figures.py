@@ -111,8 +111,7 @@ def over_steps(plot: Plot, runs: Sequence[RunLog]) -> go.Figure:
     ):
         line = {"color": "#888888", "dash": _DASHES[place % len(_DASHES)]}
         figure.add_scatter(x=[None], y=[None], name=metric, mode="lines", line=line)
-    if "nats a token" in plot.unit and _ranges_over_decades(plot, runs):
-        figure.update_yaxes(type="log", exponentformat="power")
+    _fit_axis(figure, plot, [y for _, _, metric, run in _series(plot, runs) for y in run.metrics[metric].values()])
     return figure
 
 
@@ -184,13 +183,27 @@ def _empty(title: str, unit: str, x: str = "optimizer step") -> go.Figure:
         hovermode="x unified",
     )
     figure.update_xaxes(title={"text": x, "standoff": 6}, automargin=True)
-    figure.update_yaxes(title={"text": unit}, automargin=True)
+    figure.update_yaxes(title={"text": unit}, automargin=True, exponentformat="e")  # 2e-5, not 20µ
     return figure
 
 
-def _ranges_over_decades(plot: Plot, runs: Sequence[RunLog]) -> bool:
-    values = sorted(y for _, _, metric, run in _series(plot, runs) for y in run.metrics[metric].values() if y > 0)
-    return len(values) > 2 and values[-1] > 1000 * values[len(values) // 2]
+def _fit_axis(figure: go.Figure, plot: Plot, values: Sequence[float]) -> None:
+    """Chooses the vertical axis so that neither decades, nor a few outliers, nor a constant flatten the curve."""
+    values = sorted(filter(math.isfinite, values))
+    if len(values) < 3:
+        return
+    low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.05, 0.5, 0.95))
+    spread = high - low
+    if plot.unit in ("nats a token", "norm") and values[-1] > 1000 * middle > 0:
+        figure.update_yaxes(type="log", exponentformat="power")
+    elif values[0] == values[-1]:  # plotly would show 2e-5 at 0 of an axis from -1 to 1
+        if values[0]:
+            figure.update_yaxes(range=sorted((0, 1.25 * values[0])))
+    elif spread and max(values[-1] - high, low - values[0]) > 10 * spread:
+        bottom, top = low - spread, high + spread
+        outside = sum(not bottom <= value <= top for value in values)
+        figure.update_yaxes(range=(bottom, top))
+        figure.update_layout(title_text=f"{plot.title} ({outside} of {len(values)} values lie outside)")
 
 
 def _finite(value: float) -> float | None:
