@@ -338,6 +338,8 @@ def objective_changes(folder: Path, arm: Arm) -> dict[str, Any]:
 def train(folder: Path, arm: Arm, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Trains one run, or resumes it, and returns the CPU seconds of this attempt, and whether there was one before."""
     resumed = any((folder / "checkpoints").glob("step_*[0-9]"))
+    if not resumed:
+        remove_weights(folder)
     config: Any = OmegaConf.load(ROOT / "configs" / "smollm2_135m_grpo_online.yaml")
     shared: dict[str, Any] = {
         "output_dir": str(folder),

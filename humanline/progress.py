@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 10.0  # at least, between two plain lines
+FIRST, PATIENCE = 0.01, 60.0  # the share at which the first line comes: less says little of the time left; or seconds
 
 
 class Progress(tqdm):
@@ -27,7 +28,9 @@ class Progress(tqdm):
         """Shows the bar; as a line, only if the last is ten seconds old."""
         if not self.plain:
             return super().display(msg, pos)
-        if time.monotonic() - self.written_at >= SECONDS:
+        waited = time.monotonic() - self.written_at
+        tells = self.written > self.initial or self.n - self.initial >= FIRST * (self.total or 0)
+        if waited >= (SECONDS if tells else PATIENCE):
             self._write()
 
     def clear(self, nolock: bool = False) -> None:

@@ -37,6 +37,21 @@ def test_a_line_has_the_time_left_and_comes_at_most_every_ten_seconds(desc, cloc
     ]
 
 
+def test_the_first_line_waits_for_a_percent_or_a_minute(clock, capsys):
+    with Progress(total=960, unit="response", smoothing=0) as bar:
+        clock[0] = 40  # a batch of equally long responses
+        for _ in range(96):
+            bar.update()
+        clock[0] = 41
+        bar.update()
+    assert capsys.readouterr().err.splitlines()[0] == "97 of 960, 00:41 elapsed, 06:04 left, 2.37response/s"
+    with Progress(total=960, unit="response", leave=False) as bar:
+        for now in (50, 99, 102):
+            clock[0] = now
+            bar.update()
+            assert len(capsys.readouterr().err.splitlines()) == (now == 102)
+
+
 def test_a_short_stage_that_leaves_nothing_writes_nothing(clock, capsys):
     with Progress(total=3, desc="sampling", leave=False) as bar:
         bar.update(3)

@@ -160,6 +160,14 @@ def test_runs_are_compared_by_the_settings_that_differ(tmp_path):
     assert "The configs are the same." in page(same) and "What differs" not in page(runs[:1])
 
 
+def test_the_arguments_of_a_removed_component_are_not_shown(tmp_path):
+    removed = {"_component_": None, "source": "demo/held_out_groups.jsonl"}
+    config = read(write_run(tmp_path / "run", dataset_val=removed)).config
+    assert {key: value for key, value in config.items() if key.startswith("dataset_val")} == {
+        "dataset_val._component_": None
+    }
+
+
 def test_the_summary_has_first_and_last_values(tmp_path):
     text = page([read(write_run(tmp_path / "run", steps=range(1, 5)))])
     for row in (

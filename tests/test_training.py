@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_a_new_run_in_a_folder_with_another_run_s_checkpoints_is_refused(traject
     run.config["save_every_n_steps"] = 5
     assert_trained(run)
     assert "out has checkpoints of an earlier run; continue it with resume_from_checkpoint: latest" in run.train()
+
+
+def test_a_new_run_in_a_folder_with_another_run_s_logs_and_weights_is_refused(trajectory):
+    run = trajectory(RUN)
+    run.config["metric_logger"]["log_dir"] = str(run.folder / "out" / "logs")
+    assert_trained(run, "max_steps_per_epoch=1")
+    assert "out has logs and weights of an earlier run (epoch_0); use another folder" in run.train()
+    assert "found no complete checkpoint" in run.train("resume_from_checkpoint=latest")
+    shutil.rmtree(run.folder / "out" / "logs")
+    assert_trained(run, "max_steps_per_epoch=1")
+
+
+def test_the_adapter_s_folder_is_not_taken_for_a_model_s(trajectory):
+    run = trajectory(RUN)
+    (run.folder / "model" / "config.json").rename(run.folder / "model" / "adapter_config.json")
+    assert "/model has an adapter, not a model; use the folder of the whole weights" in run.train()
 
 
 def test_a_checkpoint_of_another_batch_or_loss_is_refused(trajectory):

@@ -214,6 +214,20 @@ def test_run_by_name_works_from_any_folder(from_wheel: VirtualEnvironment, home:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "remedy"),
+    [
+        ("humanline_standin_distributd", "did you mean humanline_standin_distributed?"),
+        ("recipes/humanline_standin_distributed", "did you mean humanline_standin_distributed?"),
+        ("humanline_reward_model", "tune ls lists the recipes"),
+    ],
+)
+def test_run_names_the_nearest_recipe(from_wheel: VirtualEnvironment, tmp_path: Path, recipe: str, remedy: str) -> None:
+    result = from_wheel.run_tune("run", recipe, "--config", "humanline/standin", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"tune run: recipe {recipe} not found (working directory {tmp_path}); {remedy}\n"
+
+
+@pytest.mark.parametrize(
     ("environment", "suffix"), [("from_wheel", ""), ("from_clone", ".py")], indirect=["environment"]
 )
 def test_run_by_path_runs_the_clones_own_edited_recipe(

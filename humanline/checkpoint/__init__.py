@@ -2,6 +2,7 @@
 
 from humanline.checkpoint._adapter_files import read_adapter
 from humanline.checkpoint._checkpoint import TrainingCheckpoint
+from humanline.checkpoint._checkpoint_folder import check_checkpoint_folder
 from humanline.checkpoint._export import export_dtypes
 from humanline.checkpoint._provenance import code_digest, installed_version, named_files
 from humanline.checkpoint._replace import restore_replaced
@@ -22,6 +23,7 @@ __all__ = [
     "TrainingCheckpoint",
     "WeightsOut",
     "build_decoder",
+    "check_checkpoint_folder",
     "code_digest",
     "installed_version",
     "export_dtypes",

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from humanline.checkpoint import code_digest, named_files
+from humanline.checkpoint import check_checkpoint_folder, code_digest, named_files
 from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
 from humanline.errors import ConfigError, DataError
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
@@ -95,9 +95,10 @@ class SamplerSettings:
             from under ``prompt``, so that a later program sees the same prompt.
 
         Raises:
-            ConfigError: if the source does not exist or holds no prompt.
+            ConfigError: if the model's files or the source do not exist, or the source holds no prompt.
             DataError: if a line is invalid, or has a value that the output cannot hold; the message names it.
         """
+        check_checkpoint_folder(cfg)
         found = read_prompts(cfg.prompts, **reading(cfg))
         own = sum(prompt.has_system_message for prompt in found)
         if self.system_prompt and own:
@@ -196,7 +197,8 @@ class Sampler:
         completions: dict[int, dict[int, Completion]] = {i: {} for i in rest}
         tokens = cut = 0
         start = time.perf_counter()
-        with Progress(total=len(self.prompts) * count, initial=len(rows) * count, unit="response") as bar:
+        total, done = len(self.prompts) * count, len(rows) * count
+        with Progress(total=total, initial=done, unit="response", smoothing=0) as bar:  # they end in bursts
             # The seed is the prompt's own index, whichever prompts are left.
             stream = self.engine.stream([self.prompt_ids[i] for i in rest], self.params, seeds=rest)
             for place, sample, completion in stream:

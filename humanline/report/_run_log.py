@@ -115,7 +115,9 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value.get("_component_", "") is None:
+        yield f"{key}._component_", None  # removed, with its arguments
+    elif isinstance(value, dict) and value:
         for name, each in value.items():
             yield from _flat(each, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list) and any(isinstance(each, dict) for each in value):

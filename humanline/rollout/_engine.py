@@ -89,4 +89,6 @@ def progress_of(responses: int) -> Progress:
     It is shown on rank 0, once the call lasts two seconds.
     """
     hidden = dist.is_initialized() and dist.get_rank() > 0
-    return Progress(total=responses, desc="sampling", unit="response", delay=2, leave=False, disable=hidden)
+    return Progress(
+        total=responses, desc="sampling", unit="response", smoothing=0, delay=2, leave=False, disable=hidden
+    )

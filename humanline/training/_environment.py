@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import training
 
 from humanline._seeds import stream_seed
-from humanline.checkpoint import has_checkpoints, restore_replaced
+from humanline.checkpoint import check_checkpoint_folder, has_checkpoints, restore_replaced
 from humanline.config import COMPONENTS, Settings, accepts, check_component, is_given, listed, values_of
 from humanline.distributed import check_same, gathered
 from humanline.errors import ConfigError
@@ -57,13 +57,14 @@ class Environment:
 
         Raises:
             ConfigError: if a key is invalid, a component is not found or lacks an argument, ranks have different
-                configs, or ``output_dir`` has another run's checkpoints.
+                configs, the model's files are missing, or ``output_dir`` has another run's checkpoints or weights.
         """
         settings = Settings.from_config(cfg)
         device, rank = settings.torch_device, dist.get_rank()
         training.set_seed(seed=stream_seed("process", settings.seed) % 2**31)  # it adds the rank
         check_same(values_of(cfg))
         _check_components(cfg)
+        check_checkpoint_folder(cfg)
         if rank == 0:
             check_hub(settings.push_to_hub)
             restore_replaced(Path(settings.output_dir))
@@ -107,13 +108,24 @@ def _check_components(cfg: DictConfig) -> None:
 def _resume_from(settings: Settings, restarted: bool) -> bool | str:
     """Returns the checkpoint to resume from: the config's, or the newest one after a restart by torchrun."""
     asked = settings.resume_from_checkpoint
-    if not gathered(has_checkpoints(settings.output_dir))[0]:
-        return asked
-    if restarted:
+    checkpoints, weights = gathered(_of_earlier_run(Path(settings.output_dir)))[0]
+    if checkpoints and restarted:
         return "latest"
-    if not asked:
+    if checkpoints and not asked:
         raise ConfigError(
             f"output_dir: {settings.output_dir} has checkpoints of an earlier run; continue it with "
             "resume_from_checkpoint: latest, or use another folder"
         )
+    if weights and not asked and not restarted:
+        raise ConfigError(
+            f"output_dir: {settings.output_dir} has logs and weights of an earlier run ({', '.join(weights)}); use "
+            "another folder, or remove this one"
+        )
     return asked
+
+
+def _of_earlier_run(folder: Path) -> tuple[bool, list[str]]:
+    """Returns whether a run has left checkpoints in the folder, and if it has logs, its folders of weights."""
+    logs = any((folder / "logs").glob("*"))
+    weights = sorted(each.name for each in folder.glob("epoch_*[0-9]") if each.is_dir()) if logs else []
+    return has_checkpoints(str(folder)), weights

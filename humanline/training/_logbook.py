@@ -27,6 +27,13 @@ _SHOWN = {
     "unclamped": "unclamped",
     "tokens_per_second": "tok/s",
 }
+_SHOWN_OF_VAL = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/gain": "gain",
+    "rewards/accuracies": "accuracy",
+    "kl": "kl",
+}
 
 
 class Logbook:
@@ -72,8 +79,10 @@ class Logbook:
     def close_bar(self) -> None:
         self._open.close()
 
-    def end_step(self) -> None:
+    def end_step(self, last: bool) -> None:
         self._bar.update()
+        if last:  # what is logged after it is not above the bar
+            self.close_bar()
 
     def completions(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
         """Passes completions to the loggers of rank 0 that have a place for tables."""
@@ -95,6 +104,13 @@ class Logbook:
         postfix = {label: f"{metrics[name]:.4g}" for name, label in _SHOWN.items() if name in metrics}
         self._bar.set_postfix(postfix, refresh=False)
         return self.watch(step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs the metrics of an evaluation, and shows the chief ones on rank 0."""
+        self.write(step, metrics)
+        shown = {label: metrics[f"val/{name}"] for name, label in _SHOWN_OF_VAL.items() if f"val/{name}" in metrics}
+        if self.rank == 0:
+            log.info(f"val at step {step}: {', '.join(f'{label}={value:.4g}' for label, value in shown.items())}")
 
     def watch(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Returns a warning for each sign in ``metrics`` that the policy may be collapsing."""

@@ -244,7 +244,7 @@ class Run:
         last = step == self.total_steps
         if step % settings.log_every_n_steps == 0 or last:
             self._log()
-        self.logbook.end_step()
+        self.logbook.end_step(last)
         evaluated = last or _every(settings.run_val_every_n_steps, step)
         held_out = self.evaluate() if evaluated else {}
         if last or _every(settings.generate_val_every_n_steps, step):
@@ -279,7 +279,7 @@ class Run:
         wanted = self.settings.best_checkpoint_metric
         if wanted and wanted not in means:
             raise ConfigError(f"best_checkpoint_metric: expected one of {', '.join(means)}, got {wanted}")
-        self.logbook.write(self.step, means)
+        self.logbook.evaluation(self.step, means)
         return means
 
     def _answer(self) -> None:
