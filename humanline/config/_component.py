@@ -50,7 +50,12 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
     path = cfg[key]["_component_"]
     try:
         built = config.instantiate(cfg[key], *args, **kwargs)
-    except (ConfigError, DataError, TrainingError):
+    except (ConfigError, DataError) as error:
+        argument = str(error).partition(":")[0]
+        if not argument.isidentifier() or not accepts(cfg, key, argument):
+            raise
+        raise type(error)(f"{key}.{error}") from error.__cause__  # of dataset or of dataset_val, for instance
+    except TrainingError:
         raise
     except ImportError as error:
         reason = missing_package(error) or _said(error)
