@@ -31,13 +31,15 @@ def random(*shape: int) -> Tensor:
 def products() -> dict[str, Callable[[], Tensor]]:
     x, w, grad = random(2048, 576), random(1536, 576), random(2048, 1536)
     q, keys = random(9, 128, 64), random(9, 64, 512)
-    few = random(8, 576)
+    one, few, head = random(1, 576), random(64, 576), random(49152, 576)
     return {
         "layer, forward": lambda: x @ w.t(),
         "layer, gradient of the input": lambda: grad @ w,
         "layer, gradient of the weight": lambda: grad.t() @ x,
         "attention's scores, 128 queries and 512 keys": lambda: torch.bmm(q, keys),
-        "layer, 8 tokens (keeps its kernel)": lambda: few @ w.t(),
+        "layer, 1 token (keeps its kernel)": lambda: one @ w.t(),
+        "layer, 64 tokens, as in sampling": lambda: few @ w.t(),
+        "head, 64 tokens, as in sampling": lambda: few @ head.t(),
     }
 
 
@@ -54,7 +56,7 @@ def milliseconds(product: Callable[[], Tensor]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     by_bf16 = {name: milliseconds(product) for name, product in products().items()}
-    use_float32_kernels()
+    use_float32_kernels(smallest=16)
     by_float32 = {name: milliseconds(product) for name, product in products().items()}
     print(f"torch {torch.__version__}, {sys.argv[1:] or 'all that the processor has'}")
     print("| product | bfloat16 kernel, ms | float32 kernel, ms | ratio |\n|---|---|---|---|")

@@ -45,10 +45,16 @@ for mistake in mistakes:
         messages.append(str(error))
 assert len(messages) == len(mistakes)
 
-use_float32_kernels()
+with torch.profiler.profile() as before_it:
+    a @ b
+use_float32_kernels(smallest=16)
+with torch.profiler.profile() as after_it:
+    a @ b
+casts = ["aten::to" in {event.key for event in each.key_averages()} for each in (before_it, after_it)]
+assert casts == [False, True]
 
 def same(found, expected):
-    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    assert found.dtype == torch.bfloat16 and found.is_contiguous() and torch.equal(found, expected.bfloat16())
 
 A, B, C, Q, K = (each.float() for each in (a, b, c, q, k))
 same(a @ b, A @ B)
@@ -63,6 +69,12 @@ same(linear(x, weight, bias), linear(A, weight.float(), bias.float()))
 linear(x, weight, bias).backward(c)
 same(x.grad, C @ weight.float())
 same(weight.grad, C.t() @ A)
+wide, tall = random(96, 9000), random(9000, 96)  # in pieces
+same(a @ wide, A @ wide.float())
+same(tall @ b, tall.float() @ B)
+part = torch.empty(9000, 80, dtype=torch.bfloat16)
+torch.mm(tall, b, out=part)
+same(part, tall.float() @ B)
 assert torch.equal(small[0] @ small[1], before)
 for mistake, message in zip(mistakes, messages, strict=True):
     try:

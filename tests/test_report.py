@@ -193,11 +193,12 @@ def test_bounds_and_syncs_are_in_the_figure_of_log_ratios(tmp_path):
     [
         ("lr", [2e-5] * 40, (0, 2.5e-5), None, "Learning rate"),
         ("rewards/mean", [-2.0] * 40, (-2.5, 0), None, "Reward"),
-        ("loss", [*range(20), *range(20), 5000], (-17.6, 37.3), None, "Loss (1 of 42 values lie outside)"),
+        ("loss", [*range(20), *range(20), 5000], (-17, 37), None, "Loss (1 of 42 values lie outside)"),
         ("loss", [*range(20), *range(20), 50], None, None, "Loss"),
         ("grad_norm", [*range(1, 40), 1e6], None, "log", "Gradient norm"),
         ("rewards/accuracies", [*[1.0] * 39, 0.5], None, None, "Accuracy"),
         ("loss", [float("nan"), 1.0], None, None, "Loss"),
+        ("lr", [*[2e-5] * 40, 2.0000001e-5, 1e-6], None, None, "Learning rate"),
     ],
 )
 def test_no_outlier_or_constant_flattens_a_curve(tmp_path, metric, values, range_, scale, title):
@@ -208,6 +209,14 @@ def test_no_outlier_or_constant_flattens_a_curve(tmp_path, metric, values, range
     assert figure.layout.title.text == title
     assert figure.layout.yaxis.range == (range_ and pytest.approx(range_))
     assert figure.layout.yaxis.type == scale
+
+
+def test_a_curve_of_few_values_is_never_left_out(tmp_path):
+    lines = [f"Step {step} | kl:{0.002 + step % 7 / 10000} \n" for step in range(1, 300)]
+    lines += [f"Step {step} | val/kl:{step / 1000} \n" for step in range(0, 300, 50)]
+    run = read(write_run(tmp_path / "run", steps=range(0), lines=lines))
+    (figure,) = (each for each in figures([run])["Perception"] if each.data[0].name == "kl")
+    assert figure.layout.title.text == "KL to the reference" and figure.layout.yaxis.range is None
 
 
 def test_a_metric_that_nobody_knows_is_drawn_too(tmp_path):

@@ -52,9 +52,9 @@ def component(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
         built = config.instantiate(cfg[key], *args, **kwargs)
     except (ConfigError, DataError) as error:
         argument = str(error).partition(":")[0]
-        if not argument.isidentifier() or not accepts(cfg, key, argument):
-            raise
-        raise type(error)(f"{key}.{error}") from error.__cause__  # of dataset or of dataset_val, for instance
+        if argument.isidentifier() and accepts(cfg, key, argument, given=len(args)):
+            error.args = (f"{key}.{error}",)  # of dataset or of dataset_val, for instance
+        raise
     except TrainingError:
         raise
     except ImportError as error:
@@ -148,13 +148,13 @@ def _check_imports(key: str, path: str, built_by: Callable[..., Any]) -> None:
                     raise ConfigError(f"{key}._component_: {path} cannot be used: {package}") from error
 
 
-def accepts(cfg: DictConfig, key: str, argument: str) -> bool:
-    """Returns whether the component of a config key has an argument of this name."""
+def accepts(cfg: DictConfig, key: str, argument: str, given: int = 0) -> bool:
+    """Returns whether the component of a config key has an argument of this name, after the first ``given`` ones."""
     try:
         parameters = inspect.signature(_found(key, cfg[key]["_component_"])).parameters
     except ValueError:
         return False
-    return argument in parameters
+    return argument in [*parameters][given:]
 
 
 def _found(key: str, path: Any) -> Callable[..., Any]:

@@ -111,7 +111,7 @@ def design_model(
         model = LogProbDecoder(build())
     if not compile:  # a compiled layer fuses torchtune's operations
         use_eager_modules(model, device)
-    if device.type == "cpu":
+    if device.type == "cpu" and compute_dtype == torch.bfloat16:
         speed_up_bf16_products()
     model.compute_dtype = compute_dtype
     if adapter_modules(model):

@@ -111,7 +111,7 @@ def over_steps(plot: Plot, runs: Sequence[RunLog]) -> go.Figure:
     ):
         line = {"color": "#888888", "dash": _DASHES[place % len(_DASHES)]}
         figure.add_scatter(x=[None], y=[None], name=metric, mode="lines", line=line)
-    _fit_axis(figure, plot, [y for _, _, metric, run in _series(plot, runs) for y in run.metrics[metric].values()])
+    _fit_axis(figure, plot, [[*run.metrics[metric].values()] for _, _, metric, run in _series(plot, runs)])
     return figure
 
 
@@ -187,23 +187,34 @@ def _empty(title: str, unit: str, x: str = "optimizer step") -> go.Figure:
     return figure
 
 
-def _fit_axis(figure: go.Figure, plot: Plot, values: Sequence[float]) -> None:
-    """Chooses the vertical axis so that neither decades, nor a few outliers, nor a constant flatten the curve."""
-    values = sorted(filter(math.isfinite, values))
+def _fit_axis(figure: go.Figure, plot: Plot, curves: Sequence[Sequence[float]]) -> None:
+    """Chooses the vertical axis so that neither decades, nor a few outliers, nor a constant flatten the curves.
+
+    A curve's outliers are left out only if no other curve reaches so far; the title then counts them.
+    """
+    curves = [sorted(filter(math.isfinite, curve)) for curve in curves]
+    values = sorted(value for curve in curves for value in curve)
     if len(values) < 3:
         return
-    low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.05, 0.5, 0.95))
-    spread = high - low
-    if plot.unit in ("nats a token", "norm") and values[-1] > 1000 * middle > 0:
+    if plot.unit in ("nats a token", "norm") and values[-1] > 1000 * values[len(values) // 2] > 0:
         figure.update_yaxes(type="log", exponentformat="power")
     elif values[0] == values[-1]:  # plotly would show 2e-5 at 0 of an axis from -1 to 1
         if values[0]:
             figure.update_yaxes(range=sorted((0, 1.25 * values[0])))
-    elif spread and max(values[-1] - high, low - values[0]) > 10 * spread:
-        bottom, top = low - spread, high + spread
-        outside = sum(not bottom <= value <= top for value in values)
-        figure.update_yaxes(range=(bottom, top))
-        figure.update_layout(title_text=f"{plot.title} ({outside} of {len(values)} values lie outside)")
+    else:
+        bottoms, tops = zip(*(_without_outliers(curve) for curve in curves if curve), strict=True)
+        outside = sum(not min(bottoms) <= value <= max(tops) for value in values)
+        if outside:
+            figure.update_yaxes(range=(min(bottoms), max(tops)))
+            figure.update_layout(title_text=f"{plot.title} ({outside} of {len(values)} values lie outside)")
+
+
+def _without_outliers(curve: Sequence[float]) -> tuple[float, float]:
+    """Returns the range of sorted values, without extremes that lie ten times as far out as 90% of them are wide."""
+    low, high = (curve[round(share * (len(curve) - 1))] for share in (0.05, 0.95))
+    spread = high - low
+    is_far = max(curve[-1] - high, low - curve[0]) > 10 * spread > 1e-5 * max(abs(low), abs(high))
+    return (low - spread, high + spread) if len(curve) >= 20 and is_far else (curve[0], curve[-1])
 
 
 def _finite(value: float) -> float | None:

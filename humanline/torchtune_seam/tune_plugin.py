@@ -31,6 +31,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -112,8 +113,9 @@ def _refuse_misspelt(arguments: list[str], known: Collection[str]) -> None:
     torchtune would say that its recipes directory is no package.
     """
     recipe = arguments[arguments.index("--config") - 1] if "--config" in arguments[1:] else ""
-    if not Path(recipe).name.startswith("humanline_") or recipe in known:
-        return
+    name = Path(recipe).name.removesuffix(".py")
+    if not name.startswith("humanline_") or recipe in known or "." in name or find_spec(name) is not None:
+        return  # torchtune also runs modules
     near = difflib.get_close_matches(Path(recipe).stem, known, n=1, cutoff=0.8)
     by_path = [str(Path(recipe).with_name(name)) for name in near if Path(recipe).with_name(f"{name}.py").is_file()]
     remedy = f"did you mean {(by_path or near)[0]}?" if near else "tune ls lists the recipes"

@@ -126,6 +126,6 @@ def _resume_from(settings: Settings, restarted: bool) -> bool | str:
 
 def _of_earlier_run(folder: Path) -> tuple[bool, list[str]]:
     """Returns whether a run has left checkpoints in the folder, and if it has logs, its folders of weights."""
-    logs = any((folder / "logs").glob("*"))
+    logs = any((folder / "logs").glob("*")) or any(folder.glob("*.txt"))
     weights = sorted(each.name for each in folder.glob("epoch_*[0-9]") if each.is_dir()) if logs else []
     return has_checkpoints(str(folder)), weights

@@ -88,7 +88,7 @@ class Saves:
     def _what_there_is(self, output_dir: Path, name: str) -> str:
         kinds = {"weights": name} if self.weights_out.has_whole_weights else {}
         kinds |= {"adapter": f"{name}/adapter"} if (output_dir / name / "adapter").is_dir() else {}
-        report = f"; curves: humanline report {output_dir}" if (output_dir / "logs").is_dir() else ""
+        report = f"; curves: humanline report {output_dir}" if any((output_dir / "logs").glob("*.txt")) else ""
         return ", ".join(f"{kind} in {output_dir}/{folder}" for kind, folder in kinds.items()) + report
 
     def _best(self) -> bool:
