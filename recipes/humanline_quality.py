@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from humanline.checkpoint import check_checkpoint_folder
 from humanline.data import GroupDataset, RowBudget, as_labelled, parts
 from humanline.distributed import gathered
 from humanline.errors import ConfigError, DataError
@@ -108,7 +107,6 @@ class HumanlineQualityRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Reads the data, then the model, so that bad data is reported first. It needs a process group."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        check_checkpoint_folder(cfg)
         tokenizer = component(cfg, "tokenizer")
         self.dataset: GroupDataset = component(cfg, "dataset", tokenizer)
         self.stop_tokens = set(getattr(tokenizer, "stop_tokens", ()))

@@ -43,7 +43,7 @@ def test_a_complete_checkpoint_passes(folder, files):
 )
 def test_a_missing_file_is_named_with_what_there_is(folder, files):
     there = "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors"
-    with pytest.raises(ConfigError, match=f"has no .*model-00003-of-.*, but {re.escape(there)}; correct"):
+    with pytest.raises(ConfigError, match=f"no .*model-00003-of-.* found in .*, which has {re.escape(there)}; "):
         check(folder, files)
 
 

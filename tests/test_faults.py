@@ -33,6 +33,13 @@ def folder(run):
     return run.folder / "out" / "checkpoints"
 
 
+def partial_files(run):
+    try:
+        return list(folder(run).glob("*.partial/*"))
+    except FileNotFoundError:  # became whole between two looks
+        return []
+
+
 def saved_steps(run):
     names = (path.name.removeprefix("step_") for path in folder(run).glob("step_*"))
     return sorted(int(name) for name in names if name.isdigit())
@@ -93,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         with killed.start(*resume, nproc=nproc) as ranks:
             wait_until(lambda before=before: len(logged_steps(killed)) > len(before), ranks)
             if kill == 2:
-                wait_until(lambda: list(folder(killed).glob("*.partial/*")), ranks)
+                wait_until(lambda: partial_files(killed), ranks)
             else:
                 if kill == 4:
                     wait_until(lambda: saved_steps(killed), ranks)

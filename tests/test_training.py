@@ -89,7 +89,7 @@ def test_a_new_run_in_a_folder_with_another_run_s_logs_and_weights_is_refused(tr
 def test_the_adapter_s_folder_is_not_taken_for_a_model_s(trajectory):
     run = trajectory(RUN)
     (run.folder / "model" / "config.json").rename(run.folder / "model" / "adapter_config.json")
-    assert "/model has an adapter, not a model; use the folder of the whole weights" in run.train()
+    assert "/model has an adapter, not a model; use a folder with the whole weights" in run.train()
 
 
 def test_a_checkpoint_of_another_batch_or_loss_is_refused(trajectory):

@@ -19,6 +19,8 @@ def check_checkpoint_folder(cfg: DictConfig) -> None:
     if not isinstance(given, str):
         return  # the checkpointer itself says what it needs
     folder = Path(given)
+    if not folder.is_dir() and given == (cfg.get("tokenizer") or {}).get("path"):
+        return  # the tokenizer is read first, and says so
     if not folder.is_dir():
         raise ConfigError(
             f"checkpointer: {given} is not a folder (working directory {Path.cwd()}); correct checkpoint_dir, or "
@@ -35,8 +37,8 @@ def check_checkpoint_folder(cfg: DictConfig) -> None:
     if missing:
         there = sorted(each.name for each in folder.iterdir() if each.suffix in _WEIGHTS)
         raise ConfigError(
-            f"checkpointer: {given} has no {', '.join(missing)}, but {', '.join(there) or 'no weights'}; correct "
-            "checkpoint_files, or download the model again"
+            f"checkpointer: no {', '.join(missing)} found in {given}, which has {', '.join(there) or 'no weights'}; "
+            "correct checkpoint_files, or download the model again"
         )
 
 

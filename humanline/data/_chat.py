@@ -337,11 +337,18 @@ def read_variables(given: Any) -> dict[str, Any]:
     return dict(given or {})
 
 
+def _remedy(folder: Path) -> str:
+    if folder.is_dir():
+        return "use a complete Hugging Face checkpoint"
+    where = f"there is no folder {folder} (working directory {Path.cwd()})"
+    return f"{where}; download the model to it, or correct the path, also in checkpointer.checkpoint_dir"
+
+
 def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"tokenizer.path: {file} is missing; use a complete Hugging Face checkpoint") from None
+        raise ConfigError(f"tokenizer.path: {file} is missing; {_remedy(file.parent)}") from None
     except ValueError as error:
         raise ConfigError(f"tokenizer.path: {file} is not valid JSON ({squeeze(error)}); download it again") from error
 
@@ -349,7 +356,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise ConfigError(f"tokenizer.path: {file} is missing; use a complete Hugging Face checkpoint")
+        raise ConfigError(f"tokenizer.path: {file} is missing; {_remedy(folder)}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more specific

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from humanline.checkpoint import check_checkpoint_folder, code_digest, named_files
+from humanline.checkpoint import code_digest, named_files
 from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
 from humanline.errors import ConfigError, DataError
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
@@ -95,10 +95,9 @@ class SamplerSettings:
             from under ``prompt``, so that a later program sees the same prompt.
 
         Raises:
-            ConfigError: if the model's files or the source do not exist, or the source holds no prompt.
+            ConfigError: if the source does not exist or holds no prompt.
             DataError: if a line is invalid, or has a value that the output cannot hold; the message names it.
         """
-        check_checkpoint_folder(cfg)
         found = read_prompts(cfg.prompts, **reading(cfg))
         own = sum(prompt.has_system_message for prompt in found)
         if self.system_prompt and own:

@@ -9,7 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from humanline.checkpoint import build_decoder, code_digest, named_files, read_decoder_weights, rounding_on_load
+from humanline.checkpoint import (
+    build_decoder,
+    check_checkpoint_folder,
+    code_digest,
+    named_files,
+    read_decoder_weights,
+    rounding_on_load,
+)
 from humanline.errors import ConfigError
 from humanline.models import adapter_modules, load_decoder
 
@@ -30,8 +37,9 @@ def whole_model(
         check (Callable[[TransformerDecoder], None]): compares the model, without its weights, with the data.
 
     Raises:
-        ConfigError: if the model has an adapter, or does not match the weights.
+        ConfigError: if files are missing, or the model has an adapter or does not match the weights.
     """
+    check_checkpoint_folder(cfg)
     with torch.device("meta"):
         model = build_decoder(cfg)
     if adapter_modules(model):

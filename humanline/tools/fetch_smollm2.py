@@ -188,7 +188,7 @@ def import_gguf() -> Any:
     except ImportError:
         raise ConfigError(
             "gguf: this library, which reads the wheel, is missing; install it: "
-            "pip install -c constraints.txt -e '.[demo]'"
+            "pip install 'humanline[demo]', or in a clone pip install -c constraints.txt -e '.[demo]'"
         ) from None
     return gguf
 

@@ -65,7 +65,7 @@ class Saves:
     def finish(self, step: int) -> None:
         """Writes the weights of the best checkpoint and uploads the final weights, if these are wanted.
 
-        The log then says where the weights are.
+        Beside a log of metrics, which a report reads, the run's own log then says where all this is.
 
         Args:
             step (int): the last optimizer step.
@@ -82,14 +82,14 @@ class Saves:
                 log.info(f"uploaded: {push_to_hub(folder, self.settings.push_to_hub, f'{name}, by humanline')}")
             except TrainingError as error:  # the run is complete, and torchrun must not repeat it
                 log.error(str(error))
-        if self.rank == 0:
+        if self.rank == 0 and any((Path(self.settings.output_dir) / "logs").glob("*.txt")):
             log.info(f"done: {self._what_there_is(Path(self.settings.output_dir), name)}")
 
     def _what_there_is(self, output_dir: Path, name: str) -> str:
         kinds = {"weights": name} if self.weights_out.has_whole_weights else {}
         kinds |= {"adapter": f"{name}/adapter"} if (output_dir / name / "adapter").is_dir() else {}
-        report = f"; curves: humanline report {output_dir}" if any((output_dir / "logs").glob("*.txt")) else ""
-        return ", ".join(f"{kind} in {output_dir}/{folder}" for kind, folder in kinds.items()) + report
+        places = ", ".join(f"{kind} in {output_dir}/{folder}" for kind, folder in kinds.items())
+        return f"{places}; curves: humanline report {output_dir}"
 
     def _best(self) -> bool:
         """Writes the weights of the best checkpoint into ``output_dir/best``, which the policy then has too.
