@@ -4,8 +4,8 @@
     python benchmarks/cpu_products.py AVX2           # as on a processor that has no more
     python benchmarks/cpu_products.py AVX512_CORE
 
-The products are SmolLM2-135M's for 2,048 tokens, where no other number is named, on one thread; a time is the shortest of seven. A run chooses between
-the kernels by the processor (humanline/models/_cpu_products.py).
+The products are SmolLM2-135M's, for 2,048 tokens where no other number is named, on one thread. A time is the shortest
+of seven. A run chooses between the kernels by the processor (humanline/models/_cpu_products.py).
 """
 
 import os
