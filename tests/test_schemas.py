@@ -243,7 +243,9 @@ def test_outputs_beside_scored_responses_are_no_second_schema(tokenizer):
 
 @pytest.mark.parametrize("name", NO_PREFERENCE)
 def test_responses_that_nothing_is_known_about_are_no_preference(tokenizer, name):
-    with pytest.raises(DataError, match=rf"^data.jsonl: schema {name} \(.*\) says not which response is better; score"):
+    with pytest.raises(
+        DataError, match=rf"^data.jsonl: schema {name} \(.*\) does not say which response is better; score"
+    ):
         preference_groups(tokenizer, write_lines("data.jsonl", NO_PREFERENCE[name]))
 
 

@@ -22,8 +22,9 @@ from humanline.data._files import Row
 from humanline.data._group import Group
 from humanline.data._options import DatasetOptions
 from humanline.data._read import SourceName, open_rows
+from humanline.data._readers import Example
 from humanline.data._record import BadRow, Record
-from humanline.data._schemas import FIELDS, RESPONSES, Example, find_schema
+from humanline.data._schemas import FIELDS, RESPONSES, find_schema, unread_columns
 from humanline.data._tally import Tally
 from humanline.errors import ConfigError, DataError
 from humanline.progress import Progress
@@ -121,12 +122,13 @@ def parse_text(kind: str, tokenizer: Any, source: SourceName, options: DatasetOp
         schema = find_schema(sound, kind, column_map, options.format)
         if schema.kind == RESPONSES:
             raise DataError(
-                f"{tally.name}: schema {schema.name} ({schema.columns}) says not which response is better; score the "
-                "responses with humanline_label, and use its output"
+                f"{tally.name}: schema {schema.name} ({schema.columns}) does not say which response is better; score "
+                "the responses with humanline_label, and use its output"
             )
         tally.schema = f"{schema.name} ({schema.columns})"
+        tally.unread = unread_columns(sound, schema, column_map)
         markers = getattr(tokenizer, "markers", ())
-        examples = read_examples(chain(head, rows), schema, column_map, options.system_prompt, markers)
+        examples = read_examples(chain(head, rows), schema, column_map, options.system_prompt, markers, tally)
         return _encoded(tokenizer, examples)
 
     fingerprint = getattr(tokenizer, "fingerprint", None)

@@ -27,8 +27,9 @@ def preference_groups(tokenizer: "ChatTokenizer", source: SourceName, options: D
 
     In the Hugging Face format, ``chosen`` and ``rejected`` are whole conversations that differ only in the last
     message, the assistant's. They may also be that message or its text alone, with the conversation before it in
-    ``prompt`` (messages, or the user's text). If they are whole conversations, a ``prompt`` string is ignored. A column
-    ``system`` (or ``system_prompt``) is the system message, and ``tools`` are handed to the chat template.
+    ``prompt`` (messages, or the user's text). If they are whole conversations, these count, and the report says where
+    the text of ``prompt`` is another one. A column ``system`` (or ``system_prompt``) is the system message, and
+    ``tools`` are handed to the chat template.
 
     Rows that cannot be used are dropped and counted by reason. If they are more than a tenth, the run stops, since then
     the format is wrong and not the rows.

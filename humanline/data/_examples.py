@@ -5,8 +5,10 @@ from typing import Any
 
 from humanline.data._files import Row
 from humanline.data._messages import Message, text_of
+from humanline.data._readers import Example, instruction, squeezed
 from humanline.data._record import BadRow, Record, WrongFormat
-from humanline.data._schemas import ANSWER_PARTS, CONTEXT, Example, Schema, instruction
+from humanline.data._schemas import ANSWER_PARTS, CONTEXT, WEIGHTS, Schema
+from humanline.data._tally import Tally
 from humanline.errors import ConfigError
 
 __all__ = ["prompt_field", "read_examples", "read_prompt"]
@@ -17,9 +19,12 @@ PROMPT_FIELDS = ("prompt", "instruction", "question", "problem", "query", "messa
 _MARKERS: tuple[str, ...] = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>"),
-    *("<extra_id_0>", "<extra_id_1>"),
+    *("<extra_id_0>", "<extra_id_1>", "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<|eot|>"),
+    *("<|header_start|>", "<|START_OF_TURN_TOKEN|>", "<|start_of_role|>", "<|start|>", "<|message|>", "<|prompter|>"),
+    *("<|im_sep|>", "<|im_system|>", "<|im_user|>", "<|turn>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"),
 )
-_CUES = ("### Response:", "### Assistant:", "ASSISTANT:", "Assistant:")
+_CUES = ("### Response:", "### Assistant:", "### Response", "### Assistant", "ASSISTANT:", "Assistant:")
+_OPENINGS, _ENDS = ("### Response", "### Assistant"), ("</s>", "<eos>")
 
 
 def read_examples(
@@ -28,6 +33,7 @@ def read_examples(
     column_map: Mapping[str, str | None],
     system_prompt: str | None,
     markers: Sequence[str],
+    tally: Tally,
 ) -> Iterator[Example | BadRow]:
     """Reads rows of a schema.
 
@@ -37,6 +43,7 @@ def read_examples(
         column_map (Mapping[str, str | None]): maps a field to its column.
         system_prompt (str | None): the system message of conversations without one.
         markers (Sequence[str]): strings that the chat template writes; text with one of them is templated already.
+        tally (Tally): counts what is said of rows that can be used.
 
     Returns:
         Iterator[Example | BadRow]: an example for each row or, where rows of one prompt belong together, for each
@@ -58,8 +65,11 @@ def read_examples(
     def example(record: Record) -> Example:
         found = schema.read(record)
         _refuse_ignored(record, found.prompt, known.difference(schema.columns.split()))
+        _refuse_weights(record)
         prompt = _with_system(record, found.prompt, system_prompt)
         _refuse_templated(record, prompt, found.responses, markers)
+        for remark in record.remarks:
+            tally.remark(remark, record.where)
         return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
 
     return _by_prompt(read()) if schema.by_prompt else read()
@@ -128,15 +138,30 @@ def _refuse_ignored(record: Record, prompt: list[Message], columns: frozenset[st
             )
 
 
+def _refuse_weights(record: Record) -> None:
+    for name in WEIGHTS:
+        if (value := record.get(name)) is not None and value not in (1, "1", "1.0"):
+            column = record.column_map.get(name) or name
+            raise WrongFormat(
+                f"{record.where}: column '{column}' has weights ({value!r}), and all examples weigh 1 here; leave it "
+                f"out on purpose with column_map: {{{name}: null}}"
+            )
+
+
 def _lost(value: Any, prompt: list[Message]) -> str:
     """Returns the start of a text in a column that no message has; empty if there is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value != value:  # a table's empty cell
+            return ""
+        value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     if isinstance(value, str):
-        return "" if value.strip() in text_of(prompt) else value.strip()[:40]
+        said = text_of(prompt)
+        return "" if value.strip() in said or squeezed(value) in squeezed(said) else value.strip()[:40]
     if isinstance(value, Mapping):
         value = [each for name, each in value.items() if name not in ("role", "from")]
     if isinstance(value, list):
         return next((lost for each in value if (lost := _lost(each, prompt))), "")
-    return "" if value is None or isinstance(value, int | float) else repr(value)[:40]  # an image is some object
+    return "" if value is None or isinstance(value, bool) else repr(value)[:40]  # an image is some object
 
 
 def _refuse_templated(
@@ -149,10 +174,17 @@ def _refuse_templated(
             if marker in text:
                 raise _templated(record, marker)
     last = (prompt[-1].get("content") or "").rstrip()
-    if last.endswith(":"):
-        for cue in _CUES:
-            if last.endswith(cue):
+    for cue in _CUES:
+        if last.endswith(cue):
+            raise _templated(record, cue)
+    for response in responses:
+        text = (response.get("content") or "").strip()
+        for cue in _OPENINGS:
+            if text.startswith(cue):
                 raise _templated(record, cue)
+        for end in _ENDS:
+            if text.endswith(end):
+                raise _templated(record, end)
 
 
 def _templated(record: Record, marker: str) -> BadRow:

@@ -9,13 +9,13 @@ from typing import Any
 
 from humanline.errors import DataError
 
-__all__ = ["Message", "messages_from", "text_of"]
+__all__ = ["Message", "is_printed_texts", "messages_from", "text_of"]
 
 Message = dict[str, Any]
 """One turn: role and content, and whatever else the source has for the chat template, such as ``tool_calls``."""
 
-Error = Callable[[str, str], DataError]
-"""Makes an error from a path, such as "chosen[1].content", and what is wrong there."""
+Error = Callable[..., DataError]
+"""Makes an error from a path, such as "chosen[1].content", what is wrong there, and this in words for all such rows."""
 
 _NAMES = {
     "system": ("system", "developer"),
@@ -26,8 +26,10 @@ _NAMES = {
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-_PRINTED_LIST = re.compile(r"(?:array\()?\[\s*\{.*\}\s*\](?:, dtype=object\))?", re.DOTALL)
-_ROLE_KEY = re.compile(r"""['"](?:role|from)['"]\s*:""")
+_LOOKS_PRINTED = re.compile(r"""\s*(?:array\()?[\[(]*\s*(?:\{\s*['"]\w+['"]\s*:|\w+\((?:role|content)=)""")
+_OTHER_TRANSCRIPT = re.compile(r"\A\s*Human:.*?\nAssistant:|\n\nHuman:.*?\n\nAssistant:", re.DOTALL)
+_PRINTED_ROLE = re.compile(r"""\b(?:role|from)['"]?\s*[:=]\s*['"](\w+)['"]""")
+_CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_MEDIA = ("image", "images", "audio", "video", "function_call")
 
 
@@ -46,7 +48,7 @@ def messages_from(path: str, value: Any, error: Error) -> list[Message] | None:
         DataError: if a message cannot be used.
     """
     if isinstance(value, str):
-        if (turns := _transcript(value)) is not None:
+        if (turns := _transcript(path, value, error)) is not None:
             return turns
         if (printed := _printed(path, value, error)) is None:
             return None
@@ -63,31 +65,44 @@ def text_of(messages: Iterable[Message]) -> str:
 
 def _printed(path: str, text: str, error: Error) -> list[Any] | None:
     """Returns the messages that were printed into a string, as JSON or by Python; None if there are none."""
-    inside = text.strip()
-    is_list = _PRINTED_LIST.fullmatch(inside) is not None
-    if not (is_list or (inside.startswith("{") and inside.endswith("}"))) or not _ROLE_KEY.search(inside):
+    if not _LOOKS_PRINTED.match(text):
         return None
     for read in (json.loads, ast.literal_eval):
         try:
-            found = read(inside)
+            found = read(text.strip())
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(found, list):
-            return found
-        if isinstance(found, dict) and str(found.get("role", found.get("from"))).lower() in _ROLES:
-            return [found]
-    if not is_list:  # some other JSON
-        return None
-    raise error(path, "is a printed list of messages that cannot be read; store the messages as a list")
+        if isinstance(found, Mapping):
+            inner = next((found[key] for key in _CONVERSATIONS if isinstance(found.get(key), list)), None)
+            found = [found] if inner is None else inner
+        roles = [each.get("role", each.get("from")) for each in found if isinstance(each, Mapping)]
+        return list(found) if any(str(role).strip().lower() in _ROLES for role in roles) else None  # some other JSON
+    if any(role.lower() in _ROLES for role in _PRINTED_ROLE.findall(text)):
+        raise error(path, "is a printed list of messages that cannot be read; store the messages as a list")
+    return None
 
 
-def _transcript(text: str) -> list[Message] | None:
+def is_printed_texts(text: str) -> bool:
+    """Returns whether a text is a printed list of texts, as some tables hold the turns of a user."""
+    try:
+        found = ast.literal_eval(text.strip()) if text.strip()[:1] == "[" and text.strip()[-1:] == "]" else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return isinstance(found, list) and found != [] and all(isinstance(each, str) for each in found)
+
+
+def _transcript(path: str, text: str, error: Error) -> list[Message] | None:
     """Parses a transcript of Anthropic HH or HelpSteer2, without a last turn that has no text: the one to answer."""
+    text = text.replace("\r\n", "\n") if "\r\n" in text and "Human:" in text else text
     if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
         _, *parts = _HH_TURN.split(text)
     elif "<extra_id_1>" in text:
         first, *parts = _HELPSTEER_TURN.split(text)
         parts = ["User", first, *parts] if first.strip() else parts
+    elif "Human:" in text and _OTHER_TRANSCRIPT.search(text):
+        raise error(
+            path, "is a transcript with other turns than '\\n\\nHuman: ' and '\\n\\nAssistant: '; store messages"
+        )
     else:
         return None
     pairs = zip(parts[::2], parts[1::2], strict=True)
@@ -102,26 +117,50 @@ def _message(path: str, value: Any, error: Error) -> Message:
     given = {key: each for key, each in value.items() if each is not None and each != [] and each != {}}
     role, content = given.pop("role", None), given.pop("content", None)
     if role is None:  # ShareGPT
-        role, content = given.pop("from", None), given.pop("value", content)
+        role, value = given.pop("from", None), given.pop("value", content)
+        if content not in (None, value):
+            raise error(path, "has both 'content' and 'value', which differ; keep one of them")
+        content = value
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise error(f"{path}.role", f"must be one of {', '.join(_NAMES)}, got {short_repr(role)}")
+        raise error(
+            f"{path}.role",
+            f"must be one of {', '.join(_NAMES)}, got {short_repr(role)}",
+            f"has the role {short_repr(role)}",
+        )
     for key in _OTHER_MEDIA:
         if key in given:
             raise error(f"{path}.{key}", "has no place in a text chat template; drop the line")
     if isinstance(content, list):
         content = "".join(_part(f"{path}.content[{i}]", part, error) for i, part in enumerate(content))
-    if content is None and "tool_calls" in given:
-        return {"role": known, **given}
+    if "tool_calls" in given:
+        given["tool_calls"] = _calls(f"{path}.tool_calls", given["tool_calls"], error)
+        if content is None:
+            return {"role": known, **given}
     if not isinstance(content, str):
         raise error(f"{path}.content", f"must be a string, got {_shown(content)}")
     return {"role": known, "content": content, **given}
 
 
+def _calls(path: str, calls: Any, error: Error) -> list[Any]:
+    """Returns a message's calls, a list of objects or their JSON."""
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) else calls
+        calls = [json.loads(call) if isinstance(call, str) else call for call in calls]
+    except (ValueError, TypeError):
+        calls = [None]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise error(path, "must be a list of objects; correct it")
+    return calls
+
+
 def _part(path: str, part: Any, error: Error) -> str:
+    if isinstance(part, str):
+        return part
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    raise error(path, f"must be text, got {part.get('type') if isinstance(part, Mapping) else _shown(part)}")
+    got = part.get("type") if isinstance(part, Mapping) else _shown(part)
+    raise error(path, f"must be text, got {got}", f"has a part that is no text ({got})")
 
 
 def _shown(value: Any) -> str:

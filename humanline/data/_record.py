@@ -4,6 +4,7 @@ All errors about an example come from ``Record.error``, so they name the file, t
 a field's name with the way to a value inside it, such as "chosen[1].content".
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from reprlib import repr as short_repr
 from typing import Any
 
-from humanline.data._messages import Message, messages_from
+from humanline.data._messages import Message, is_printed_texts, messages_from
 from humanline.errors import DataError
 
 __all__ = ["SYSTEM", "BadRow", "Message", "Record", "WrongFormat"]
@@ -23,8 +24,8 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 
 _INT_LIMIT = 2 ** (8 * array("i").itemsize - 1)
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-
-
+_TRAINED = ("weight", "train", "training", "loss", "trainable")
+"""Fields of a message that say whether it is learnt from."""
 _NEXT = {
     None: ("system", "user"),
     "system": ("user",),
@@ -71,18 +72,20 @@ class Record:
         row (Mapping[str, Any]): the row's columns.
         column_map (Mapping[str, str | None]): maps a field to its column, if their names differ; None means that the
             field has no column.
+        remarks (list[str]): what is said of the row, although it can be used.
     """
 
     where: str
     row: Mapping[str, Any]
     column_map: Mapping[str, str | None]
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
-    def error(self, path: str, problem: str) -> BadRow:
-        """Returns an error about the value at ``path``."""
+    def error(self, path: str, problem: str, reason: str | None = None) -> BadRow:
+        """Returns an error about the value at ``path``; ``reason`` are words for all rows with this fault."""
         field = re.split(r"[.[]", path, maxsplit=1)[0]
         column = self.column_map.get(field) or field
-        reason = f"'{column}' {re.split('[,;(]', problem, maxsplit=1)[0].strip()}"
-        return BadRow(self.where, f"field '{column}{path[len(field) :]}' {problem}", reason)
+        reason = re.split("[,;(]", problem, maxsplit=1)[0].strip() if reason is None else reason
+        return BadRow(self.where, f"field '{column}{path[len(field) :]}' {problem}", f"'{column}' {reason}")
 
     def tie(self, problem: str) -> BadRow:
         """Returns an error about a row that prefers no response."""
@@ -115,6 +118,8 @@ class Record:
         value = self.require(field, (str, list, dict), "a string or a list of messages")
         messages = messages_from(field, value, self.error)
         if messages is None:
+            if is_printed_texts(value):
+                raise self.error(field, "is a printed list of texts; store the text, or messages")
             return [{"role": "user", "content": self._filled(field, value)}]
         if answered and len(messages) > 1 and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -138,6 +143,7 @@ class Record:
             raise self.error(f"{path}.role", f"must be 'assistant' in the last message, got '{response['role']}'")
         if "tool_calls" not in response:
             self._filled(f"{path}.content", response["content"])
+        self._check_learnt(path, response)
         if not before:
             return None, response
         if before[0]["role"] == "assistant":
@@ -159,14 +165,25 @@ class Record:
     def tools(self) -> list[Any] | None:
         """Returns the tools that the model may call, a list or its JSON; None if there are none."""
         value = self.get("tools")
-        if isinstance(value, str) and value.strip():
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise self.error("tools", f"must be JSON, got {short_repr(value)}; correct it") from None
-        if not value:
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        return value if isinstance(value, list) else [value]
+        if not (value := self._from_json("tools", value)):
+            return None
+        tools = [self._from_json("tools", tool) for tool in (value if isinstance(value, list) else [value])]
+        for tool in tools:
+            named = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if not isinstance(named, Mapping) or not isinstance(named.get("name", named.get("type")), str):
+                raise self.error("tools", f"must be objects with the tool's name, got {short_repr(tool)}; correct it")
+        return tools
+
+    def _from_json(self, path: str, value: Any) -> Any:
+        """Returns what a string holds as JSON, also JSON within JSON; other values as they are."""
+        try:
+            while isinstance(value, str):
+                value = json.loads(value)
+        except ValueError:
+            raise self.error(path, f"must be JSON, got {short_repr(value)}; correct it") from None
+        return value
 
     # ---- Lists with an entry for each response
 
@@ -183,6 +200,7 @@ class Record:
             messages = messages_from(path, answer, self.error) or []
             if [message["role"] for message in messages] != ["assistant"]:
                 raise self.error(path, "must be a text, or one message of the assistant")
+            self._check_learnt(path, messages[0])
             answers += messages
         return answers
 
@@ -262,6 +280,11 @@ class Record:
             return label
         raise self._type_error(path, value, "true or false")
 
+    def _check_learnt(self, path: str, response: Message) -> None:
+        for key in _TRAINED:
+            if (given := response.pop(key, True)) not in (True, "true", "True"):
+                raise self.error(f"{path}.{key}", f"is {given!r}: the response is not to be learnt from; drop the line")
+
     def _filled(self, path: str, text: str) -> str:
         if not text.strip():
             raise self.error(path, "is empty; fill it or drop the line")
@@ -280,6 +303,8 @@ class Record:
         before = None
         for i, message in enumerate(messages):
             self._encodable(f"{path}[{i}].content", message.get("content", ""))
+            if message["role"] == "user" or (message["role"] == "assistant" and message.keys() == {"role", "content"}):
+                self._filled(f"{path}[{i}].content", message.get("content", ""))
             if message["role"] not in _NEXT[before]:
                 after = f"after '{before}'" if before else "first"
                 raise self.error(
@@ -289,7 +314,6 @@ class Record:
         last, path = messages[-1], f"{path}[{len(messages) - 1}]"
         if last["role"] not in ("user", "tool"):
             raise self.error(f"{path}.role", f"must be 'user' in the prompt's last message, got '{last['role']}'")
-        self._filled(f"{path}.content", last.get("content", ""))
         return list(messages)
 
     def _token_ids(self, path: str, value: Any, vocab_size: int | None) -> array:

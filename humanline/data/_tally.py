@@ -15,6 +15,10 @@ FEW, MOST_OF_FEW = 10, 0.5
 """Of fewer rows, one is more than a tenth and says nothing about the format; then this share counts."""
 
 
+MOST_NAMED = 12
+"""Columns that a note lists."""
+
+
 class Tally:
     """The rows of a source: how many there are, which are left out, and what of the others is cut.
 
@@ -24,6 +28,7 @@ class Tally:
 
     Attributes:
         schema (str | None): the public schema that the source has.
+        unread (list[str]): the columns that the schema does not read.
     """
 
     def __init__(self, name: str, split: str = "train") -> None:
@@ -31,6 +36,8 @@ class Tally:
         self.schema: str | None = None
         self._rows = self._cut_prompts = self._cut_responses = self._equal = 0
         self._reasons: dict[str, tuple[BadRow, int]] = {}  # the first row of each, and how many there are
+        self._remarks: dict[str, tuple[str, int]] = {}
+        self.unread: list[str] = []
 
     @property
     def dropped(self) -> int:
@@ -67,6 +74,11 @@ class Tally:
         """Counts a row that is left out."""
         first, count = self._reasons.get(error.reason, (error, 0))
         self._reasons[error.reason] = first, count + 1
+
+    def remark(self, what: str, where: str) -> None:
+        """Counts a row that is used, and of which something has to be said."""
+        first, count = self._remarks.get(what, (where, 0))
+        self._remarks[what] = first, count + 1
 
     def check(self, on_bad_row: str) -> None:
         """
@@ -108,6 +120,10 @@ class Tally:
     def notes(self) -> list[str]:
         """Returns phrases for the report about the schema, and about rows that are left out."""
         notes = [f"schema {self.schema}"] if self.schema else []
+        if self.unread:
+            more = f" and {len(self.unread) - MOST_NAMED} more" if len(self.unread) > MOST_NAMED else ""
+            notes.append(f"columns not read: {', '.join(self.unread[:MOST_NAMED])}{more}")
+        notes += [f"{what} ({count:,}, the first: {first})" for what, (first, count) in self._remarks.items()]
         reasons = ", ".join(
             f"{reason} ({count:,}, the first: {first.where})" for reason, (first, count) in self._reasons.items()
         )
