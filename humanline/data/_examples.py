@@ -1,5 +1,7 @@
 """Reads rows of text into examples, and finds what would be lost or taken for something else."""
 
+import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -139,7 +141,7 @@ def _refuse_ignored(record: Record, prompt: list[Message], columns: frozenset[st
 
 
 def _refuse_weights(record: Record) -> None:
-    for name in WEIGHTS:
+    for name in WEIGHTS if record.column_map or not WEIGHTS.isdisjoint(record.row) else ():
         if (value := record.get(name)) is not None and value not in (1, "1", "1.0"):
             column = record.column_map.get(name) or name
             raise WrongFormat(
@@ -165,26 +167,26 @@ def _lost(value: Any, prompt: list[Message]) -> str:
 
 
 def _refuse_templated(
-    record: Record, prompt: Sequence[Message], responses: Sequence[Message], markers: Sequence[str]
+    record: Record, prompt: Sequence[Message], responses: Sequence[Message], markers: tuple[str, ...]
 ) -> None:
-    firsts = {marker[0] for marker in markers}  # to be fast: few texts have one of these characters
+    firsts, pattern = _pattern(markers)
     for message in (*prompt, *responses):
         text = message.get("content") or ""
-        for marker in markers if any(first in text for first in firsts) else ():
-            if marker in text:
-                raise _templated(record, marker)
+        if any(map(text.__contains__, firsts)) and (found := pattern.search(text)):
+            raise _templated(record, found[0])
     last = (prompt[-1].get("content") or "").rstrip()
-    for cue in _CUES:
-        if last.endswith(cue):
-            raise _templated(record, cue)
+    if last.endswith(_CUES):
+        raise _templated(record, next(cue for cue in _CUES if last.endswith(cue)))
     for response in responses:
         text = (response.get("content") or "").strip()
-        for cue in _OPENINGS:
-            if text.startswith(cue):
-                raise _templated(record, cue)
-        for end in _ENDS:
-            if text.endswith(end):
-                raise _templated(record, end)
+        if text.startswith(_OPENINGS) or text.endswith(_ENDS):
+            raise _templated(record, next(cue for cue in (*_OPENINGS, *_ENDS) if cue in text))
+
+
+@functools.cache
+def _pattern(markers: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
+    """Returns the first characters of markers, since few texts have one, and what finds a marker."""
+    return "".join({marker[0] for marker in markers}), re.compile("|".join(map(re.escape, markers)))
 
 
 def _templated(record: Record, marker: str) -> BadRow:

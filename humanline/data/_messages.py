@@ -27,7 +27,7 @@ _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 _LOOKS_PRINTED = re.compile(r"""\s*(?:array\()?[\[(]*\s*(?:\{\s*['"]\w+['"]\s*:|\w+\((?:role|content)=)""")
-_OTHER_TRANSCRIPT = re.compile(r"\A\s*Human:.*?\nAssistant:|\n\nHuman:.*?\n\nAssistant:", re.DOTALL)
+_TRANSCRIPT = re.compile(r"\A\s*Human:.*?\nAssistant:|\n\nHuman:.*?\n\nAssistant:", re.DOTALL)
 _PRINTED_ROLE = re.compile(r"""\b(?:role|from)['"]?\s*[:=]\s*['"](\w+)['"]""")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_MEDIA = ("image", "images", "audio", "video", "function_call")
@@ -93,16 +93,15 @@ def is_printed_texts(text: str) -> bool:
 
 def _transcript(path: str, text: str, error: Error) -> list[Message] | None:
     """Parses a transcript of Anthropic HH or HelpSteer2, without a last turn that has no text: the one to answer."""
-    text = text.replace("\r\n", "\n") if "\r\n" in text and "Human:" in text else text
-    if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
+    if "Human:" in text and _TRANSCRIPT.search(text := text.replace("\r\n", "\n")):
+        if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
+            raise error(
+                path, "is a transcript with other turns than '\\n\\nHuman: ' and '\\n\\nAssistant: '; store messages"
+            )
         _, *parts = _HH_TURN.split(text)
     elif "<extra_id_1>" in text:
         first, *parts = _HELPSTEER_TURN.split(text)
         parts = ["User", first, *parts] if first.strip() else parts
-    elif "Human:" in text and _OTHER_TRANSCRIPT.search(text):
-        raise error(
-            path, "is a transcript with other turns than '\\n\\nHuman: ' and '\\n\\nAssistant: '; store messages"
-        )
     else:
         return None
     pairs = zip(parts[::2], parts[1::2], strict=True)

@@ -35,6 +35,7 @@ PAIR_SCORES = tuple(
     for before, behind in (("score_", ""), ("", "_score"), ("", "_rating"), ("rating_", ""))
 )
 """Columns with the scores of a pair."""
+_SCORE_COLUMNS = frozenset(name for names in PAIR_SCORES for name in names)
 _WINNERS = {"model_a": True, "model_b": False, "both_bad": None, "bothbad": None}
 
 
@@ -71,7 +72,8 @@ def pair(chosen: str = "chosen", rejected: str = "rejected", prompt: str = "prom
 
 def _check_scores(record: Record) -> None:
     """Refuses a pair whose own scores say that the rejected response is better, or that neither is."""
-    for chosen, rejected in PAIR_SCORES:
+    known = record.column_map or not _SCORE_COLUMNS.isdisjoint(record.row)  # to be fast
+    for chosen, rejected in PAIR_SCORES if known else ():
         if record.get(chosen) is not None and record.get(rejected) is not None:
             scores = record.number(chosen), record.number(rejected)
             if scores[0] < scores[1]:

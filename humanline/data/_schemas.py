@@ -184,7 +184,7 @@ ANSWER_PARTS = frozenset(
     "reasoning_content reasoning thinking thought thoughts chosen_reasoning rejected_reasoning tool_calls".split()
 )
 """Columns that may hold a part of a response."""
-WEIGHTS = ("weight", "weights", "sample_weight")
+WEIGHTS = frozenset(("weight", "weights", "sample_weight"))
 """Columns that would weigh an example; all weigh 1 here."""
 
 READ = {*SYSTEM, *WEIGHTS, "tools", *CONTEXT, *ANSWER_PARTS, *(name for names in PAIR_SCORES for name in names)}
