@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import signal
 import socket
 import subprocess
@@ -141,7 +142,7 @@ def test_gsm8k_any_text_has_a_score(text):
 
 
 @pytest.mark.parametrize("reward", [GSM8KReward, MathReward, OpenR1Reward])
-@pytest.mark.parametrize("answer", [None, "", " ", True, ["4"]])
+@pytest.mark.parametrize("answer", [None, "", " ", True, ["4"], math.nan, math.inf, Decimal("NaN")])
 def test_a_prompt_without_an_answer_is_named_even_with_no_response(reward, answer):
     with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' is .*; it must hold .*answer_field"):
         reward()([prompt(answer)], [[]])
@@ -298,6 +299,41 @@ def test_maths_no_text_reaches_python_s_evaluation():
     run([sys.executable, "-c", script, str(worker)], cwd=ROOT)
 
 
+UNREADABLE = ["}", r"\frac{1}{", "The ratio is five to one"]
+
+
+@pytest.mark.parametrize("reward", [MathReward, OpenR1Reward])
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_maths_an_answer_that_cannot_be_verified_is_named_even_with_no_response(reward, answer):
+    with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' is .* cannot be verified") as error:
+        reward()([prompt(answer)], [[]])
+    assert repr(answer) in str(error.value) and "1 of 1 answers" in str(error.value)
+    assert "reward.answer_field" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_maths_a_few_answers_that_cannot_be_verified_are_counted_once_and_the_others_are_scored(caplog):
+    reward = MathReward(timeout=20)
+    prompts = [prompt(answer) for answer in (*range(30), *UNREADABLE, r"p \land q")]
+    with caplog.at_level(logging.WARNING):
+        reward(prompts, [[] for _ in prompts])
+        assert "prompts.jsonl line 3: field 'answer' is '}'" in caplog.text and "4 of 34 answers" in caplog.text
+        caplog.clear()
+        assert reward(prompts[29:], [["29"], ["}"], ["0"], ["0"], [r"\boxed{p \land q}", "0"]]) == [
+            [1],
+            [0],
+            [0],
+            [0],
+            [1, 0],
+        ]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("answer", ["**", "Answer:", "<answer></answer>"])
+def test_maths_an_answer_of_marks_alone_is_named(answer):
+    with pytest.raises(DataError, match="^prompts.jsonl line 3: field 'answer' has no answer, only "):
+        MathReward()([prompt(answer)], [[]])
+
+
 @pytest.mark.parametrize("key", ["timeout", "workers"])
 @pytest.mark.parametrize("value", [0, -1, "five", True, None])
 def test_maths_a_setting_that_cannot_work_is_named(key, value):
@@ -319,6 +355,10 @@ ACCURACY = {
     "MathReward": MathReward,
     "OpenR1Reward": lambda: OpenR1Reward(accuracy=1, format=0, tag_count=0),
 }
+
+
+THOUGHTS = ["think", "thinking", "thought", "reasoning"]
+SEPARATORS = ["", ",", r"\,", "{,}"]
 
 
 @pytest.fixture(scope="module", params=ACCURACY)
@@ -348,6 +388,142 @@ def test_a_derivation_in_gsm8k_s_form_is_scored_by_what_follows_the_mark(accurac
 )
 def test_a_thought_is_not_the_answer_whether_or_not_it_ends(accuracy, response, number):
     assert accuracy([prompt("3"), prompt("#### 4")], [[response]] * 2) == [[number == 3], [number == 4]]
+
+
+# Ways to write the answer 18 into a prompt file.
+WRITTEN = [
+    "18 eggs",
+    "18 dollars a year",
+    "18 km/h",
+    "18 m/s",
+    "18 cm^2",
+    r"18\text{ km/h}",
+    r"18~\text{cm}",
+    "18 sq. ft.",
+    "18.",
+    "+18",
+    "**18**",
+    "Answer: 18",
+    "**Answer:** 18",
+    "The answer is 18",
+    "So, the final answer is **18**.",
+    "18$",
+    "$18$",
+    "$18$ dollars",
+    "$$18$$",
+    r"\(18\)",
+    r"\$18",
+    "US$18",
+    "USD 18",
+    "= 18",
+    "<answer>18</answer>",
+    "<answer>\n18 eggs\n</answer>",
+    r"so \boxed{18}",
+    r"9 * 2 = \boxed{18\text{ eggs}}.",
+    "9 * 2 = 18\n#### **18 eggs**",
+]
+
+
+@pytest.mark.parametrize("answer", WRITTEN)
+def test_an_answer_is_read_however_it_is_written(accuracy, answer):
+    right = ["18", "It is 18.0 in all.", r"\boxed{18}", r"\boxed{18\text{ eggs}}"]
+    assert accuracy([prompt(answer)], [[*right, "19", r"\boxed{1.8}"]]) == [[1] * len(right) + [0, 0]]
+
+
+@pytest.mark.parametrize("content", [answer for answer in WRITTEN if "boxed" not in answer and "#" not in answer])
+def test_a_box_is_read_however_its_number_is_written(accuracy, content):
+    assert accuracy([prompt("18"), prompt("8")], [[rf"\boxed{{{content}}}"]] * 2) == [[1], [0]]
+
+
+SAME = [
+    ("70000 dollars", "It costs $70,000.", 1),
+    (r"10\,000", "10,000", 1),
+    (r"10\,000", "10", 0),
+    ("1000000", r"1\,000\,000", 1),
+    ("1000000", r"\boxed{1\,000\,000}", 1),
+    ("1234567.5", r"1{,}234{,}567.5", 1),
+    ("11111", r"$11,\!111$", 1),
+    ("0", r"1\,000\,000", 0),
+    ("-1000", "The balance is -1,000.", 1),
+    ("-1,000", "$-1,000$", 1),
+    ("-1", "-1,000", 0),
+    ("-18", "The answer is \N{MINUS SIGN}18", 1),
+    ("-18", "#### \N{MINUS SIGN}18", 1),
+    ("-18", "\\boxed{\N{MINUS SIGN}18}", 1),
+    ("\N{MINUS SIGN}18", "-18", 1),
+    ("18", "The answer is \N{MINUS SIGN}18", 0),
+    ("18", r"\boxed{9} Step 2: \boxed{18}", 1),
+    ("9", r"\boxed{9} Step 2: \boxed{18}", 0),
+    ("18", "\\boxed{9}\n\\boxed{18}", 1),
+    ("9", "\\boxed{9}\n\\boxed{18}", 0),
+    ("18", r"First $\boxed{9}$, so it is $\boxed{18}$.", 1),
+    ("18", r"\boxed{9} or \boxed{18}", 0),
+    ("18", r"\boxed{18}, \boxed{9}", 0),
+    ("18", r"\boxed{9}$ \text{ and } $\boxed{18}", 0),
+    ("18", r"\boxed{18} and \boxed{18}", 1),
+    ("18", r"\boxed{\text{18 dollars}}", 1),
+    ("18", r"\boxed{\textbf{18}}", 1),
+    ("12", r"\boxed{\text{Answer: }12}", 1),
+    ("18", r"\boxed{\boxed{18}}", 1),
+    ("18", r"\boxed 18", 1),
+    ("18", r"\boxed 18, or 3 times 6", 1),
+    ("1", r"\boxed 18", 0),
+    ("18", r"\boxed{18", 0),
+    ("18", r"\boxed{\text{18 dollars}", 0),
+    ("9", r"\boxed{9} is half, so \boxed{18", 0),
+    ("18", r"\boxed{", 0),
+    ("18", r"18 \boxed{}", 0),
+    ("18", r"\boxed{18} is it, or 3 times 6.", 1),
+    *((answer, f"<{tag}>\\boxed{{6}}</{tag}> 5", answer == "5") for answer in "56" for tag in THOUGHTS),
+    *(("6", f"<{tag}>It is \\boxed{{6}}. But", 0) for tag in THOUGHTS),
+    *(("5", f"It is \\boxed{{6}}.</{tag}> 5", 1) for tag in THOUGHTS),
+]
+
+
+def test_all_rewards_agree_on_what_is_right(accuracy):
+    scores = accuracy([prompt(answer) for answer, _, _ in SAME], [[response] for _, response, _ in SAME])
+    assert [case for case, [value] in zip(SAME, scores, strict=True) if value != case[2]] == []
+
+
+NUMBERS = ["{}", "{}.", "**{}**", "{} eggs", "{} km/h", "= {}", "The answer is {}.", "<answer>{}</answer>", "#### {}"]
+RESPONSES = [*NUMBERS, r"\boxed{{{}}}", r"\boxed{{\text{{{} eggs}}}}", r"\boxed{{7}}, so \boxed{{{}}}"]
+
+
+@settings(max_examples=30)
+@given(st.integers(-(10**7), 10**7), st.sampled_from(NUMBERS), st.sampled_from(RESPONSES), st.sampled_from(SEPARATORS))
+def test_a_number_equals_itself_and_no_other_in_any_writing_of_either(accuracy, number, answer, response, separator):
+    written, other = (f"{n:,}".replace(",", separator).replace("-", "\N{MINUS SIGN}") for n in (number, number + 1))
+    for known in (str(number), written):
+        texts = [response.format(written), response.format(number), response.format(other)]
+        assert accuracy([prompt(answer.format(known))], [texts]) == [[1, 1, 0]]
+
+
+FORMULAS = [
+    (r"\frac{1}{2}", r"\boxed{3}, so \boxed{0.5}", 1),
+    (r"\frac{1}{2}", r"\boxed{0.5} Step 2: \boxed{3}", 0),
+    (r"\frac{1}{2}", r"\boxed{0.5}. So \boxed{3", 0),
+    (r"The answer is $\frac{1}{2}$.", "0.5", 1),
+    (r"**Answer:** \(\frac{1}{2}\)", r"\boxed{0.5}", 1),
+    (r"<answer>\frac{1}{2}</answer>", r"\boxed{0.5}", 1),
+    ("= x + 1", r"\boxed{1 + x}", 1),
+    (r"\{1, 2\}", r"\boxed{\{2, 1\}}", 1),
+    ("4, 5", "\\boxed{4}\n\\boxed{5}", 1),
+    ("4, 5", r"$\boxed{4}$ and $\boxed{5}$", 1),
+    ("4, 5", r"\boxed{5}", 0),
+    (r"\pm 2", r"\boxed{2} or \boxed{-2}", 1),
+    (r"(1,\,200)", r"\boxed{(1, 200)}", 1),
+    (r"(1,\,200)", r"\boxed{1200}", 0),
+    ("1200", r"\boxed{(1,200)}", 0),
+    ("2 xy", r"\boxed{2}", 0),
+    ("2 xy", r"\boxed{2yx}", 1),
+    ("2 pi", r"\boxed{2}", 0),
+    ("0.333...", r"\boxed{0.333}", 0),
+]
+
+
+def test_maths_a_formula_is_read_as_a_number_is(maths):
+    scores = maths([prompt(answer) for answer, _, _ in FORMULAS], [[response] for _, response, _ in FORMULAS])
+    assert [case for case, [value] in zip(FORMULAS, scores, strict=True) if value != case[2]] == []
 
 
 @pytest.mark.parametrize("reward", [MathReward, OpenR1Reward])

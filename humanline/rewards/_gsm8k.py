@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from humanline.errors import DataError
-from humanline.rewards._final_answer import conclusion
+from humanline.rewards._final_answer import after_mark, box, conclusion, plain, without_unit
 from humanline.rewards._prompts import known_answer
 from humanline.rollout import Prompt
 
 __all__ = ["GSM8KReward"]
 
-_BOXED = re.compile(r"\\boxed\s*\{")
 # A minus sign after a letter, digit or parenthesis is a subtraction, not a sign: 16-3 ends with 3.
 _NUMBER = re.compile(r"((?<![\w)])-\$?|\$-)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 # In Markdown #### also starts a heading. No number in a heading counts, nor the heading's own, as in #### 2. Money.
@@ -24,12 +23,13 @@ class GSM8KReward:
     Currency signs, thousands separators, trailing zeros and trailing dots make no difference. Percent signs and other
     units are ignored.
 
-    The answer is the number after ``####`` in the prompt's ``answer_field``, or the only number in it. A response's
-    number comes from the text after its thought (``<think>...</think>``, if there is one; a thought that is not closed
-    has no number), by the first of these rules that applies:
+    The answer is the number after ``####`` in the prompt's ``answer_field``, or else the only number in its box, or in
+    all of it. A response's number comes from the text after its thought (``<think>...</think>`` or the like, if there
+    is one; a thought that is not closed has no number), by the first of these rules that applies:
 
     1. ``####`` with a number directly after it (``$`` and ``*`` may come between), not in a heading: the last one;
-    2. ``\\boxed{}``: the only number in the last box; a box with several, such as a fraction, has none;
+    2. ``\\boxed{}``: the only number in the last box; a box with several, such as a fraction, has none, nor has a box
+       that is not closed; boxes joined by a comma, *and* or *or* count as one;
     3. neither: the last number.
 
     Args:
@@ -55,7 +55,7 @@ class GSM8KReward:
     def _answer(self, prompt: Prompt) -> Decimal:
         text = known_answer(prompt, self._answer_field)
         marked = _numbers(text, _MARKED)
-        number = marked[-1] if marked else _only_number(text)
+        number = marked[-1] if marked else _only_number(after_mark(plain(text)))
         if number is None:
             raise DataError(
                 f"{prompt.where}: field '{self._answer_field}' has no number after #### and is not a single number; "
@@ -68,9 +68,9 @@ def _response_number(text: str) -> Decimal | None:
     text = conclusion(text)
     if marked := _numbers(text, _MARKED):
         return marked[-1]
-    boxed = list(_BOXED.finditer(text))
-    if boxed:
-        return _only_number(_braced(text[boxed[-1].end() :]))
+    boxed = box(plain(text))
+    if boxed is not None:
+        return _only_number(without_unit(boxed))
     numbers = _numbers(text)
     return numbers[-1] if numbers else None
 
@@ -81,16 +81,6 @@ def _only_number(text: str) -> Decimal | None:
 
 
 def _numbers(text: str, form: re.Pattern[str] = _NUMBER) -> list[Decimal]:
-    plain = text.replace("\\$", "$").replace("{,}", ",").replace("\\!", "").replace("\N{MINUS SIGN}", "-")
-    signed = (("-" if sign else "") + digits.replace(",", "") for sign, digits in form.findall(plain))
+    text = plain(text).replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
+    signed = (("-" if sign else "") + digits.replace(",", "") for sign, digits in form.findall(text))
     return [Decimal(number) for number in signed]
-
-
-def _braced(text: str) -> str:
-    """Returns the text up to the brace that closes the one before ``text``; all of it if there is none."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[: brace.start()]
-    return text

@@ -47,7 +47,8 @@ class OpenR1Reward:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[float]]:
         """
         Raises:
-            DataError: if a prompt has no answer; the message names its line.
+            DataError: if a prompt has no answer, or more than half of the answers cannot be verified; the message names
+                the first line.
         """
         return [
             [

@@ -14,10 +14,11 @@ def known_answer(prompt: Prompt, field: str) -> str:
     """Returns the answer in the prompt's line, as text.
 
     Raises:
-        DataError: if the field is missing, empty, or neither text nor a number.
+        DataError: if the field is missing, empty, or neither text nor a finite number.
     """
     value = prompt.fields.get(field)
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or not str(value).strip():
+    is_answer = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and str(value).strip()
+    if not is_answer or (isinstance(value, float | Decimal) and not Decimal(value).is_finite()):  # pandas' null is NaN
         problem = "is missing" if value is None else f"is {short_repr(value)}"
         raise DataError(
             f"{prompt.where}: field '{field}' {problem}; it must hold the right answer as text or a number, or set "
