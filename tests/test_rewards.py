@@ -49,6 +49,13 @@ def prompt(answer=None, text="What is it?", **fields):
     return Prompt("prompts.jsonl line 3", [{"role": "user", "content": text}], {"answer": answer, **fields})
 
 
+@pytest.mark.parametrize("answer", ["2 million", "3 dozen eggs", "#### 2 thousand dollars"])
+def test_a_number_with_a_multiplier_is_not_the_number_before_it(answer):
+    assert score(MathReward(), answer, "2") == score(MathReward(), answer, "3") == 0
+    with pytest.raises(DataError, match="is not a single number"):
+        GSM8KReward()([prompt(answer)], [["2"]])
+
+
 def score(reward, answer, response):
     [[value]] = reward([prompt(answer)], [[response]])
     return value

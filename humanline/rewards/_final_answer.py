@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["after_mark", "box", "conclusion", "is_number", "plain", "without_commas", "without_unit"]
+__all__ = ["after_mark", "box", "conclusion", "is_multiplied", "is_number", "plain", "without_commas", "without_unit"]
 
 _NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _THOUGHT = r"(?:think|thinking|thought|reasoning)"
@@ -10,8 +10,9 @@ _THOUGHT = r"(?:think|thinking|thought|reasoning)"
 _THOUSANDS = re.compile(r"(?<![0-9])[0-9]{1,3}(?:(?:\\[,:;!]|\{,\}|,\\!)\s*[0-9]{3})+(?![0-9])")
 _WITH_COMMAS = re.compile(r"(?<![0-9,.(\[])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")  # in brackets it may be a pair
 _UNBRACED_BOX = re.compile(rf"\\boxed\s*\$?(-?{_NUMBER})(?!\s*[/^*+]|[.,]?[0-9])")
-# A single letter may be a variable, and a word of neighbouring letters a product: 3 xy. pi is a factor.
-_NO_UNIT = r"(?!(?:a?b?c?d?|m?n?|p?q?r?|u?v?w?|x?y?z?|pi|sqrt)(?![A-Za-z]))"
+# A single letter may be a variable, and a word of neighbouring letters a product: 3 xy. pi and million are factors.
+_FACTOR = r"pi|sqrt|hundred|thousand|(?:m|b|tr)illion|dozen"
+_NO_UNIT = rf"(?!(?:a?b?c?d?|m?n?|p?q?r?|u?v?w?|x?y?z?|(?:{_FACTOR})s?)(?![A-Za-z]))"
 _WORD = rf"(?:a(?=\s+[A-Za-z]{{2}})|m(?=/s)|{_NO_UNIT}[A-Za-z]{{2,}})(?:/[A-Za-z]+)*(?:\^?[23]|[²³])?\.?"
 # A number and its unit: $18, 70,000 dollars a year, USD 18, 18 km/h.
 _WITH_UNIT = re.compile(
@@ -61,6 +62,11 @@ def after_mark(answer: str) -> str:
 def is_number(answer: str) -> bool:
     """Returns whether an answer is a plain number."""
     return re.fullmatch(rf"-?{_NUMBER}", answer.strip()) is not None
+
+
+def is_multiplied(answer: str) -> bool:
+    """Returns whether a word such as *million* follows a number."""
+    return re.search(rf"[0-9]\s*(?:{_FACTOR})s?\b", answer, re.IGNORECASE) is not None
 
 
 def box(text: str) -> str | None:

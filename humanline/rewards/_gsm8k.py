@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from humanline.errors import DataError
-from humanline.rewards._final_answer import after_mark, box, conclusion, plain, without_unit
+from humanline.rewards._final_answer import after_mark, box, conclusion, is_multiplied, plain, without_unit
 from humanline.rewards._prompts import known_answer
 from humanline.rollout import Prompt
 
@@ -56,7 +56,7 @@ class GSM8KReward:
         text = known_answer(prompt, self._answer_field)
         marked = _numbers(text, _MARKED)
         number = marked[-1] if marked else _only_number(after_mark(plain(text)))
-        if number is None:
+        if number is None or is_multiplied(after_mark(text)):  # 2 million is not 2
             raise DataError(
                 f"{prompt.where}: field '{self._answer_field}' has no number after #### and is not a single number; "
                 "correct it, or use humanline.rewards.MathReward"
