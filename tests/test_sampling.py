@@ -631,7 +631,7 @@ def test_a_mistake_is_named_before_anything_is_sampled(tmp_path, model_folder, c
 def test_a_few_bad_rows_are_counted_and_the_others_sampled(sample):
     code, printed, output = sample([*LINES, {"answer": 1}])
     assert code == 0 and len(output.read_text().splitlines()) == len(LINES)
-    assert "1 rows dropped: 'prompt' is missing (1, the first: " in printed and "prompts.jsonl line 4)" in printed
+    assert "1 row dropped: 'prompt' is missing (1, the first: " in printed and "prompts.jsonl line 4)" in printed
 
 
 def test_a_mistake_ends_the_recipe_with_one_line(sample):

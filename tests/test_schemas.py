@@ -218,7 +218,7 @@ def test_a_table_says_the_same_as_lines(tokenizer, name):
 
 def test_a_tie_is_left_out_and_counted_but_is_no_fault(tokenizer):
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", ROWS["helpsteer3"]), on_bad_row="stop")
-    assert "1 rows dropped: neither response is better (1, the first: data.jsonl line 3)" in dataset.report()
+    assert "1 row dropped: neither response is better (1, the first: data.jsonl line 3)" in dataset.report()
     assert dataset.dropped == 1
 
 

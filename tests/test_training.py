@@ -402,4 +402,4 @@ def test_a_dropped_row_is_counted_in_log_and_metrics(trajectory, caplog):
     assert run.train("max_steps_per_epoch=1") is None
     assert set(run.log("dropped_rows").values()) == {1.0}
     place = f"{run.data} line {len(lines) + 1}"
-    assert f"1 rows dropped: 'responses' has two equal entries (1, the first: {place})" in caplog.text
+    assert f"1 row dropped: 'responses' has two equal entries (1, the first: {place})" in caplog.text

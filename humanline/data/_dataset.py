@@ -74,7 +74,7 @@ class GroupDataset(Dataset[Group]):
             f"prompt/response tokens mean {sum(prompts) / len(prompts):.0f}/{sum(responses) / len(responses):.0f}, "
             f"max {max(prompts)}/{max(responses)}"
         )
-        return f"{len(self):,} groups from {self.name}: " + "; ".join([*self.notes, lengths])
+        return f"{len(self):,} group{'s' * (len(self) != 1)} from {self.name}: " + "; ".join([*self.notes, lengths])
 
 
 class _Derived(LazyGroups):

@@ -127,4 +127,5 @@ class Tally:
         reasons = ", ".join(
             f"{reason} ({count:,}, the first: {first.where})" for reason, (first, count) in self._reasons.items()
         )
-        return [*notes, f"{self.dropped - self._equal:,} rows dropped: {reasons}"] if reasons else notes
+        bad = self.dropped - self._equal
+        return [*notes, f"{bad:,} row{'s' * (bad > 1)} dropped: {reasons}"] if reasons else notes

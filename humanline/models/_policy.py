@@ -11,6 +11,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models._flex import use_flex
+from humanline.models._heap import trim_in_backward
 from humanline.models._log_probs import token_log_probs, token_log_probs_and_entropy
 from humanline.torchtune_seam.internals import Mask
 
@@ -92,13 +93,15 @@ class LogProbDecoder(nn.Module):
             Tensor | tuple[Tensor, Tensor]: log-probs of ``targets`` in nats, float32 ``[N]``; with ``with_entropy``
             also entropies in nats, float32 ``[N]``, without gradient.
         """
-        hidden = self.tok_embeddings(tokens)
+        hidden = trim_in_backward(self.tok_embeddings(tokens))
         for layer, window in zip(self.layers, self.windows, strict=True):
             hidden = layer(hidden, mask=masks[window], input_pos=positions)
         # Only rows that predict a response token are normalised and projected.
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
         head = token_log_probs_and_entropy if with_entropy else token_log_probs
-        return head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
+        found = head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
+        trim_in_backward(found[0] if with_entropy else found)
+        return found
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Computes logits, float32 ``[B, S, V]``, from hidden states of the last layer, ``[B, S, D]``."""
