@@ -100,7 +100,7 @@ class LogProbDecoder(nn.Module):
         hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
         head = token_log_probs_and_entropy if with_entropy else token_log_probs
         found = head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
-        trim_in_backward(found[0] if with_entropy else found)
+        trim_in_backward(found if isinstance(found, Tensor) else found[0])
         return found
 
     def unembed(self, hidden: Tensor) -> Tensor:
