@@ -173,6 +173,88 @@ def test_only_the_name_of_a_file_says_what_separates_its_cells(tokenizer):
     assert in_words(tokenizer, preference_groups(tokenizer, "my.tsv_conv/a.csv")) == [PAIR_IN_WORDS]
 
 
+# ---- Prompt files of text
+
+
+def test_text_files_may_be_a_glob_or_a_list():
+    Path("t1.txt").write_text("a\n")
+    Path("t2.txt").write_text("b\n")
+    write_lines("p.jsonl", [{"prompt": "c"}])
+    for source, texts in (("t*.txt", "ab"), (["t2.txt", "t1.txt"], "ba"), (["t1.txt", "p.jsonl"], "ac")):
+        assert [prompt.messages[0]["content"] for prompt in read_prompts(source)] == [*texts]
+
+
+def test_text_files_are_for_prompts_only(tokenizer):
+    Path("t.txt").write_text("a\n")
+    said = said_of(ConfigError, preference_groups, tokenizer, "./t.txt")
+    assert said.startswith("source: './t.txt' has an unsupported type")
+
+
+def test_templated_lines_of_text_are_no_prompts():
+    Path("t.txt").write_text("[INST] x [/INST]\n<|im_start|>user\n")
+    assert said_of(DataError, read_prompts, "t.txt").startswith(
+        "t.txt line 1: the text has '[INST]' of a chat template"
+    )
+    Path("t.txt").write_text("hi\n" * 20 + "[INST] x [/INST]\n")
+    assert len(read_prompts("t.txt")) == 20
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("name", "main", "name: expected null for local files, got 'main'"),
+        ("revision", "v1", "revision: expected null for local files, got 'v1'"),
+        ("data_files", "u.txt", "data_files: expected null for prompts 't.txt', got 'u.txt'"),
+        (
+            "column_map",
+            {"prompt": "text"},
+            "column_map: expected null for 't.txt', whose lines have no columns, got {'",
+        ),
+    ],
+)
+def test_settings_that_lines_of_text_cannot_have_are_refused(setting, value, message):
+    Path("t.txt").write_text("a\n")
+    assert said_of(ConfigError, read_prompts, "t.txt", **{setting: value}).startswith(message)
+
+
+# ---- column_map
+
+
+@pytest.mark.parametrize("field", ["system", "tools"])
+@pytest.mark.parametrize("column", ["system_text", "system"])
+def test_a_mapped_column_that_no_row_has_is_refused(tokenizer, field, column):
+    source = write_lines("pairs.jsonl", [{**PAIR, column: "be kind"}] * 3)
+    said = said_of(ConfigError, preference_groups, tokenizer, source, column_map={field: "sytem_text"})
+    assert said == (
+        "column_map: column 'sytem_text' is in no row of pairs.jsonl; it has the columns prompt, chosen, rejected, "
+        f"{column}; did you mean '{column}'?"
+    )
+
+
+def test_a_mapped_column_that_a_later_row_has_is_found(tokenizer):
+    source = write_lines("pairs.jsonl", [*[PAIR] * 100, {**PAIR, "rules": "be kind"}])
+    assert len(preference_groups(tokenizer, source, column_map={"system": "rules"})) == 101
+
+
+def test_a_mapped_column_that_no_prompt_has_is_refused():
+    source = write_lines("prompts.jsonl", [{"question": "hi", "answer": "old", "full_prompt": "hello"}])
+    said = said_of(ConfigError, read_prompts, source, column_map={"answer": "nope"})
+    assert said.startswith("column_map: column 'nope' is in no row of prompts.jsonl; it has the columns question, answ")
+    said = said_of(ConfigError, read_prompts, source, column_map={"prompts": "full_prompt"})
+    assert said == "column_map: no field is named 'prompts'; did you mean 'prompt'?"
+
+
+@pytest.mark.parametrize("value", ["question", ["prompt", "question"]])
+def test_a_column_map_that_is_no_mapping_is_refused(tokenizer, value):
+    source = write_lines("pairs.jsonl", [PAIR])
+    for read in (partial(preference_groups, tokenizer), read_prompts):
+        said = said_of(ConfigError, read, source, column_map=value)
+        assert said.startswith("column_map: expected a mapping from fields to columns, such as {prompt: question}")
+        assert said.endswith(f", got {value!r}")
+    said = said_of(ConfigError, read_prompts, source, column_map={"prompt": 3})
+    assert said == "column_map: expected a column's name or null for 'prompt', got 3"
+
+
 # ---- Columns and keys of one name
 
 
