@@ -119,7 +119,9 @@ def test_gsm8k_by_its_name():
     assert prompt.fields == {**SUM, "prompt": SUM["question"]}
     with pytest.raises(ConfigError, match="^name: missing; 'openai/gsm8k' has the configs main, socratic"):
         read_prompts("openai/gsm8k", "test")
-    with pytest.raises(ConfigError, match=r"^prompts: 'openai/gsm8k' \(split 'validation'\) cannot be loaded .*test"):
+    with pytest.raises(
+        ConfigError, match="^split: 'validation' does not work for 'openai/gsm8k' .*; use train or test, or a slice"
+    ):
         read_prompts("openai/gsm8k", "validation", name="main")
 
 
@@ -155,5 +157,7 @@ def test_ultrafeedback_by_its_name(tokenizer):
     name = "HuggingFaceH4/ultrafeedback_binarized"
     assert len(preference_groups(tokenizer, name, split="train_prefs")) == 4
     assert len(preference_groups(tokenizer, name, split="train_prefs[:50%]")) == 2
-    with pytest.raises(ConfigError, match=r"split 'train'\) cannot be loaded .*train_prefs"):
+    with pytest.raises(
+        ConfigError, match=f"^split: 'train' does not work for '{name}' .*; use train_prefs or train_sft or test_prefs"
+    ):
         preference_groups(tokenizer, name)

@@ -7,6 +7,7 @@ from functools import wraps
 from inspect import Parameter
 from typing import Any
 
+from humanline.data._column_map import check_column_map
 from humanline.data._group import TokenBudget
 from humanline.data._read import DataFiles
 from humanline.errors import ConfigError
@@ -35,6 +36,7 @@ class DatasetOptions:
             raise ConfigError(f"on_bad_row: expected drop or stop, got {self.on_bad_row!r}")
         if not isinstance(self.system_prompt, str | None):
             raise ConfigError(f"system_prompt: expected a text or null, got {self.system_prompt!r}")
+        check_column_map(self.column_map)
 
     @property
     def budget(self) -> TokenBudget:

@@ -1,22 +1,27 @@
-"""Opens sources of rows: local files, and everything that ``datasets`` can open.
+"""Opens sources of rows: local files, and everything that ``datasets`` can load.
 
-Local files are read here and not through ``datasets``, because an error about an example must name the file's line,
-which ``datasets`` does not keep.
+Local files have readers of their own, because an error about an example must name the file's line, which ``datasets``
+does not keep.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from hashlib import blake2b
 from itertools import chain
-from os.path import expanduser
+from os.path import expanduser, realpath
 from pathlib import Path
 from typing import Any
 
-from humanline.data._files import READERS, Row, kind_of, without_gaps
+from humanline.data._files import READERS, Reader, Row, kind_of, without_gaps
+from humanline.data._load import batches, file_like, load, parts_of
 from humanline.errors import ConfigError
 
 __all__ = ["DataFiles", "RowSource", "SourceName", "open_rows", "take"]
+
+log = logging.getLogger(__name__)
 
 SourceName = str | Sequence[str]
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -30,11 +35,13 @@ class RowSource:
         name (str): the source, for messages.
         digest (Callable[[], str]): returns a digest of the content.
         read (Callable[[], Iterator[Row]]): returns each row with its place.
+        files (Sequence[str]): the local files; none of what ``datasets`` loads.
     """
 
     name: str
     digest: Callable[[], str]
     read: Callable[[], Iterator[Row]]
+    files: Sequence[str] = ()
 
 
 def open_rows(
@@ -46,6 +53,7 @@ def open_rows(
     revision: str | None = None,
     streaming: bool = False,
     key: str = "source",
+    readers: Mapping[str, Reader] = READERS,
 ) -> RowSource:
     """Opens a source.
 
@@ -60,6 +68,7 @@ def open_rows(
         revision (str | None): the hub dataset's commit, tag or branch; None for the newest.
         streaming (bool): refused, since every row is checked before a run.
         key (str): the config key of ``source``, for messages.
+        readers (Mapping[str, Reader]): the reader of each type of file.
 
     Raises:
         ConfigError: if the source, config or split does not exist, or a setting does not apply to it.
@@ -72,21 +81,24 @@ def open_rows(
             "a large dataset, set split, such as train[:100000]"
         )
     source, data_files = _plain(source), _plain(data_files)
-    files = _local_files(key, source, data_files)
+    files = _local_files(key, source, data_files, readers)
     if files is None:
         return _from_datasets(key, source, split, name, data_files, revision)
     for setting, value in (("name", name), ("revision", revision)):
         if value is not None:
             raise ConfigError(f"{setting}: expected null for local files, got {value!r}; only datasets have it")
+    for file, times in Counter(map(realpath, files)).items():
+        if times > 1:
+            log.warning(f"{key}: file '{file}' is listed {times} times, so each of its rows is read {times} times")
     title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
     def read() -> Iterator[Row]:
-        return take(split, chain.from_iterable(READERS[kind_of(file)](file) for file in files))
+        return take(split, chain.from_iterable(readers[kind_of(file)](file) for file in files))
 
     def digest() -> str:
         return " ".join(_digest_of(file) for file in files)
 
-    return RowSource(title, digest, read)
+    return RowSource(title, digest, read, files)
 
 
 def _plain(value: Any) -> Any:
@@ -101,22 +113,8 @@ def take(split: str, rows: Iterator[Row]) -> Iterator[Row]:
     if split == "train":
         return rows
     everything = list(rows)
-    parts = _parts(split, {"train": len(everything)}, "local files")
+    parts = parts_of(split, {"train": len(everything)}, "local files")
     return chain.from_iterable(everything[part.from_ : part.to] for part in parts)
-
-
-def _parts(split: str, sizes: Mapping[str, int], of: str) -> list[Any]:
-    """Returns the parts of a split in the notation of ``datasets``, each with the name of its split and its ends."""
-    from datasets import ReadInstruction
-
-    try:
-        return ReadInstruction.from_spec(split).to_absolute(dict(sizes))
-    except ValueError as error:
-        first = next(iter(sizes))
-        raise ConfigError(
-            f"split: '{split}' does not work for {of} ({error}); use {' or '.join(sizes)}, or a slice such as "
-            f"{first}[:95%]"
-        ) from error
 
 
 def _digest_of(file: str) -> str:
@@ -127,8 +125,13 @@ def _digest_of(file: str) -> str:
     return f"{file} {total.hexdigest()}"
 
 
-def _local_files(key: str, source: Any, data_files: Any) -> list[str] | None:
+def _local_files(key: str, source: Any, data_files: Any, readers: Mapping[str, Reader]) -> list[str] | None:
     """Returns the local files of a source; None if ``datasets`` has to find it."""
+    if data_files is not None and (not isinstance(source, str) or _looks_like_files(source, readers)):
+        raise ConfigError(
+            f"data_files: expected null for {key} {source!r}, got {data_files!r}; data_files names files of a folder, "
+            "of a hub dataset, or of json, csv or parquet"
+        )
     if isinstance(data_files, Mapping):
         return None
     if data_files is None:
@@ -140,23 +143,23 @@ def _local_files(key: str, source: Any, data_files: Any) -> list[str] | None:
     if data_files is not None:
         if source not in ("json", "csv", "parquet") or any("://" in pattern for pattern in patterns):
             return None
-    elif isinstance(source, str) and not _looks_like_files(source):
+    elif isinstance(source, str) and not _looks_like_files(source, readers):
         return None
     files = list(chain.from_iterable(_expand(key, pattern) for pattern in patterns))
     for file in files:
-        if kind_of(file) not in READERS:
-            raise ConfigError(f"{key}: '{file}' has an unsupported type; convert it to one of {', '.join(READERS)}")
+        if kind_of(file) not in readers:
+            raise ConfigError(f"{key}: '{file}' has an unsupported type; convert it to one of {', '.join(readers)}")
     return files
 
 
-def _looks_like_files(source: str) -> bool:
+def _looks_like_files(source: str, readers: Mapping[str, Reader]) -> bool:
     """Whether a source means files, and not a folder, a web address or a hub dataset ("owner/name")."""
     path = Path(expanduser(source))
     if path.is_dir() or "://" in source:
         return False
     return (
         path.is_file()
-        or kind_of(source) in READERS
+        or kind_of(source) in readers
         or has_magic(source)
         or path.is_absolute()
         or source.count("/") > 1
@@ -170,83 +173,23 @@ def _expand(key: str, pattern: str) -> list[str]:
     matches = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
     files = [match for match in matches if Path(match).is_file()]
     if not files:
-        raise ConfigError(f"{key}: file '{pattern}' not found (working directory {Path.cwd()}); correct the path")
+        remedy = f"did you mean '{near}'?" if (near := file_like(pattern)) else "correct the path"
+        raise ConfigError(f"{key}: file '{pattern}' not found (working directory {Path.cwd()}); {remedy}")
     return files
 
 
 def _from_datasets(
     key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None
 ) -> RowSource:
-    """Opens a source with ``datasets``; the data of a hub dataset is downloaded, and kept in its cache."""
-    import datasets
-
-    folder = Path(expanduser(str(source)))
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        dataset = _saved(folder, split)
-    else:
-        if "://" in str(source) and data_files is None:
-            source, data_files = _builder_of(key, source), source
-        elif folder.is_dir():
-            source = str(folder)
-        try:
-            dataset = datasets.load_dataset(source, name, split=split, data_files=data_files, revision=revision)
-        except Exception as error:  # it passes on errors of many libraries; each means that there is no data
-            raise _not_loaded(key, source, split, name, data_files, revision, error) from error
+    dataset = load(key, source, split, name, data_files, revision)
     title = str(source) if name is None else f"{source}, {name}"
 
     def read() -> Iterator[Row]:
         count = 0
-        for batch in dataset.iter(batch_size=512):
+        for batch in batches(title, dataset):
             columns = list(batch)
             for values in zip(*batch.values(), strict=True):
                 count += 1
                 yield f"{title} ({split}) row {count}", without_gaps(dict(zip(columns, values, strict=True)))
 
     return RowSource(title, lambda: f"{dataset._fingerprint} {len(dataset)}", read)
-
-
-def _saved(folder: Path, split: str) -> Any:
-    """Opens what ``save_to_disk`` wrote."""
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise ConfigError(f"source: '{folder}' cannot be loaded ({_first_line(error)}); save it again") from error
-    parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    sizes = {name: len(part) for name, part in parts.items()}
-    chosen = _parts(split, sizes, f"'{folder}'")
-    return datasets.concatenate_datasets([parts[it.splitname].select(range(it.from_, it.to)) for it in chosen])
-
-
-def _builder_of(key: str, address: str) -> str:
-    kind = kind_of(address.split("?")[0])
-    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-    if kind.removesuffix(".gz") not in builders:
-        raise ConfigError(f"{key}: '{address}' has an unsupported type; download it, and use the file")
-    return builders[kind.removesuffix(".gz")]
-
-
-def _not_loaded(
-    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None, error: Exception
-) -> ConfigError:
-    from datasets import get_dataset_config_names
-
-    try:
-        configs = get_dataset_config_names(source, revision=revision, data_files=data_files)
-    except Exception:  # then the first error says it
-        configs = []
-    if name is None and len(configs) > 1:
-        return ConfigError(
-            f"name: missing; '{source}' has the configs {', '.join(configs)}; set name to one of them, beside {key}"
-        )
-    if name is not None and configs and name not in configs:
-        return ConfigError(f"name: expected one of {', '.join(configs)}, got '{name}' for '{source}'")
-    return ConfigError(
-        f"{key}: '{source}' (split '{split}') cannot be loaded ({_first_line(error)}); correct the name, log in "
-        "with `hf auth login` if access is restricted, or use local files"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 from torchtune.utils import get_logger, log_rank_zero
@@ -16,13 +16,19 @@ from humanline.data import (
     open_rows,
     prompt_field,
     read_prompt,
-    take,
 )
+from humanline.data._column_map import MappedColumns, check_column_map
+from humanline.data._examples import PROMPT_FIELDS
+from humanline.data._files import READERS, TEXT_READERS, kind_of
+from humanline.data._record import SYSTEM
 from humanline.errors import ConfigError, DataError
 
 log = get_logger("INFO")
 
 __all__ = ["Prompt", "read_prompts"]
+
+FIELDS = (*PROMPT_FIELDS, *SYSTEM, "input", "tools")
+"""Fields that are read from a prompt file. ``column_map`` may add others, for rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,8 @@ def read_prompts(
 
     Args:
         source (SourceName): a file of objects (.jsonl, .json, .csv, .parquet), a glob, a list, or a dataset, as in
-            :func:`humanline.data.preference_groups`; or a .txt file with one prompt per line. The prompt is text or a
-            list of messages, in the column ``prompt``, or else ``instruction`` (with ``input``), ``question``,
+            :func:`humanline.data.preference_groups`. Lines of a .txt file are prompts. The prompt is text or a list of
+            messages, in the column ``prompt``, or else ``instruction`` (with ``input``), ``question``,
             ``problem``, ``query``, ``messages``, ``conversations`` or ``conversation``.
         split (str): the split, with an optional slice such as "train[:95%]"; files have one split, "train".
         column_map (Mapping[str, str | None] | None): the source's column for each field that has another name there,
@@ -101,13 +107,23 @@ def read_prompts(
         ConfigError: if the source does not exist, has an unsupported type, or holds no prompt.
         DataError: if more than a tenth of the rows cannot be used; the message names the first of each reason.
     """
-    if isinstance(source, str) and Path(source).suffix == ".txt":
-        if not (file := Path(source).expanduser()).is_file():
-            raise ConfigError(f"{key}: file '{source}' not found (working directory {Path.cwd()}); correct the path")
-        prompts = [prompt for _, prompt in take(split, ((prompt.where, prompt) for prompt in _from_lines(file)))]
-    else:
-        rows = open_rows(source, split=split, name=name, data_files=data_files, revision=revision, key=key)
-        prompts = _from_rows(rows.name, rows.read(), column_map or {})
+    check_column_map(column_map)
+    for field in column_map or ():
+        if field not in FIELDS and (near := get_close_matches(str(field), FIELDS, n=1, cutoff=0.85)):
+            raise ConfigError(f"column_map: no field is named '{field}'; did you mean '{near[0]}'?")
+    rows = open_rows(
+        source,
+        split=split,
+        name=name,
+        data_files=data_files,
+        revision=revision,
+        key=key,
+        readers=READERS | TEXT_READERS,
+    )
+    for file in rows.files if column_map else ():
+        if kind_of(file) in TEXT_READERS:
+            raise ConfigError(f"column_map: expected null for '{file}', whose lines have no columns, got {column_map}")
+    prompts = _from_rows(rows.name, rows.read(), column_map or {})
     if not prompts:
         raise ConfigError(f"{key}: expected at least one prompt, got none in '{source}'; use another file")
     return prompts
@@ -117,7 +133,8 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
     tally = Tally(source)
     prompts: list[Prompt] = []
     hidden: set[str] = set()
-    for where, row in tally.counted(rows):
+    mapped = MappedColumns(column_map)
+    for where, row in tally.counted(mapped.looked_for(rows)):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -132,6 +149,7 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
         fields = {**row, **renamed, "prompt": record.get(field)}
         prompts.append(Prompt(where, messages, fields, tools))
     tally.check("drop")
+    mapped.check(source)
     for name in sorted(hidden):
         _warn(
             f"column_map: {{{name}: {column_map[name]}}} hides the source's own column '{name}'; rename one to keep "
@@ -144,16 +162,3 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
 
 def _warn(message: str) -> None:
     log_rank_zero(log, message, level=logging.WARNING)
-
-
-def _from_lines(file: Path) -> Iterator[Prompt]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file} line {number}: expected UTF-8 text ({error.reason}); convert the file"
-                ) from error
-            if text:
-                yield Prompt(f"{file} line {number}", [{"role": "user", "content": text}], {"prompt": text})
