@@ -22,6 +22,7 @@ from humanline.data._tokenizer_folder import (
     read_generation_stops,
     read_tokenizer,
     read_tokenizer_config,
+    write_tokenizer,
 )
 from humanline.errors import ConfigError, DataError
 
@@ -200,6 +201,22 @@ class ChatTokenizer(ModelTokenizer, Transform):
         config = [self._template.variables, self.date, sources, added, version("tokenizers"), version("jinja2")]
         text = json.dumps(config, default=str, sort_keys=True)
         return blake2b(self._file.read_bytes() + text.encode(), digest_size=16).hexdigest()
+
+    def write_files(self, folder: Path, checkpoint: Path) -> list[str]:
+        """Gives a copy of a checkpoint, or an adapter to it, this tokenizer and its chat template.
+
+        Args:
+            folder (Path): the copy, or the adapter's folder.
+            checkpoint (Path): the checkpoint.
+
+        Returns:
+            list[str]: the files that are not the checkpoint's; nothing is written if there are none.
+
+        Raises:
+            FileNotFoundError: if the tokenizer's files are gone.
+        """
+        template = None if self._arguments[2] is None else self._template.source
+        return write_tokenizer(folder, self._file.parent, template, self.stop_tokens, checkpoint)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ``ids``."""

@@ -1,7 +1,7 @@
-"""The files of a tokenizer in a Hugging Face folder, read as ``transformers`` reads them."""
+"""The files of a tokenizer in a Hugging Face folder, read and written as ``transformers`` reads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,19 @@ __all__ = [
     "read_generation_stops",
     "read_tokenizer",
     "read_tokenizer_config",
+    "write_tokenizer",
 ]
 
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FURTHER_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # keys of lists, or of a dict with names
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+FILES = (
+    *("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE, "chat_template.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+)
+"""What belongs to a tokenizer, beside the folder of templates."""
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -76,7 +84,7 @@ def add_tokens(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) ->
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Reads tokenizer_config.json; in older checkpoints special_tokens_map.json overrides the named tokens."""
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / CONFIG)
     file = folder / "special_tokens_map.json"
     return config | read_json(file) if file.is_file() and "added_tokens_decoder" not in config else config
 
@@ -93,7 +101,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def read_generation_stops(folder: Path) -> list[int]:
     """Returns the ids at which generation stops according to generation_config.json, if there is such a file."""
-    file = folder / "generation_config.json"
+    file = folder / GENERATION
     stops = read_json(file).get("eos_token_id") if file.is_file() else None
     return [stops] if isinstance(stops, int) else stops or []
 
@@ -112,19 +120,74 @@ def find_templates(folder: Path, config: Mapping[str, Any], override: str | None
                 f"tokenizer.chat_template: {override} is not a file; null uses the template in tokenizer.path"
             )
         return {"default": _with_text(Path(override))}
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {"default": folder / TEMPLATE}
+    files |= {file.stem: file for file in sorted((folder / TEMPLATES).glob("*.jinja"))}
     found = {name: _with_text(file) for name, file in files.items() if file.is_file()}
     if not found:
         template = config.get("chat_template") or {}
         if isinstance(template, list):
             template = {named["name"]: named["template"] for named in template}
         named = template if isinstance(template, Mapping) else {"default": template}
-        found = {name: (folder / "tokenizer_config.json", source) for name, source in named.items()}
+        found = {name: (folder / CONFIG, source) for name, source in named.items()}
     if "default" not in found:
         has = f"the chat templates {', '.join(found)}, and none named default" if found else "no chat template"
         raise ConfigError(f"tokenizer.chat_template: {folder} has {has}; set this key to a Jinja file")
     return found
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Path, template: str | None, stops: Sequence[int], checkpoint: Path
+) -> list[str]:
+    """Gives a copy of a checkpoint, or an adapter to it, the tokenizer of another folder or another chat template.
+
+    generation_config.json gets those stop tokens that it lacks.
+
+    Args:
+        folder (Path): the copy, or the adapter's folder.
+        tokenizer (Path): the tokenizer's folder.
+        template (str | None): the chat template; None is that of the tokenizer's folder.
+        stops (Sequence[int]): ids that end a response.
+        checkpoint (Path): the checkpoint.
+
+    Returns:
+        list[str]: the files that are not the checkpoint's; nothing is written if there are none.
+
+    Raises:
+        FileNotFoundError: if the tokenizer's files are gone.
+    """
+    theirs, files = _contents(checkpoint), _contents(tokenizer)
+    if gone := {"tokenizer.json", CONFIG} - files.keys():
+        raise FileNotFoundError(f"{tokenizer / min(gone)} is missing")
+    if template is not None:
+        config = json.loads(files[CONFIG])
+        files = {name: content for name, content in files.items() if "template" not in name}
+        files[TEMPLATE] = template.encode()
+        if config.pop("chat_template", None) is not None:
+            files[CONFIG] = _json(config)
+    if files == theirs:
+        return []
+    generation, known = checkpoint / GENERATION, read_generation_stops(checkpoint)
+    if missing := [id for id in stops if id not in known]:
+        theirs[GENERATION] = generation.read_bytes() if generation.is_file() else b"{}"
+        files[GENERATION] = _json(json.loads(theirs[GENERATION]) | {"eos_token_id": [*known, *missing]})
+    for name in theirs.keys() - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        new = folder / f"{name}.new"  # a copied file keeps its original's mode, which may be read-only
+        new.write_bytes(content)
+        new.replace(folder / name)
+    return sorted(name for name in theirs.keys() | files.keys() if theirs.get(name) != files.get(name))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Returns the contents of a tokenizer's files, by their names in the folder."""
+    files = [*(folder / name for name in FILES), *(folder / TEMPLATES).glob("*.jinja")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def token_text(token: str | Mapping[str, Any]) -> str:
