@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from test_chat_tokenizer import FAMILIES, assistant, chatml, user, write_folder
-from test_template_kinds import PHI3, TOOLS, WITH_TOOLS, sentencepiece
+from test_template_kinds import LLAMA2, PHI3, TOOLS, WITH_TOOLS, ZEPHYR, sentencepiece
 from transformers import AutoTokenizer
 
 from humanline.data import ChatTokenizer, preference_groups
@@ -208,3 +208,37 @@ def test_templates_without_a_default_are_listed(folder, where):
     message = f"^tokenizer.chat_template: {folder} has the chat templates rag, tool_use, and none named default; set th"
     with pytest.raises(ConfigError, match=message):
         ChatTokenizer(str(folder))
+
+
+# ---- Classes that transformers 5 builds anew
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"])
+@pytest.mark.parametrize("chats", [LLAMA2, ZEPHYR], ids=["llama2", "tinyllama"])
+def test_a_class_that_transformers_builds_otherwise_than_tokenizer_json_is_warned_of(tmp_path, caplog, name, chats):
+    folder = edit(sentencepiece(tmp_path / "model", chats, "legacy"), tokenizer_class=name)
+    ids, theirs = encoded(folder)
+    assert ids != theirs
+    message = caplog.messages[0]
+    assert len(caplog.messages) == 1 and "\n" not in message
+    assert f"gives chats other ids than {folder / 'tokenizer.json'}, which is used here: its {name} has" in message
+    assert "another normalizer and pre_tokenizer" in message
+    edit(folder, tokenizer_class="PreTrainedTokenizerFast")  # the remedy in the warning
+    caplog.clear()
+    same, theirs = encoded(folder)
+    assert same == ids == theirs and not caplog.messages
+
+
+@pytest.mark.parametrize(("kind", "config"), [("first", None), ("legacy", {"model_type": "mistral"})])
+def test_a_class_that_is_built_as_tokenizer_json_says_is_not(tmp_path, caplog, kind, config):
+    folder = edit(sentencepiece(tmp_path / "model", LLAMA2, kind), tokenizer_class="LlamaTokenizer")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    ids, theirs = encoded(folder)
+    assert ids == theirs and not caplog.messages
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_not_compared(tmp_path, caplog):
+    folder = edit(sentencepiece(tmp_path / "model", LLAMA2, "legacy"), tokenizer_class="LlamaTokenizer")
+    (folder / "config.json").write_text('{"model_type": ')
+    assert ChatTokenizer(str(folder)).encode_prompt(PROMPT) and not caplog.messages

@@ -12,8 +12,9 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from humanline.data._batch_encoder import BatchEncoder
 from humanline.data._boundary import Boundary
-from humanline.data._chat_template import Chat, ChatTemplate
+from humanline.data._chat_template import PROBE, Chat, ChatTemplate
 from humanline.data._day import read_day
+from humanline.data._rebuilt_tokenizer import warn_if_rebuilt
 from humanline.data._tokenizer_folder import (
     STANDARD_TOKENS,
     add_tokens,
@@ -37,7 +38,8 @@ TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's resul
 class ChatTokenizer(ModelTokenizer, Transform):
     """Encodes chats with the tokenizer and chat template of a Hugging Face checkpoint.
 
-    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. The
+    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. Where
+    ``transformers`` 5 does not split text as tokenizer.json says, a warning says so, and tokenizer.json counts. The
     string of a special token inside a message becomes that token, so a message can open or close a turn. Strip such
     strings from untrusted text.
 
@@ -113,6 +115,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self.date = day.date().isoformat() if self._template.reads_date else None
         self.markers = self._template.markers
         self._encode_batch: BatchEncoder | None = None
+        chat = "".join(self._template.split(PROBE, [self._template.sample]))
+        warn_if_rebuilt(folder, config.get("tokenizer_class"), self._tokenizer, chat)
 
         end_of_turn = self.special_tokens[self._template.end_of_turn]
         read = (name for name in named if name in STANDARD_TOKENS or name in self._template.source)
