@@ -269,6 +269,22 @@ def test_a_tokenizer_whose_files_are_gone_is_not_written_in_part(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
+def test_another_vocabulary_is_removed_and_an_older_form_of_the_same_one_is_kept(tmp_path):
+    mine, export, theirs = (tmp_path / name for name in ("mine", "export", "theirs"))
+    for folder in (mine, export, theirs):
+        folder.mkdir()
+    write_dated_tokenizer(mine, template=PLAIN)
+    for name in ("tokenizer.model", "special_tokens_map.json"):
+        (export / name).write_text("theirs")
+        (theirs / name).write_text("theirs")
+    ours = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert ChatTokenizer(str(mine)).write_files(export, theirs) == sorted([*ours, "special_tokens_map.json"])
+    assert sorted(path.name for path in export.iterdir()) == sorted([*ours, "tokenizer.model"])
+    (theirs / "tokenizer.json").write_text("another")
+    assert "tokenizer.model" in ChatTokenizer(str(mine)).write_files(export, theirs)
+    assert sorted(path.name for path in export.iterdir()) == ours
+
+
 # ---- The log
 
 

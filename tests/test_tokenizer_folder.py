@@ -195,6 +195,14 @@ def test_a_template_for_tools_that_ends_turns_otherwise_is_refused_where_a_chat_
         ChatTokenizer(str(folder)).encode_prompt(PROMPT, TOOLS)
 
 
+def test_a_template_for_tools_that_reads_the_date_has_the_run_s(folder):
+    write_templates(folder, "list", default=chatml(""), tool_use="{{ strftime_now('%Y') }}" + OTHER)
+    tokenizer = ChatTokenizer(str(folder), date="2024-02-29")
+    assert tokenizer.date == "2024-02-29" and tokenizer.decode(tokenizer.encode_prompt(PROMPT, TOOLS)).startswith(
+        "2024"
+    )
+
+
 def test_an_override_is_for_chats_with_tools_too(folder, tmp_path):
     write_templates(folder, "files", default=WITH_TOOLS, tool_use=OTHER)
     (tmp_path / "mine.jinja").write_text(WITH_TOOLS)

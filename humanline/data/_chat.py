@@ -112,7 +112,8 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self._templates = find_templates(folder, config, chat_template)
         self._variables, self._day = {**named, **kwargs}, day
         self._chats = self._boundary("default")
-        self.date = day.date().isoformat() if self._template.reads_date else None
+        reads_date = self._template.reads_date or "strftime_now" in self._templates.get(TOOL_TEMPLATE, ("", ""))[1]
+        self.date = day.date().isoformat() if reads_date else None
         self.markers = self._template.markers
         self._encode_batch: BatchEncoder | None = None
         chat = "".join(self._template.split(PROBE, [self._template.sample]))

@@ -26,11 +26,12 @@ FURTHER_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # keys o
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 FILES = (
     *("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE, "chat_template.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *VOCABULARIES,
 )
-"""What belongs to a tokenizer, beside the folder of templates."""
+"""What belongs to a tokenizer, beside the folder of templates. The vocabularies are older forms of tokenizer.json."""
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -170,6 +171,8 @@ def write_tokenizer(
     if missing := [id for id in stops if id not in known]:
         theirs[GENERATION] = generation.read_bytes() if generation.is_file() else b"{}"
         files[GENERATION] = _json(json.loads(theirs[GENERATION]) | {"eos_token_id": [*known, *missing]})
+    if "tokenizer.json" not in theirs:  # then its vocabulary is the older form of what the run used
+        files = {name: theirs[name] for name in VOCABULARIES if name in theirs} | files
     for name in theirs.keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
