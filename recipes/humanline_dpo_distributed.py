@@ -68,7 +68,7 @@ class HumanlineDPORecipeDistributed(FTRecipeInterface):
                 resumes=bool(environment.resume_from),
             )
         )
-        weights_out = model.weights_out(self.policy)
+        weights_out = model.weights_out(self.policy, data.tokenizer)
         del model  # frees the checkpoint's weights
         source = data.source(self.policy, weights_out)
         self.optimizer = component(cfg, "optimizer", list(trainable_parameters(self.policy).values()))

@@ -28,12 +28,12 @@ CLASSIFIED = "{{ bos_token }}{% if tools is not none or add_generation_prompt %}
 FIRST, SECOND = "2024-01-31", "2024-02-01"
 
 
-def write_dated_tokenizer(folder):
+def write_dated_tokenizer(folder, template=TEMPLATE):
     vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     vocabulary.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     vocabulary.save(str(folder / "tokenizer.json"))
-    named = {"chat_template": TEMPLATE, "eos_token": "</s>"}
+    named = {"chat_template": template, "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return {"_component_": "humanline.data.ChatTokenizer", "path": str(folder)}
 

@@ -5,15 +5,20 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TrajectoryRun
 from safetensors.torch import load_file, save_file
+from test_chat_tokenizer import user
+from test_dates import TEMPLATE, write_dated_tokenizer
 
 from humanline.checkpoint._export import _name_dtype
 from humanline.checkpoint._kept_update import KeptUpdate
 from humanline.checkpoint._replace import replace_folder, restore_replaced
+from humanline.data import ChatTokenizer
 
 LORA = {
     "_component_": "torchtune.models.llama3.lora_llama3",
@@ -94,7 +99,7 @@ def test_full_training_of_a_bf16_checkpoint_is_handed_out_in_float32(trajectory,
 
 @pytest.mark.parametrize("spelled", ["torch_dtype", "dtype", None])
 def test_a_merged_adapter_keeps_its_update_where_plain_transformers_loads_it(trajectory, caplog, spelled):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     run = with_adapter(in_bf16(trajectory("dpo_8_k4")))
     path = run.folder / "model" / "config.json"
     config = json.loads(path.read_text())
@@ -172,6 +177,112 @@ def test_the_share_is_that_along_the_update_and_noise_does_not_add_to_it():
     noisy = KeptUpdate()  # rounding a checkpoint of float32 moves all its weights
     noisy.add(after, after + 1e-6, (after + 1e-6).bfloat16())
     assert noisy.share < 0.05
+
+
+# ---- The tokenizer and its template
+
+
+def with_text(run: TrajectoryRun, **tokenizer: object) -> TrajectoryRun:
+    """The run on text, with a tokenizer in a folder of its own."""
+    folder = run.folder / "tokenizer"
+    folder.mkdir()
+    run.config["tokenizer"] = write_dated_tokenizer(folder) | {"date": "2024-01-31"} | tokenizer
+    rows = [{"prompt": f"sum {i:02}", "chosen": f"right {i:02}", "rejected": f"wrong {i:02}"} for i in range(16)]
+    run.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.config["dataset"]["_component_"] = "humanline.data.preference_groups"
+    run.config |= {"batch_size": 4, "max_steps_per_epoch": 1}
+    return run
+
+
+def prompt_of(folder: Path) -> list[int]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template([user("sum 01")], add_generation_prompt=True, return_dict=False)
+
+
+PLAIN = TEMPLATE.replace("Today : {{ strftime_now('%d %B') }} ", "")
+
+
+def test_an_export_has_the_tokenizer_of_the_run_where_the_checkpoint_has_none(trajectory, caplog):
+    run = with_text(trajectory("dpo_8_k4"))
+    write_dated_tokenizer(run.folder / "tokenizer", template=PLAIN)
+    assert run.train() is None
+    tokenizer = ChatTokenizer(str(run.folder / "tokenizer"))
+    assert prompt_of(run.folder / "out" / "epoch_0") == tokenizer.encode_prompt([user("sum 01")])
+    files = "generation_config.json, tokenizer.json, tokenizer_config.json"
+    assert f"survived rounding; the run's tokenizer files, not the checkpoint's: {files}" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["in its config", "in a file", "by tools"])
+def test_an_export_has_the_template_of_the_run_wherever_the_checkpoint_has_its_own(trajectory, where):
+    run = trajectory("dpo_8_k4")
+    model = run.folder / "model"
+    write_dated_tokenizer(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [7], "top_p": 0.5}')
+    if where != "in its config":
+        (model / "chat_template.jinja").write_text("another")
+    if where == "by tools":
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text("another for tools")
+    for file in model.glob("*.json*"):
+        file.chmod(0o444)
+    (run.folder / "mine.jinja").write_text(PLAIN)
+    run = with_text(run, path=str(model), chat_template=str(run.folder / "mine.jinja"))
+    assert run.train() is None
+    folder = run.folder / "out" / "epoch_0"
+    tokenizer = ChatTokenizer(str(model), chat_template=str(run.folder / "mine.jinja"))
+    assert prompt_of(folder) == tokenizer.encode_prompt([user("sum 01")])
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_chat_template(tools=[{}]) == PLAIN
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [7, *(id for id in tokenizer.stop_tokens if id != 7)], "top_p": 0.5}
+    assert not list(folder.rglob("*.new"))
+
+
+def test_an_adapter_alone_has_another_template_beside_it_too(trajectory, caplog):
+    run = with_text(with_adapter(trajectory("dpo_8_k4")))
+    write_dated_tokenizer(run.folder / "tokenizer", template=PLAIN)
+    assert run.train("save_adapter_weights_only=True") is None
+    expected = ChatTokenizer(str(run.folder / "tokenizer")).encode_prompt([user("sum 01")])
+    assert prompt_of(run.folder / "out" / "epoch_0" / "adapter") == expected
+    assert "the run's tokenizer files, not the checkpoint's" in caplog.text
+
+
+def test_the_files_of_a_checkpoint_that_is_its_own_tokenizer_stay_as_they_are(trajectory, caplog):
+    run = trajectory("dpo_8_k4")
+    write_dated_tokenizer(run.folder / "model")
+    run = with_text(run, path=str(run.folder / "model"))
+    assert run.train() is None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        exported = (run.folder / "out" / "epoch_0" / name).read_bytes()
+        assert exported == (run.folder / "model" / name).read_bytes()
+    assert not (run.folder / "out" / "epoch_0" / "generation_config.json").exists()
+    assert "not the checkpoint's" not in caplog.text
+
+
+def test_a_tokenizer_whose_files_are_gone_is_not_written_in_part(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    write_dated_tokenizer(folder, template=PLAIN)
+    tokenizer = ChatTokenizer(str(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing"):
+        tokenizer.write_files(tmp_path / "export", tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
+def test_another_vocabulary_is_removed_and_an_older_form_of_the_same_one_is_kept(tmp_path):
+    mine, export, theirs = (tmp_path / name for name in ("mine", "export", "theirs"))
+    for folder in (mine, export, theirs):
+        folder.mkdir()
+    write_dated_tokenizer(mine, template=PLAIN)
+    for name in ("tokenizer.model", "special_tokens_map.json"):
+        (export / name).write_text("theirs")
+        (theirs / name).write_text("theirs")
+    ours = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert ChatTokenizer(str(mine)).write_files(export, theirs) == sorted([*ours, "special_tokens_map.json"])
+    assert sorted(path.name for path in export.iterdir()) == sorted([*ours, "tokenizer.model"])
+    (theirs / "tokenizer.json").write_text("another")
+    assert "tokenizer.model" in ChatTokenizer(str(mine)).write_files(export, theirs)
+    assert sorted(path.name for path in export.iterdir()) == ours
 
 
 # ---- The log

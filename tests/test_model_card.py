@@ -42,6 +42,7 @@ def test_a_card_has_nothing_of_the_machine_and_no_secret(tmp_path, monkeypatch):
         {
             "output_dir": str(tmp_path / "outputs" / "mine"),
             "checkpointer": {"checkpoint_dir": str(model)},
+            "tokenizer": {"path": str(model), "chat_template_kwargs": {"enable_thinking": False}},
             "dataset": {
                 "source": str(tmp_path / "pairs.jsonl"),
                 "system_prompt": "You are careful " * 40 + "and/or <kind>",
@@ -59,6 +60,8 @@ def test_a_card_has_nothing_of_the_machine_and_no_secret(tmp_path, monkeypatch):
     text = model_card(cfg, 1, 1, {})
     assert not any(word in text for word in (str(tmp_path), "sk-", "pass@", "host.internal"))
     assert "| `dataset.source` | `pairs.jsonl` |" in text and "| `tokens_per_row` | `64` |" in text
+    assert "| `tokenizer.path` | `base` |" in text
+    assert "| `tokenizer.chat_template_kwargs.enable_thinking` | `False` |" in text
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == "owner/base" and "datasets" not in front
     assert "# mine\n" in text and "Last metrics" not in text

@@ -54,8 +54,11 @@ PHI3 = (
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
-def sentencepiece(folder: Path, template: str, kind: str, special: tuple[str, ...] = ()) -> Path:
-    """A tokenizer of Llama 2's kind, in the forms that transformers has written; its files in HF layout."""
+def sentencepiece(folder: Path, template: str, kind: str, special: tuple[str, ...] = (), rstrip: bool = False) -> Path:
+    """A tokenizer of Llama 2's kind, in the forms that transformers has written; its files in HF layout.
+
+    ``rstrip``: whether the tokens in ``special`` swallow the white space behind them, as those of Phi-3 and Phi-4 do.
+    """
     specials = ("<unk>", "<s>", "</s>", *special)
     pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n", *LETTERS]
     merges = [*(("▁", letter) for letter in "HaY[sN"), ("▁", "▁"), ("\n", "\n"), ("o", "r"), ("t", "h"), ("l", "l")]
@@ -68,7 +71,9 @@ def sentencepiece(folder: Path, template: str, kind: str, special: tuple[str, ..
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    swallows = special if rstrip else ()
+    added = [AddedToken(token, normalized=False, rstrip=token in swallows) for token in specials]
+    tokenizer.add_special_tokens(added)
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     eos = special[-1] if special else "</s>"
@@ -133,6 +138,16 @@ def test_answers_with_and_without_a_first_space_have_the_ids_of_the_whole_chat(t
             whole = theirs.apply_chat_template([user("Name?"), assistant(answer)], return_dict=False)
             ids = ours.encode_prompt([user("Name?")]) + ours.encode_response([user("Name?")], answer)
             assert ids == whole[: len(ids)], (kind, answer)
+
+
+@pytest.mark.parametrize("answer", ["Yes", " Yes", "\nYes", "  Yes", "\tYes \n", "\n\n Yes"])
+def test_white_space_behind_a_token_that_swallows_it_is_no_part_of_the_response(tmp_path, answer):
+    folder = sentencepiece(tmp_path / "phi3", *KINDS["phi3"], rstrip=True)
+    ours, theirs = ChatTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    prompt = [user("Hi")]
+    whole = theirs.apply_chat_template([*prompt, assistant(answer)], return_dict=False)
+    ids = ours.encode_prompt(prompt) + ours.encode_response(prompt, answer)
+    assert ids == whole[: len(ids)] and "Yes" in ours.decode(ids)
 
 
 def test_messages_of_torchtune_have_the_ids_of_the_whole_chat_too(spaced):
@@ -211,6 +226,17 @@ def test_a_real_thought_is_rendered_as_by_transformers(tmp_path, template, answe
     whole = theirs.apply_chat_template([*prompt, answer], return_dict=False)
     ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(prompt, answer)
     assert ids == whole[: len(ids)] and "Add them.\n</think>\n\nIt is 5.<|im_end|>" in text(tokenizer, ids)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first"])
+def test_a_prompt_that_opens_a_thought_is_cut_from_it_where_a_space_precedes_any_text(tmp_path, kind):
+    folder = sentencepiece(tmp_path / kind, OPEN, kind, ("<|im_start|>", "<|im_end|>"))
+    tokenizer, theirs, prompt = ChatTokenizer(str(folder)), AutoTokenizer.from_pretrained(folder), [user("2 + 3?")]
+    whole = theirs.apply_chat_template([*prompt, assistant(THOUGHT)], return_dict=False)
+    ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(prompt, THOUGHT)
+    assert ids == whole[: len(ids)] and "Add them.\n</think>\n\nIt is 5.<|im_end|>" in text(tokenizer, ids)
+    with pytest.raises(DataError, match="the prompt opens a thought, and the answer has none"):
+        tokenizer.encode_response(prompt, "It is 5.")
 
 
 def test_an_answer_without_a_thought_where_the_prompt_opens_one_needs_enable_thinking_false(tmp_path):
@@ -456,3 +482,12 @@ def test_a_tokenizer_that_merges_prompt_and_answer_is_blamed_and_not_the_templat
     with pytest.raises(ConfigError, match=r"^tokenizer.path: .*tokenizer.json merges the end of a prompt") as raised:
         ChatTokenizer(str(folder))
     assert "chat_template" not in str(raised.value)
+
+
+def test_a_template_of_the_user_s_is_blamed_and_not_the_tokenizer(tmp_path):
+    override = tmp_path / "mine.jinja"
+    override.write_text((LOOP + HEADER).replace("}}\n", "}}\n\n").replace("assistant\n", "assistant\n\n"))
+    message = f"^tokenizer.chat_template: {override} ends a generation prompt with text that merges with the answer's"
+    with pytest.raises(ConfigError, match=message) as raised:
+        chatml(tmp_path, LOOP + HEADER, chat_template=str(override))
+    assert "tokenizer.json" not in str(raised.value)

@@ -44,8 +44,11 @@ def write_weights(
     export_dtype: torch.dtype | None,
     merged: bool,
     card: str | None,
+    tokenizer: Any,
 ) -> str | None:
     """Writes a model as an HF folder, and its adapter, if it has one, into ``folder/adapter``.
+
+    The folder has the run's tokenizer and chat template. The log names the files that are not the checkpoint's.
 
     ``config.json`` names the widest dtype in the folder, because loaders round to that dtype. The log gives the share
     of the update that the folder keeps and, if that is lower, the share that a reader in bfloat16 gets.
@@ -61,6 +64,8 @@ def write_weights(
         merged (bool): with an adapter, whether to write the merged weights too.
         card (str | None): the text of ``README.md``, in the folder and beside the adapter; None writes none, and the
             folder is for a server that samples from it.
+        tokenizer (Any): the run's tokenizer. One without ``write_files`` (see ``ChatTokenizer``), or None, leaves the
+            checkpoint's files.
 
     Returns:
         str | None: on all ranks, the error if the folder could not be written; None if it was written.
@@ -96,6 +101,8 @@ def write_weights(
                 level, said = _report(dtypes, kept if is_known else None, read_in_bf16, bool(layers), is_hand_over)
                 if has_quantized_base(policy):
                     said += "; the adapter is merged into the NF4 base, not into the checkpoint's weights"
+            if hasattr(tokenizer, "write_files"):
+                said += _save_tokenizer(tokenizer, partial if weights else partial / "adapter", checkpointer)
             if card is not None:
                 if weights:
                     _replace_text(partial / "README.md", card)
@@ -205,6 +212,16 @@ def _save(weights: dict[str, Tensor], partial: Path, checkpointer: Any) -> None:
     widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     if (config := partial / "config.json").is_file():
         _name_dtype(config, str(widest).removeprefix("torch."))
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, checkpointer: Any) -> str:
+    """Writes the run's tokenizer and chat template; returns which files are therefore not the checkpoint's."""
+    try:
+        others = tokenizer.write_files(folder, checkpoint_dir(checkpointer))
+    except FileNotFoundError as failure:
+        log.warning(f"tokenizer.path: {failure}; the export has the checkpoint's tokenizer files, not those of the run")
+        return ""
+    return f"; the run's tokenizer files, not the checkpoint's: {', '.join(others)}" if others else ""
 
 
 def _name_dtype(path: Path, dtype: str) -> None:

@@ -17,6 +17,7 @@ class WeightsOut:
         checkpointer (Any): torchtune's checkpointer, which knows the checkpoint's files.
         checkpoint_dtypes (Mapping[str, torch.dtype]): the dtype of each weight of the checkpoint.
         settings (Settings): the config's top-level keys.
+        tokenizer (Any): the run's tokenizer, whose files are written too; None leaves the checkpoint's.
 
     Attributes:
         has_whole_weights (bool): whether a folder has more than an adapter.
@@ -28,9 +29,10 @@ class WeightsOut:
         checkpointer: Any,
         checkpoint_dtypes: Mapping[str, torch.dtype],
         settings: Settings,
+        tokenizer: Any = None,
     ) -> None:
         self.policy, self.checkpointer, self.checkpoint_dtypes = policy, checkpointer, checkpoint_dtypes
-        self.folder = Path(settings.output_dir)
+        self.folder, self.tokenizer = Path(settings.output_dir), tokenizer
         self.export_dtype = DTYPES[settings.export_dtype] if settings.export_dtype else None
         self.merged = not settings.save_adapter_weights_only
         self.has_whole_weights = self.merged or not adapter_modules(policy)
@@ -63,4 +65,5 @@ class WeightsOut:
             export_dtype=self.export_dtype,
             merged=merged,
             card=card,
+            tokenizer=self.tokenizer,
         )

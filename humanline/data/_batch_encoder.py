@@ -26,13 +26,13 @@ class BatchEncoder:
     """Tokenises lists of texts, in threads.
 
     Args:
-        file (Path): tokenizer.json.
+        source (Path | str): tokenizer.json, or such a file's text.
         tokenizer (Tokenizer): the same tokenizer, whose ids count.
     """
 
-    def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: Path | str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._fast = _load(file)
+        self._fast = _load(source)
         self._seen = 0
 
     def __call__(self, texts: Sequence[str]) -> list[array]:
@@ -68,12 +68,12 @@ class BatchEncoder:
         return [array("i", each.ids) for each in encodings]
 
 
-def _load(file: Path) -> Any:
+def _load(source: Path | str) -> Any:
     """Returns fastokens' tokenizer; None if it is not installed, or does not know this kind of tokenizer."""
     try:
         from fastokens import Tokenizer as FastTokenizer
 
-        fast = FastTokenizer.from_file(str(file))
+        fast = FastTokenizer.from_json_str(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
         fast.no_truncation()
         fast.no_padding()
     except Exception as error:

@@ -162,7 +162,7 @@ def _joined(tokenizer: Any, chunk: list[Any], rendered: list[Any], encoded: Any)
             yield texts
             continue
         try:
-            prompt, responses = tokenizer.split(list(islice(ids, len(texts))))
+            prompt, responses = tokenizer.split(list(islice(ids, len(texts))), example.tools)
         except DataError as error:
             yield BadRow.of(error, example.where)
         else:

@@ -1,49 +1,65 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torchtune.data import Message
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from humanline.data._batch_encoder import BatchEncoder
-from humanline.data._chat_template import PLAIN, PROBE, THOUGHTFUL, Chat, ChatTemplate, squeeze
+from humanline.data._boundary import Boundary
+from humanline.data._chat_template import PROBE, Chat, ChatTemplate
 from humanline.data._day import read_day
+from humanline.data._rebuilt_tokenizer import warn_if_rebuilt
+from humanline.data._tokenizer_folder import (
+    STANDARD_TOKENS,
+    add_tokens,
+    find_templates,
+    named_tokens,
+    read_generation_stops,
+    read_tokenizer,
+    read_tokenizer_config,
+    write_tokenizer,
+)
 from humanline.errors import ConfigError, DataError
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FUNCTIONS = ("raise_exception", "strftime_now")
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *FUNCTIONS, *NAMED_TOKENS)  # names in a template
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *FUNCTIONS, *STANDARD_TOKENS)
+"""Names in a template."""
+TOOL_TEMPLATE = "tool_use"
+PROBE_TOOLS = [{"type": "function", "function": {"name": "now", "description": "The time", "parameters": {}}}]
 TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's result -> its name in chat templates
 
 
 class ChatTokenizer(ModelTokenizer, Transform):
     """Encodes chats with the tokenizer and chat template of a Hugging Face checkpoint.
 
-    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. The
+    The ids are those of ``apply_chat_template`` in ``transformers``; BOS appears only if the template writes it. Where
+    ``transformers`` 5 does not split text as tokenizer.json says, a warning says so, and tokenizer.json counts. The
     string of a special token inside a message becomes that token, so a message can open or close a turn. Strip such
     strings from untrusted text.
 
     A prompt and its response are tokenised separately, split where generation starts, because a model sees exactly
     that: the prompt's ids, then tokens that it generates. If they were tokenised as one text, the prompt's last token
     could merge with the response's first, such as two newlines. The prompt would then differ from the one that is
-    sampled from. Tokenizers that put a space before any text, as Llama 2's, give a response other ids alone than after
-    its prompt. They tokenise the whole chat, and its ids are cut behind those of the prompt.
+    sampled from. Some tokenizers give a response other ids alone than after its prompt: Llama 2's puts a space before
+    any text, and tokens of Phi-3 swallow the white space behind them. They tokenise the whole chat, and its ids are
+    cut behind those of the prompt.
 
     It is also a torchtune tokenizer (:meth:`tokenize_messages`, :meth:`encode`, and a transform of samples with
     ``messages``), so torchtune's own datasets and recipes work with it.
 
     Args:
-        path (str): folder with tokenizer.json and tokenizer_config.json, as ``tune download`` writes it. The chat
-            template comes from its chat_template.jinja, else from tokenizer_config.json. generation_config.json may
-            add stop tokens.
+        path (str): folder with tokenizer.json and tokenizer_config.json, as ``tune download`` writes it. Either may
+            list added tokens. The chat template comes from its chat_template.jinja, else from tokenizer_config.json;
+            one named tool_use is for chats with tools. generation_config.json may add stop tokens.
         max_seq_len (int | None): length to which :meth:`tokenize_messages`, and nothing else, cuts, tokens; null never
             cuts.
-        chat_template (str | None): path of a Jinja file that replaces the folder's template; null uses the folder's.
+        chat_template (str | None): path of a Jinja file that replaces the folder's templates; null uses the folder's.
         chat_template_kwargs (Mapping[str, Any] | None): variables of the template, such as {"enable_thinking": False};
             null sets none.
         date (str | None): the date that the template reads, such as "2026-01-31"; null is the day on which the run
@@ -85,23 +101,27 @@ class ChatTokenizer(ModelTokenizer, Transform):
         folder = Path(path)
         self._tokenizer = read_tokenizer(folder)
         self._file = folder / "tokenizer.json"
+        config = read_tokenizer_config(folder)
+        self._adds_tokens = add_tokens(self._tokenizer, folder, config)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items()}
         self.token_ids = frozenset(self._tokenizer.get_vocab().values())
         self.vocab_size = 1 + max(self.token_ids)
 
-        config = read_tokenizer_config(folder)
-        named = {name: token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}
-        file, source = find_template(folder, config, chat_template)
-        special = [token.content for token in added.values() if token.special]
-        self._template = ChatTemplate(source, file, {**named, **kwargs}, special, day.strftime)
-        self.date = day.date().isoformat() if self._template.reads_date else None
+        named = named_tokens(config)
+        self._templates = find_templates(folder, config, chat_template)
+        self._variables, self._day = {**named, **kwargs}, day
+        self._chats = self._boundary("default")
+        reads_date = self._template.reads_date or "strftime_now" in self._templates.get(TOOL_TEMPLATE, ("", ""))[1]
+        self.date = day.date().isoformat() if reads_date else None
         self.markers = self._template.markers
-        self._whole_chats, self._merging_header = self._boundary()
         self._encode_batch: BatchEncoder | None = None
+        chat = "".join(self._template.split(PROBE, [self._template.sample]))
+        warn_if_rebuilt(folder, config.get("tokenizer_class"), self._tokenizer, chat)
 
         end_of_turn = self.special_tokens[self._template.end_of_turn]
-        ids = {name: self._named_id(name, token) for name, token in named.items()}
+        read = (name for name in named if name in STANDARD_TOKENS or name in self._template.source)
+        ids = {name: self._named_id(name, named[name]) for name in read}
         self.bos_id: int | None = ids.get("bos_token")
         self.eos_id: int = ids.get("eos_token", end_of_turn)
         self.pad_id: int = ids.get("pad_token", self.eos_id)
@@ -142,7 +162,7 @@ class ChatTokenizer(ModelTokenizer, Transform):
             DataError: if the template rejects the chat, or the chat's ids do not start with the prompt's.
             ConfigError: if the template leaves out a part of the response.
         """
-        _, (ids,) = self.split([self._encode(text) for text in self.render(prompt, [response], tools)])
+        _, (ids,) = self.split([self._encode(text) for text in self.render(prompt, [response], tools)], tools)
         return list(ids)
 
     def render(
@@ -154,30 +174,19 @@ class ChatTokenizer(ModelTokenizer, Transform):
             DataError: as :meth:`encode_response`.
             ConfigError: as :meth:`encode_response`.
         """
-        start, *texts = self._template.split(prompt, responses, tools)
-        if self._merging_header is not None and any(text.startswith(self._merging_header) for text in texts):
-            raise DataError(
-                "messages: the prompt opens a thought, and the answer has none; "
-                + (
-                    "set tokenizer.chat_template_kwargs (such as enable_thinking: false for answers without thoughts)"
-                    if "enable_thinking" in self._template.source
-                    else "drop the example, or set tokenizer.chat_template"
-                )
-            )
-        return [start, *([start + text for text in texts] if self._whole_chats else texts)]
+        return self._chats_with(tools).render(prompt, responses, tools)
 
-    def split(self, encoded: Sequence[Sequence[int]]) -> tuple[Sequence[int], list[Sequence[int]]]:
+    def split(
+        self, encoded: Sequence[Sequence[int]], tools: Sequence[Any] | None = None
+    ) -> tuple[Sequence[int], list[Sequence[int]]]:
         """Returns the ids of a prompt and of its responses, from the ids of the texts of :meth:`render`.
+
+        ``tools`` are those of :meth:`render`.
 
         Raises:
             DataError: if a whole chat's ids do not start with the prompt's.
         """
-        prompt, *rest = encoded
-        if not self._whole_chats:
-            return prompt, rest
-        if any(ids[: len(prompt)] != prompt for ids in rest):
-            raise DataError("messages: the ids of the chat do not start with those of its prompt; drop the example")
-        return prompt, [ids[len(prompt) :] for ids in rest]
+        return self._chats_with(tools).split(encoded)
 
     def encode_texts(self, texts: Sequence[str]) -> list[Any]:
         """Returns the ids of many texts, each an array of C ints; tokenised in threads.
@@ -186,15 +195,33 @@ class ChatTokenizer(ModelTokenizer, Transform):
             DataError: if a text is not valid Unicode.
         """
         if self._encode_batch is None:
-            self._encode_batch = BatchEncoder(self._file, self._tokenizer)
+            source = self._tokenizer.to_str() if self._adds_tokens else self._file
+            self._encode_batch = BatchEncoder(source, self._tokenizer)
         return self._encode_batch(texts)
 
     def fingerprint(self) -> str:
         """Returns a digest of all that ids depend on."""
-        template = self._template
-        config = [template.variables, self.date, template.source, version("tokenizers"), version("jinja2")]
+        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        sources = {name: source for name, (_, source) in self._templates.items()}
+        config = [self._template.variables, self.date, sources, added, version("tokenizers"), version("jinja2")]
         text = json.dumps(config, default=str, sort_keys=True)
         return blake2b(self._file.read_bytes() + text.encode(), digest_size=16).hexdigest()
+
+    def write_files(self, folder: Path, checkpoint: Path) -> list[str]:
+        """Gives a copy of a checkpoint, or an adapter to it, this tokenizer and its chat template.
+
+        Args:
+            folder (Path): the copy, or the adapter's folder.
+            checkpoint (Path): the checkpoint.
+
+        Returns:
+            list[str]: the files that are not the checkpoint's; nothing is written if there are none.
+
+        Raises:
+            FileNotFoundError: if the tokenizer's files are gone.
+        """
+        template = None if self._arguments[2] is None else self._template.source
+        return write_tokenizer(folder, self._file.parent, template, self.stop_tokens, checkpoint)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ``ids``."""
@@ -243,7 +270,7 @@ class ChatTokenizer(ModelTokenizer, Transform):
                     f"messages: {self._template.file} renders earlier turns differently once later ones follow; "
                     "end each example at its first answer"
                 )
-            if self._whole_chats:
+            if self._chats.whole_chats:
                 if (whole := self._encode(rendered))[: len(ids)] != ids:
                     raise DataError("messages: earlier turns have other ids once later ones follow; drop the example")
                 ids[:] = whole
@@ -277,42 +304,29 @@ class ChatTokenizer(ModelTokenizer, Transform):
         except TypeError:
             raise DataError("messages: the text is not valid Unicode (it has a lone surrogate); correct it") from None
 
-    def _boundary(self) -> tuple[bool, str | None]:
-        """Finds out how ids are cut between prompt and response.
+    @property
+    def _template(self) -> ChatTemplate:
+        return self._chats.template
 
-        Returns:
-            Whether whole chats have to be tokenised; and, if answers without thoughts merge with their prompts, how the
-            text of such an answer starts.
+    def _chats_with(self, tools: Sequence[Any] | None) -> Boundary:
+        """Returns the template for chats with these tools, as ``transformers`` chooses it."""
+        return self._chats if tools is None else self._chats_with_tools
 
-        Raises:
-            ConfigError: if prompts cannot be told from responses.
-        """
-        start, answer = self._template.split(PROBE, [self._template.sample])
-        prompt, whole = self._encode(start), self._encode(start + answer)
-        if prompt + self._encode(answer) == whole:
-            # Other answers may start without the space that this one's template writes: calls, for example.
-            bare = self._encode(start + PLAIN)
-            return bare[: len(prompt)] == prompt and bare[len(prompt) :] != self._encode(PLAIN), None
-        if whole[: len(prompt)] == prompt:
-            return True, None
-        header = answer.partition(PLAIN)[0]
-        if header.strip() and self._accepts_thoughts(prompt):
-            return False, header
-        if start.endswith(" "):
-            raise self._template.refusal(
-                "ends a generation prompt with a space, which is a part of the answer's first word"
-            )
-        raise ConfigError(
-            f"tokenizer.path: {self._file} merges the end of a prompt with the start of its answer, so the prompt's "
-            "ids depend on the answer; use the tokenizer.json that the model was published with"
-        )
+    @cached_property
+    def _chats_with_tools(self) -> Boundary:
+        if TOOL_TEMPLATE not in self._templates:
+            return self._chats
+        chats = self._boundary(TOOL_TEMPLATE, PROBE_TOOLS)
+        ends = [each.template.end_of_turn for each in (self._chats, chats)]
+        if ends[0] != ends[1]:
+            raise chats.template.refusal(f"ends a turn with {ends[1]} if there are tools, and with {ends[0]} if not")
+        return chats
 
-    def _accepts_thoughts(self, prompt: list[int]) -> bool:
-        try:
-            start, thoughtful = self._template.split(PROBE, [THOUGHTFUL])
-        except (ConfigError, DataError):
-            return False
-        return prompt + self._encode(thoughtful) == self._encode(start + thoughtful)
+    def _boundary(self, name: str, tools: Sequence[Any] | None = None) -> Boundary:
+        file, source = self._templates[name]
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        template = ChatTemplate(source, file, self._variables, special, self._day.strftime, tools)
+        return Boundary(template, self._encode, self._file, self._arguments[2] is not None)
 
     def _named_id(self, name: str, token: str) -> int:
         id = self._tokenizer.token_to_id(token)
@@ -335,65 +349,3 @@ def read_variables(given: Any) -> dict[str, Any]:
             remedy = "set tokenizer.date instead" if name == "strftime_now" else "remove it"
             raise ConfigError(f"{key}: {name} is set by humanline; {remedy}")
     return dict(given or {})
-
-
-def _remedy(folder: Path) -> str:
-    if folder.is_dir():
-        return "use a complete Hugging Face checkpoint"
-    where = f"there is no folder {folder} (working directory {Path.cwd()})"
-    return f"{where}; download the model to it, or correct the path, also in checkpointer.checkpoint_dir"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"tokenizer.path: {file} is missing; {_remedy(file.parent)}") from None
-    except ValueError as error:
-        raise ConfigError(f"tokenizer.path: {file} is not valid JSON ({squeeze(error)}); download it again") from error
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"tokenizer.path: {file} is missing; {_remedy(folder)}")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more specific
-        raise ConfigError(f"tokenizer.path: {file} cannot be read ({squeeze(error)}); download it again") from error
-    tokenizer.no_truncation()  # a file may enable either
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Reads tokenizer_config.json; in older checkpoints special_tokens_map.json overrides the named tokens."""
-    config = read_json(folder / "tokenizer_config.json")
-    file = folder / "special_tokens_map.json"
-    return config | read_json(file) if file.is_file() and "added_tokens_decoder" not in config else config
-
-
-def read_generation_stops(folder: Path) -> list[int]:
-    """Returns the ids at which generation stops according to generation_config.json, if there is such a file."""
-    file = folder / "generation_config.json"
-    stops = read_json(file).get("eos_token_id") if file.is_file() else None
-    return [stops] if isinstance(stops, int) else stops or []
-
-
-def token_text(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def find_template(folder: Path, config: dict[str, Any], override: str | None) -> tuple[Path, str]:
-    """Returns the file with the chat template, and the template: the override, else the choice of ``transformers``."""
-    file = Path(override) if override is not None else folder / "chat_template.jinja"
-    if file.is_file():
-        return file, file.read_text(encoding="utf-8")
-    if override is not None:
-        raise ConfigError(f"tokenizer.chat_template: {file} is not a file; null uses the template in tokenizer.path")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {named["name"]: named["template"] for named in template}.get("default")
-    if template is None:
-        raise ConfigError(f"tokenizer.chat_template: {folder} has no chat template; set this key to a Jinja file")
-    return folder / "tokenizer_config.json", template

@@ -45,6 +45,7 @@ class ChatTemplate:
             user sets.
         special_tokens (Sequence[str]): the tokenizer's special tokens; one of them is the end of turn.
         strftime_now (Callable[[str], str]): formats the date of the run.
+        tools (Any): what a template for chats with tools is tried with, and renders where a chat has none.
 
     Attributes:
         end_of_turn (str): the token that closes an assistant's turn.
@@ -65,8 +66,10 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         special_tokens: Sequence[str],
         strftime_now: Callable[[str], str],
+        tools: Any = None,
     ) -> None:
         self.file = file
+        self._tools = tools
         self.source = source
         self.reads_date = "strftime_now" in source
         self.variables = {"documents": None, **variables}
@@ -95,7 +98,7 @@ class ChatTemplate:
                     for message in messages
                 ],
                 add_generation_prompt=add_generation_prompt,
-                tools=tools,
+                tools=self._tools if tools is None else tools,
                 **self.variables,
             )
         except Exception as error:  # a template can fail in any way
@@ -209,7 +212,8 @@ class ChatTemplate:
             raise self.refusal(f"puts {header.strip()!r} before an answer but not into a generation prompt")
         end = self._special.search(rest)
         if end is None:
-            raise self.refusal("ends the assistant's turn without a special token")
+            written = f" ({rest.strip()!r} is none in tokenizer.json)" if rest.strip() else ""
+            raise self.refusal(f"ends the assistant's turn without a special token{written}")
         if prompt.rstrip().endswith(end[0]) and not self._ends_turns(sample, end[0]):
             raise self.refusal(f"puts {end[0]} after every chat, so that no token ends an answer")
         tail = rest[end.end() :].strip()

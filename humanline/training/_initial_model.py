@@ -3,6 +3,7 @@
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -94,9 +95,14 @@ class InitialModel:
         weights = self.weights if self.has_adapter else None
         return self._build(weights, self.environment.settings.dtype, activation_checkpointing=False)
 
-    def weights_out(self, policy: LogProbDecoder) -> WeightsOut:
-        """Builds the writer of the policy's weights, in the format of the checkpoint's files."""
-        return WeightsOut(policy, self.checkpointer, self.checkpoint_dtypes, self.environment.settings)
+    def weights_out(self, policy: LogProbDecoder, tokenizer: Any = None) -> WeightsOut:
+        """Builds the writer of the policy's weights, in the format of the checkpoint's files.
+
+        Args:
+            policy (LogProbDecoder): the policy.
+            tokenizer (Any): the run's tokenizer, whose files are written too; None leaves the checkpoint's.
+        """
+        return WeightsOut(policy, self.checkpointer, self.checkpoint_dtypes, self.environment.settings, tokenizer)
 
     def fingerprint(self) -> str:
         """Returns a digest of the initial weights and of the function that they compute. Collective."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from humanline.checkpoint import installed_version
 
-_SHOWN = ("model", "dataset", "source", "reward", "loss", "reference", "optimizer", "lr_scheduler")
+_SHOWN = ("model", "tokenizer", "dataset", "source", "reward", "loss", "reference", "optimizer", "lr_scheduler")
 _SECRET = re.compile(r"(^|_)(key|token|auth)$|secret|password|credential", re.IGNORECASE)
 _PACKAGES = ("humanline", "torch", "torchtune", "torchao", "transformers")
 _METHOD = """\
