@@ -367,6 +367,35 @@ def test_a_field_of_a_message_that_the_template_does_not_read_is_refused(tmp_pat
     assert "Oslo is cold.q" in text(reads, reads.encode_prompt([{**user("q"), field: "Oslo is cold."}]))
 
 
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_has_the_names_that_transformers_gives_it(tmp_path, field, read):
+    template = QWEN3.replace("reasoning_content", read)
+    tokenizer = chatml(tmp_path, template, "qwen2_5", chat_template_kwargs={"last_query": 0})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    thoughtful = {**assistant("It is 5."), field: "Add them."}
+    prompt = [user("2 + 3?")]
+    for chat, answer in ((prompt, thoughtful), ([*prompt, thoughtful, user("Why?")], assistant("So."))):
+        whole = theirs.apply_chat_template([*chat, answer], return_dict=False, last_query=0)
+        ids = tokenizer.encode_prompt(chat) + tokenizer.encode_response(chat, answer)
+        assert ids == whole[: len(ids)] and "<think>\nAdd them.\n</think>" in text(tokenizer, ids)
+
+
+def test_a_thought_under_two_names_is_one_and_another_thought_is_refused(tmp_path):
+    tokenizer, answer = chatml(tmp_path, QWEN3, "qwen2_5"), assistant("It is 5.")
+    both = {**answer, "reasoning_content": "Add them.", "reasoning": "Add them."}
+    assert "Add them." in text(tokenizer, tokenizer.encode_response([user("2 + 3?")], both))
+    with pytest.raises(ConfigError, match="leaves out 'reasoning' of the response"):
+        tokenizer.encode_response([user("2 + 3?")], both | {"reasoning": "Guess."})
+
+
+@pytest.mark.parametrize("field", ["reasoning", "thinking"])
+def test_a_name_that_is_a_part_of_another_is_not_read(tmp_path, field):
+    template = "{% if enable_thinking or my_reasoning %}Think.{% endif %}" + LOOP + HEADER
+    with pytest.raises(ConfigError, match=f"leaves out '{field}'"):
+        chatml(tmp_path, template).encode_prompt([user("q"), {**assistant("a"), field: "Oslo is cold."}, user("q")])
+
+
 def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
     tokenizer = chatml(tmp_path, LOOP + HEADER)
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.markers)

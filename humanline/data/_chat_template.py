@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ PLAIN = "Humanline"
 THOUGHTFUL = f"<think>\nA person.\n</think>\n\n{PLAIN}"
 """Answers to it. Templates of models that think may have a place for thoughts in a generation prompt."""
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+NAMES_OF_THOUGHT = ("reasoning_content", "thinking", "reasoning")
+"""The fields that ``transformers`` treats as one: the first that a message has counts."""
+THOUGHTS = (*NAMES_OF_THOUGHT, "thoughts", "thought")
 CALLS = ("tool_calls",)
 SOURCES = ("context", "documents", "attachments", "functions", "citations")
 """Fields of a message that change what the model sees, if the template reads them."""
@@ -70,8 +72,10 @@ class ChatTemplate:
         self.source = source
         self.reads_date = "strftime_now" in source
         self.variables = {"documents": None, **variables}
+        environment = template_environment(strftime_now)
         try:
-            self._template = template_environment(strftime_now).from_string(source)
+            self._template = environment.from_string(source)
+            self._fields = fields_named(environment.parse(source))
         except jinja2.TemplateError as error:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
         longest_first = sorted(special_tokens, key=len, reverse=True)
@@ -87,11 +91,8 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                # transformers omits fields that are None, and templates rely on it.
                 messages=[
-                    {key: value for key, value in message.items() if value is not None}
-                    if None in message.values()
-                    else message
+                    _as_transformers(message) if len(message) > 2 or None in message.values() else message
                     for message in messages
                 ],
                 add_generation_prompt=add_generation_prompt,
@@ -146,7 +147,7 @@ class ChatTemplate:
             raise self._leaves_out(f"the response's {lost!r}")
         for field in (*CALLS, *THOUGHTS, *SOURCES) if len(message) > 2 else ():
             if value := message.get(field):
-                without = {name: each for name, each in message.items() if name != field} | {"content": content}
+                without = _without(message, field) | {"content": content}
                 if whole == self.render([*messages, without], tools=tools) or (
                     isinstance(value, str) and _lost(value, self._opening(prompt) + text)
                 ):
@@ -175,7 +176,8 @@ class ChatTemplate:
                 if self._is_prompt_of(without, prompt, tools):
                     raise self._leaves_out(f"'{field}'")
         for field in (*THOUGHTS, *SOURCES):  # a template that knows them may leave out those of earlier turns
-            if field not in self.source and any(message.get(field) for message in messages):
+            read = NAMES_OF_THOUGHT if field in NAMES_OF_THOUGHT else (field,)
+            if self._fields.isdisjoint(read) and any(message.get(field) for message in messages):
                 raise self._leaves_out(f"'{field}'")
 
     def _is_prompt_of(self, messages: Chat, prompt: str, tools: Any = None) -> bool:
@@ -236,6 +238,29 @@ class ChatTemplate:
         tags = _TAG.findall(self._special.sub(" ", chat.partition(PROBE[0]["content"])[2]))
         found = dict.fromkeys([*self._special.findall(first), *tags])
         return tuple(marker for marker in found if "think" not in marker.lower())  # a text may have thoughts
+
+
+def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message without fields that are None, and with its thought under the names that templates read."""
+    given = {name: value for name, value in message.items() if value is not None}
+    thought = next((given[name] for name in NAMES_OF_THOUGHT if name in given), None)
+    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
+
+
+def _without(message: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Returns a message without a field, and without the same thought under another name."""
+    same = NAMES_OF_THOUGHT if field in NAMES_OF_THOUGHT else ()
+    return {
+        name: value
+        for name, value in message.items()
+        if name != field and not (name in same and value == message[field])
+    }
+
+
+def fields_named(template: nodes.Template) -> Set[str]:
+    """Returns the names that a template reads of its messages, and the other names and strings in such places."""
+    names = {attribute.attr for attribute in template.find_all(nodes.Getattr)}
+    return names | {constant.value for constant in template.find_all(nodes.Const) if isinstance(constant.value, str)}
 
 
 def _lost(content: str, text: str) -> str:
