@@ -265,6 +265,31 @@ def test_variables_of_a_template_have_names(tmp_path, given):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "name", "remedy"),
+    [
+        (QWEN3, "enable_thinkin", "did you mean enable_thinking[?] Correct it or remove it"),
+        (LOOP + HEADER, "enable_thinking", "remove it"),
+        (LOOP + HEADER, "date_string", "remove it"),
+    ],
+    ids=["a misspelt one", "one of other templates", "a date"],
+)
+def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path, template, name, remedy):
+    message = f"^tokenizer.chat_template_kwargs: .*tokenizer_config.json does not read '{name}'; {remedy}$"
+    with pytest.raises(ConfigError, match=message):
+        chatml(tmp_path, template, "qwen2_5", chat_template_kwargs={name: False})
+
+
+def test_a_variable_with_a_default_in_the_template_is_read(tmp_path):
+    for i, default in enumerate(
+        ("{% if who is not defined %}{% set who = 'no' %}{% endif %}", "{% set who = who | default('no') %}")
+    ):
+        template = default + LOOP.replace("{{ m.role }}", "{{ m.role }} of {{ who }}")
+        template += HEADER.replace("assistant", "assistant of {{ who }}")
+        tokenizer = chatml(tmp_path / str(i), template, chat_template_kwargs={"who": "Oslo"})
+        assert "assistant of Oslo" in text(tokenizer, tokenizer.encode_prompt([user("Hi")]))
+
+
 # ---- Text that a template leaves out
 
 DELETES = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}") + HEADER
@@ -454,6 +479,20 @@ def test_without_a_date_it_is_today_s_and_a_template_that_reads_none_has_none(tm
     before, tokenizer, after = datetime.now(), chatml(tmp_path, DATED), datetime.now()
     assert tokenizer.date in (f"{before:%Y-%m-%d}", f"{after:%Y-%m-%d}")
     assert chatml(tmp_path / "undated", LOOP + HEADER).date is None
+
+
+DATED_BY_LLAMA = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+"""Llama 3.2's."""
+
+
+def test_a_date_that_a_variable_replaces_is_not_read(tmp_path):
+    template = DATED_BY_LLAMA + DATED.replace("strftime_now('%d %B %Y')", "date_string")
+    assert chatml(tmp_path, template, date="2024-02-29").date == "2024-02-29"
+    tokenizer = chatml(tmp_path, template, chat_template_kwargs={"date_string": "05 May 2020"})
+    assert tokenizer.date is None
+    assert "Today: 05 May 2020<" in text(tokenizer, tokenizer.encode_prompt([user("Hi")]))
+    both = "{{ date_string }}" + DATED
+    assert chatml(tmp_path / "both", both, chat_template_kwargs={"date_string": "5"}, date="2024-02-29").date
 
 
 def test_the_date_is_a_part_of_the_fingerprint_if_it_is_read(tmp_path):

@@ -95,6 +95,7 @@ class ChatTokenizer(ModelTokenizer, Transform):
         file, source = find_template(folder, config, chat_template)
         special = [token.content for token in added.values() if token.special]
         self._template = ChatTemplate(source, file, {**named, **kwargs}, special, day.strftime)
+        self._template.check_reads(kwargs)
         self.date = day.date().isoformat() if self._template.reads_date else None
         self.markers = self._template.markers
         self._whole_chats, self._merging_header = self._boundary()

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -52,7 +53,8 @@ class ChatTemplate:
         end_of_turn (str): the token that closes an assistant's turn.
         source (str): the template.
         variables (Mapping[str, Any]): its variables.
-        reads_date (bool): whether the template reads the date.
+        reads_date (bool): whether the template reads the date of the run. Llama 3.2's does not where ``date_string`` is
+            set.
         markers (tuple[str, ...]): strings that the template writes around messages, and people do not.
         sample (str): an answer to ``PROBE`` that can be split: ``PLAIN``, or ``THOUGHTFUL`` if only thoughts fit.
 
@@ -70,18 +72,37 @@ class ChatTemplate:
     ) -> None:
         self.file = file
         self.source = source
-        self.reads_date = "strftime_now" in source
         self.variables = {"documents": None, **variables}
-        environment = template_environment(strftime_now)
+        asked: set[str] = set()
+
+        def today(form: str) -> str:
+            asked.add(form)
+            return strftime_now(form)
+
+        environment = template_environment(today)
         try:
             self._template = environment.from_string(source)
-            self._fields = fields_named(environment.parse(source))
+            tree = environment.parse(source)
         except jinja2.TemplateError as error:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
+        self._fields, self._reads = fields_named(tree), meta.find_undeclared_variables(tree)
         longest_first = sorted(special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.sample, self.end_of_turn, self._tail = self._probe()
         self.markers = self._markers()
+        reads = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
+        self.reads_date = reads and (bool(asked) or "date_string" not in variables)
+
+    def check_reads(self, names: Iterable[str]) -> None:
+        """
+        Raises:
+            ConfigError: if the template reads no variable of such a name.
+        """
+        for name in names:
+            if name not in self._reads:
+                near = get_close_matches(name, self._reads, n=1)
+                remedy = f"did you mean {near[0]}? Correct it or remove it" if near else "remove it"
+                raise ConfigError(f"tokenizer.chat_template_kwargs: {self.file} does not read '{name}'; {remedy}")
 
     def render(self, messages: Chat, *, add_generation_prompt: bool = False, tools: Any = None) -> str:
         """Returns the template's text for ``messages``.
