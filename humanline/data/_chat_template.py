@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from humanline.data._left_out import NAMES_OF_THOUGHT, Rendered, check_prompt, check_response, fields_named
 from humanline.errors import ConfigError, DataError
 
 Chat = Sequence[Mapping[str, Any]]
@@ -23,13 +24,6 @@ PROBE: Chat = [{"role": "user", "content": "Name?"}]
 PLAIN = "Humanline"
 THOUGHTFUL = f"<think>\nA person.\n</think>\n\n{PLAIN}"
 """Answers to it. Templates of models that think may have a place for thoughts in a generation prompt."""
-
-NAMES_OF_THOUGHT = ("reasoning_content", "thinking", "reasoning")
-"""The fields that ``transformers`` treats as one: the first that a message has counts."""
-THOUGHTS = (*NAMES_OF_THOUGHT, "thoughts", "thought")
-CALLS = ("tool_calls",)
-SOURCES = ("context", "documents", "attachments", "functions", "citations")
-"""Fields of a message that change what the model sees, if the template reads them."""
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
@@ -133,14 +127,10 @@ class ChatTemplate:
 
         Raises:
             DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
-            ConfigError: if the template leaves out a part of the chat.
+            LeftOut: if the template leaves out a part of the chat.
         """
         prompt = self.render(messages, add_generation_prompt=True, tools=tools)
-        if tools and self._is_prompt_of(messages, prompt):
-            raise self._leaves_out("tools")
-        self._check_contents(messages, prompt, tools)
-        if any(len(message) > 2 for message in messages):
-            self._check_prompt_fields(messages, prompt, tools)
+        check_prompt(Rendered(self.file, self.render, messages, tools, prompt, is_prompt=True), self._fields)
         return [prompt, *(self._response(messages, prompt, response, tools) for response in responses)]
 
     def refusal(self, what: str) -> ConfigError:
@@ -163,55 +153,14 @@ class ChatTemplate:
                 f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
                 f"drop the example, or set tokenizer.chat_template{self._or_kwargs()}"
             )
-        content = message.get("content") or ""
-        if content not in text and (lost := _lost(content, self._opening(prompt) + text)):
-            raise self._leaves_out(f"the response's {lost!r}")
-        for field in (*CALLS, *THOUGHTS, *SOURCES) if len(message) > 2 else ():
-            if value := message.get(field):
-                without = _without(message, field) | {"content": content}
-                if whole == self.render([*messages, without], tools=tools) or (
-                    isinstance(value, str) and _lost(value, self._opening(prompt) + text)
-                ):
-                    raise self._leaves_out(f"'{field}' of the response")
+        if len(message) > 2 or (message.get("content") or "") not in text:
+            chat = Rendered(self.file, self.render, [*messages, message], tools, whole, is_prompt=False)
+            check_response(chat, self._opening(prompt) + text)
         return text
 
     def _opening(self, prompt: str) -> str:
         """Returns what a prompt has after its last special token; it may open the answer's thought."""
         return prompt[max((found.end() for found in self._special.finditer(prompt)), default=0) :]
-
-    def _check_contents(self, messages: Chat, prompt: str, tools: Any) -> None:
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in prompt:
-                # The template has altered it, or left it out. Then another content makes no difference.
-                other = [*messages[:i], {**message, "content": PLAIN}, *messages[i + 1 :]]
-                if self._is_prompt_of(other, prompt, tools):
-                    raise self._leaves_out(f"the message of the {message['role']}")
-
-    def _check_prompt_fields(self, messages: Chat, prompt: str, tools: Any) -> None:
-        for field in CALLS:
-            if any(message.get(field) for message in messages):
-                without = [
-                    {"content": "", **{k: v for k, v in m.items() if k != field and v is not None}} for m in messages
-                ]
-                if self._is_prompt_of(without, prompt, tools):
-                    raise self._leaves_out(f"'{field}'")
-        for field in (*THOUGHTS, *SOURCES):  # a template that knows them may leave out those of earlier turns
-            read = NAMES_OF_THOUGHT if field in NAMES_OF_THOUGHT else (field,)
-            if self._fields.isdisjoint(read) and any(message.get(field) for message in messages):
-                raise self._leaves_out(f"'{field}'")
-
-    def _is_prompt_of(self, messages: Chat, prompt: str, tools: Any = None) -> bool:
-        try:
-            return prompt == self.render(messages, add_generation_prompt=True, tools=tools)
-        except DataError:  # the template needs what these messages lack
-            return False
-
-    def _leaves_out(self, what: str) -> ConfigError:
-        return ConfigError(
-            f"tokenizer.chat_template: {self.file} leaves out {what}, so the model would not see it; set "
-            "tokenizer.chat_template to a Jinja file that writes it, or remove it from the data"
-        )
 
     def _probe(self) -> tuple[str, str, str]:
         """Returns the sample, the end of turn and what follows it; rejects templates whose output cannot be split."""
@@ -222,7 +171,9 @@ class ChatTemplate:
                 if whole.startswith(prompt):
                     break
             else:
-                raise self.refusal("renders a prompt differently once it is answered")
+                forgets = "<think>" in self._opening(prompt) and "A person." not in whole
+                thought = "opens a thought, and leaves out of an answer what stands before </think>"
+                raise self.refusal(thought if forgets else "renders a prompt differently once it is answered")
         except DataError as error:
             raise self.refusal(f"fails on the simplest chat ({squeeze(error.__cause__ or error)})") from error
         header, content, rest = whole[len(prompt) :].partition(PLAIN)
@@ -266,31 +217,6 @@ def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in message.items() if value is not None}
     thought = next((given[name] for name in NAMES_OF_THOUGHT if name in given), None)
     return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
-
-
-def _without(message: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Returns a message without a field, and without the same thought under another name."""
-    same = NAMES_OF_THOUGHT if field in NAMES_OF_THOUGHT else ()
-    return {
-        name: value
-        for name, value in message.items()
-        if name != field and not (name in same and value == message[field])
-    }
-
-
-def fields_named(template: nodes.Template) -> Set[str]:
-    """Returns the names that a template reads of its messages, and the other names and strings in such places."""
-    names = {attribute.attr for attribute in template.find_all(nodes.Getattr)}
-    return names | {constant.value for constant in template.find_all(nodes.Const) if isinstance(constant.value, str)}
-
-
-def _lost(content: str, text: str) -> str:
-    """Returns the start of what a rendered text lacks of a content, whatever its white space; empty if nothing."""
-    here = "".join(text.split())
-    if "".join(content.split()) in here:
-        return ""
-    lines = [line for line in content.splitlines() if "".join(line.split()) not in here]
-    return " ".join((lines or content.splitlines())[0].split())[:60]
 
 
 class GenerationBlock(Extension):
