@@ -293,6 +293,8 @@ def test_a_variable_with_a_default_in_the_template_is_read(tmp_path):
 
 # ---- Text that a template leaves out
 
+NO_SYSTEM = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
+NO_SYSTEM += HEADER  # Phi-3's kind
 DELETES = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}") + HEADER
 
 
@@ -312,8 +314,7 @@ def test_white_space_that_a_template_strips_is_no_loss(tmp_path):
 
 
 def test_a_message_that_a_template_leaves_out_is_refused(tmp_path):
-    template = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
-    tokenizer = chatml(tmp_path, template + HEADER)  # Phi-3's kind
+    tokenizer = chatml(tmp_path, NO_SYSTEM)
     assert tokenizer.encode_prompt([user("Hi")])
     with pytest.raises(ConfigError, match="leaves out the message of the system, so the model would not see it"):
         tokenizer.encode_prompt([system("Be kind."), user("Hi")])
@@ -362,9 +363,8 @@ def test_a_user_s_text_is_no_thought(tmp_path):
 
 
 def test_a_message_that_a_template_leaves_out_is_refused_also_if_its_text_stands_elsewhere(tmp_path):
-    template = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
     with pytest.raises(ConfigError, match="leaves out the message of the system, so"):
-        chatml(tmp_path, template + HEADER).encode_prompt([system("Be brief."), user("Be brief. Hi")])
+        chatml(tmp_path, NO_SYSTEM).encode_prompt([system("Be brief."), user("Be brief. Hi")])
 
 
 def test_a_result_that_a_template_writes_as_json_is_there(tmp_path):
@@ -538,6 +538,38 @@ def test_a_name_that_is_a_part_of_another_is_not_read(tmp_path, field):
     template = "{% if enable_thinking or my_reasoning %}Think.{% endif %}" + LOOP + HEADER
     with pytest.raises(ConfigError, match=f"leaves out '{field}'"):
         chatml(tmp_path, template).encode_prompt([user("q"), {**assistant("a"), field: "Oslo is cold."}, user("q")])
+
+
+def pairs_file(folder: Path, odd: dict, count: int) -> str:
+    """A file of 20 pairs, the first ones odd."""
+    rows = [{"prompt": f"Q{i}", "chosen": f"Yes {i}", "rejected": "No"} | (odd if i < count else {}) for i in range(20)]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("template", "odd", "lost"),
+    [
+        (NO_SYSTEM, {"system": "Be kind."}, "the message of the system"),
+        (DELETES, {"chosen": THOUGHT}, "a part of the response"),
+        (QWEN3, {"chosen": f"Sure. {THOUGHT}"}, "a part of the response"),
+        (LOOP + HEADER, {"tools": TOOLS}, "tools"),
+    ],
+    ids=["system", "thought", "text before a thought", "tools"],
+)
+def test_a_few_rows_of_which_a_template_leaves_out_a_part_are_dropped_and_counted(tmp_path, template, odd, lost):
+    tokenizer = chatml(tmp_path, template, "qwen2_5")
+    dataset = preference_groups(tokenizer, file := pairs_file(tmp_path, odd, 2))
+    assert len(dataset) == 18
+    assert f"2 rows dropped: the chat template leaves out {lost} (2, the first: {file} line 1)" in dataset.report()
+    message = (
+        rf"^tokenizer.chat_template: .* leaves out .* \(first seen in {file} line 1\); {{}} of 20 rows cannot be used$"
+    )
+    with pytest.raises(ConfigError, match=message.format(2)):
+        preference_groups(tokenizer, file, on_bad_row="stop")
+    with pytest.raises(ConfigError, match=message.format(3)):
+        preference_groups(tokenizer, pairs_file(tmp_path, odd, 3))
 
 
 def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
