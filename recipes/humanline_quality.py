@@ -37,6 +37,7 @@ from humanline.programs import (
     check_outputs,
     common_end,
     component,
+    dated_component,
     draw_histogram,
     histogram,
     mean_log_probs,
@@ -47,6 +48,7 @@ from humanline.programs import (
     start_on_every_device,
     summary,
     table,
+    today,
     whole_model,
     whole_number,
     write_json,
@@ -107,7 +109,7 @@ class HumanlineQualityRecipe:
     def setup(self, cfg: DictConfig) -> None:
         """Reads the data, then the model, so that bad data is reported first. It needs a process group."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        tokenizer = component(cfg, "tokenizer")
+        tokenizer = dated_component(cfg, "tokenizer", today())
         self.dataset: GroupDataset = component(cfg, "dataset", tokenizer)
         self.stop_tokens = set(getattr(tokenizer, "stop_tokens", ()))
         if self.filter is not None and not self.filter.cut and not self.stop_tokens:

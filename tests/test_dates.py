@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from humanline.data import ChatTokenizer
 from humanline.errors import ConfigError
-from humanline.programs import PartialFile, Sampler, SamplerSettings
+from humanline.programs import PartialFile, Sampler, SamplerSettings, Scorer
 
 TEMPLATE = (
     "Today : {{ strftime_now('%d %B') }} {% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
@@ -106,6 +106,16 @@ def test_rows_that_were_begun_on_another_day_are_completed_with_its_date(tmp_pat
     assert PartialFile(output, "these").date is None
 
 
+def test_a_date_that_the_template_does_not_read_is_refused_where_a_config_sets_it(run):
+    file = run.folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("strftime_now('%d %B')", "'01 January'"))
+    run.config["tokenizer"]["date"] = FIRST
+    refusal = "tokenizer.date: the chat template does not read the date of the run (strftime_now); remove it"
+    assert refusal in run.train()
+    del run.config["tokenizer"]["date"]
+    assert run.train() is None
+
+
 # ---- A reward model
 
 
@@ -135,6 +145,13 @@ def test_a_reward_model_without_a_date_reads_that_of_its_start(dated_classifier)
 def test_a_reward_model_s_date_that_is_none_is_refused(dated_classifier):
     with pytest.raises(ConfigError, match="^reward.date: expected a day such as 2026-01-31, or null, got 'today'$"):
         classifier(dated_classifier, date="today")
+
+
+def test_a_date_that_no_reward_reads_is_refused_where_a_config_sets_it(tmp_path):
+    reward = {"_component_": "humanline.rewards.SequenceClassifierReward", "device": "cpu", "dtype": "fp32"}
+    reward |= {"path": write_classifier(tmp_path / "literal", template="31 January" + CLASSIFIED), "date": FIRST}
+    with pytest.raises(ConfigError, match=r"^reward.date: the chat template does not read .*; remove it$"):
+        Scorer(OmegaConf.create({"reward": reward}), [])
 
 
 # ---- Online runs

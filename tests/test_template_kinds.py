@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -291,15 +292,43 @@ def test_variables_of_a_template_have_names(tmp_path, given):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "name", "remedy"),
+    [
+        (QWEN3, "enable_thinkin", "did you mean enable_thinking[?] Correct it or remove it"),
+        (LOOP + HEADER, "enable_thinking", "remove it"),
+        (LOOP + HEADER, "date_string", "remove it"),
+    ],
+    ids=["a misspelt one", "one of other templates", "a date"],
+)
+def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path, template, name, remedy):
+    message = f"^tokenizer.chat_template_kwargs: .*tokenizer_config.json does not read '{name}'; {remedy}$"
+    with pytest.raises(ConfigError, match=message):
+        chatml(tmp_path, template, "qwen2_5", chat_template_kwargs={name: False})
+
+
+def test_a_variable_with_a_default_in_the_template_is_read(tmp_path):
+    for i, default in enumerate(
+        ("{% if who is not defined %}{% set who = 'no' %}{% endif %}", "{% set who = who | default('no') %}")
+    ):
+        template = default + LOOP.replace("{{ m.role }}", "{{ m.role }} of {{ who }}")
+        template += HEADER.replace("assistant", "assistant of {{ who }}")
+        tokenizer = chatml(tmp_path / str(i), template, chat_template_kwargs={"who": "Oslo"})
+        assert "assistant of Oslo" in text(tokenizer, tokenizer.encode_prompt([user("Hi")]))
+
+
 # ---- Text that a template leaves out
 
+NO_SYSTEM = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
+NO_SYSTEM += HEADER  # Phi-3's kind
 DELETES = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}") + HEADER
 
 
 def test_a_template_that_deletes_thoughts_is_refused_and_says_what_is_lost(tmp_path):
     tokenizer = chatml(tmp_path, DELETES)
     assert tokenizer.encode_response([user("2 + 3?")], "It is 5.")
-    message = r"^tokenizer.chat_template: .* leaves out the response's '<think>', .* \(first seen in .*t01_think.jsonl"
+    lost = "Two and three make five."
+    message = rf"^tokenizer.chat_template: .* leaves out the response's '{lost}', .* \(first seen in .*t01_think.jsonl"
     with pytest.raises(ConfigError, match=message):
         preference_groups(tokenizer, str(CASES / "t01_think.jsonl"))
     assert len(preference_groups(chatml(tmp_path / "keeps", LOOP + HEADER), str(CASES / "t01_think.jsonl"))) == 3
@@ -311,11 +340,64 @@ def test_white_space_that_a_template_strips_is_no_loss(tmp_path):
 
 
 def test_a_message_that_a_template_leaves_out_is_refused(tmp_path):
-    template = LOOP.replace("%}<", "%}{% if m.role != 'system' %}<", 1).replace("{% endfor", "{% endif %}{% endfor")
-    tokenizer = chatml(tmp_path, template + HEADER)  # Phi-3's kind
+    tokenizer = chatml(tmp_path, NO_SYSTEM)
     assert tokenizer.encode_prompt([user("Hi")])
     with pytest.raises(ConfigError, match="leaves out the message of the system, so the model would not see it"):
         tokenizer.encode_prompt([system("Be kind."), user("Hi")])
+
+
+@pytest.mark.parametrize("answer", ["hm</think>It is 5.", "<think>\n\n</think>\n\nIt is 5."], ids=["open", "empty"])
+def test_tags_of_a_thought_that_a_template_deletes_are_lost_too(tmp_path, answer):
+    tokenizer = chatml(tmp_path, DELETES)
+    with pytest.raises(ConfigError, match="leaves out the response's '(hm|<think>)', so"):
+        tokenizer.encode_response([user("2 + 3?")], answer)
+
+
+def test_a_template_that_opens_a_thought_and_deletes_it_from_answers_says_so(tmp_path):
+    template = DELETES.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")  # DeepSeek-R1's
+    with pytest.raises(ConfigError, match="opens a thought, and leaves out of an answer what stands before </think>;"):
+        chatml(tmp_path, template)
+
+
+CODE = "def f():\n    return 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ("m.content.split() | join('')", "white space in 'def f"),
+        ("m.content | replace('\n', ' ')", "white space in 'def f"),
+        ("m.content | replace('    ', '')", "white space in 'def f"),
+        ("m.content.split('\n')[-1]", "'def f"),
+        ("m.content.split('\n')[0]", "'return 1'"),
+    ],
+)
+def test_a_part_of_a_text_that_a_template_leaves_out_is_refused_by_name(tmp_path, change, lost):
+    for role, place in (("assistant", "the response's "), ("user", "")):
+        template = LOOP.replace("{{ m.content }}", f"{{{{ {change} if m.role == '{role}' else m.content }}}}") + HEADER
+        tokenizer = chatml(tmp_path / role, template)
+        assert tokenizer.encode_response([user("Hi")], "Yes")
+        with pytest.raises(ConfigError, match=re.escape(f"leaves out {place}{lost}")):
+            tokenizer.encode_response([user(CODE)], CODE)
+
+
+def test_a_user_s_text_is_no_thought(tmp_path):
+    tokenizer = chatml(tmp_path, DELETES)
+    with pytest.raises(ConfigError, match="leaves out 'Secret' in the message of the user, so"):
+        tokenizer.encode_prompt([user("Secret </think> tail")])
+    assert tokenizer.encode_prompt([user("2 + 3?"), assistant(THOUGHT), user("Why?")])
+
+
+def test_a_message_that_a_template_leaves_out_is_refused_also_if_its_text_stands_elsewhere(tmp_path):
+    with pytest.raises(ConfigError, match="leaves out the message of the system, so"):
+        chatml(tmp_path, NO_SYSTEM).encode_prompt([system("Be brief."), user("Be brief. Hi")])
+
+
+def test_a_result_that_a_template_writes_as_json_is_there(tmp_path):
+    template = LOOP.replace("m.content }}", "m.content | tojson if m.role == 'tool' else m.content }}") + HEADER
+    chat = [user("Oslo?"), assistant("Let me look."), {"role": "tool", "content": 'very\n"cold"'}]
+    tokenizer = chatml(tmp_path, template)
+    assert r"very\n\"cold\"" in text(tokenizer, tokenizer.encode_prompt(chat))
 
 
 def test_a_message_that_a_template_alters_is_not(tmp_path):
@@ -342,6 +424,36 @@ def test_tools_and_calls_are_rendered_as_by_transformers(tmp_path):
         whole = theirs.apply_chat_template([*chat, answer], tools=TOOLS, return_dict=False)
         ids = tokenizer.encode_prompt(chat, TOOLS) + tokenizer.encode_response(chat, answer, TOOLS)
         assert ids == whole[: len(ids)] and "weather" in text(tokenizer, ids)
+
+
+def test_text_beside_a_call_of_an_earlier_turn_is_not_lost(tmp_path):
+    tokenizer = chatml(tmp_path, WITH_TOOLS.replace("m.content", "m.content if not m.tool_calls"))  # Llama 3.1's kind
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "cold"}
+    assert tokenizer.encode_prompt([user("Oslo?"), called, result], TOOLS)
+    with pytest.raises(ConfigError, match="leaves out the message of the assistant beside its calls, so"):
+        tokenizer.encode_prompt([user("Oslo?"), called | {"content": "Let me look."}, result], TOOLS)
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Bergen"}, '{"city": "Bergen"}', {}], ids=["an object", "JSON", "none"])
+def test_each_of_several_calls_is_there(tmp_path, arguments):
+    first_only = WITH_TOOLS.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")  # gpt-oss's kind
+    second = {**CALL, "function": {"name": "climate", "arguments": arguments}}
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL, second]}
+    chat = [user("Oslo?"), called, {"role": "tool", "content": "cold"}]
+    tokenizer = chatml(tmp_path, first_only)
+    with pytest.raises(ConfigError, match="leaves out number 2 of 'tool_calls', so"):
+        tokenizer.encode_prompt(chat, TOOLS)
+    with pytest.raises(ConfigError, match="leaves out number 2 of 'tool_calls' of the response, so"):
+        tokenizer.encode_response([user("Oslo?")], called, TOOLS)
+    both = chatml(tmp_path / "both", WITH_TOOLS)
+    assert "climate" in text(both, both.encode_prompt(chat, TOOLS))
+
+
+def test_a_call_s_arguments_are_there(tmp_path):
+    tokenizer = chatml(tmp_path, WITH_TOOLS.replace("call.function |", "call.function.name |"))
+    with pytest.raises(ConfigError, match="leaves out 'tool_calls' of the response, so"):
+        tokenizer.encode_response([user("Oslo?")], {"role": "assistant", "content": "", "tool_calls": [CALL]}, TOOLS)
 
 
 def test_a_call_without_text_is_rendered_by_a_template_that_reads_the_text_of_other_messages(tmp_path):
@@ -381,7 +493,9 @@ def test_and_handed_to_a_template_that_has_one(tmp_path, file, template, kept):
     assert all(part in chat for part in kept)
 
 
-@pytest.mark.parametrize("field", ["context", "documents", "thought", "functions"])
+@pytest.mark.parametrize(
+    "field", ["context", "documents", "thought", "functions", "tools", "tool_plan", "analysis", "refusal"]
+)
 def test_a_field_of_a_message_that_the_template_does_not_read_is_refused(tmp_path, field):
     tokenizer = chatml(tmp_path, LOOP + HEADER)
     with pytest.raises(ConfigError, match=f"leaves out '{field}'"):
@@ -391,6 +505,97 @@ def test_a_field_of_a_message_that_the_template_does_not_read_is_refused(tmp_pat
     template = LOOP.replace("{{ m.content }}", f"{{{{ m.{field} }}}}{{{{ m.content }}}}") + HEADER
     reads = chatml(tmp_path / "reads", template)
     assert "Oslo is cold.q" in text(reads, reads.encode_prompt([{**user("q"), field: "Oslo is cold."}]))
+
+
+def test_tools_in_a_message_are_not_those_of_the_chat(tmp_path):
+    tokenizer, chat = chatml(tmp_path, WITH_TOOLS), [{**system("S"), "tools": TOOLS}, user("Oslo?")]
+    with pytest.raises(ConfigError, match="leaves out 'tools', so"):
+        tokenizer.encode_prompt(chat)
+    assert "weather" in text(tokenizer, tokenizer.encode_prompt(chat, TOOLS))  # they are the same
+    own = chatml(
+        tmp_path / "own", LOOP.replace("{{ m.content }}", "{{ m.content }}{{ m.tools }}") + HEADER
+    )  # Phi-4-mini's
+    assert "weather" in text(own, own.encode_prompt(chat))
+
+
+BLOCKS = {
+    "thinking_blocks": [{"type": "thinking", "thinking": "Add them.", "signature": "x"}],
+    "reasoning_details": [{"type": "reasoning.text", "text": "Add them.", "index": 0}],
+}
+
+
+@pytest.mark.parametrize("field", BLOCKS)
+def test_a_thought_in_blocks_is_there_if_it_is_also_there_as_text(tmp_path, field):
+    tokenizer, prompt = chatml(tmp_path, QWEN3, "qwen2_5"), [user("2 + 3?")]
+    answer = {**assistant("It is 5."), field: BLOCKS[field]}
+    with pytest.raises(ConfigError, match=f"leaves out '{field}' of the response"):
+        tokenizer.encode_response(prompt, answer)
+    with pytest.raises(ConfigError, match=f"leaves out '{field}', so"):
+        tokenizer.encode_prompt([*prompt, answer, user("Why?")])
+    answer |= {"reasoning": "Add them."}
+    assert "Add them." in text(tokenizer, tokenizer.encode_response(prompt, answer))
+    assert tokenizer.encode_prompt([*prompt, answer, user("Why?")])
+
+
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_has_the_names_that_transformers_gives_it(tmp_path, field, read):
+    template = QWEN3.replace("reasoning_content", read)
+    tokenizer = chatml(tmp_path, template, "qwen2_5", chat_template_kwargs={"last_query": 0})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    thoughtful = {**assistant("It is 5."), field: "Add them."}
+    prompt = [user("2 + 3?")]
+    for chat, answer in ((prompt, thoughtful), ([*prompt, thoughtful, user("Why?")], assistant("So."))):
+        whole = theirs.apply_chat_template([*chat, answer], return_dict=False, last_query=0)
+        ids = tokenizer.encode_prompt(chat) + tokenizer.encode_response(chat, answer)
+        assert ids == whole[: len(ids)] and "<think>\nAdd them.\n</think>" in text(tokenizer, ids)
+
+
+def test_a_thought_under_two_names_is_one_and_another_thought_is_refused(tmp_path):
+    tokenizer, answer = chatml(tmp_path, QWEN3, "qwen2_5"), assistant("It is 5.")
+    both = {**answer, "reasoning_content": "Add them.", "reasoning": "Add them."}
+    assert "Add them." in text(tokenizer, tokenizer.encode_response([user("2 + 3?")], both))
+    with pytest.raises(ConfigError, match="leaves out 'reasoning' of the response"):
+        tokenizer.encode_response([user("2 + 3?")], both | {"reasoning": "Guess."})
+
+
+@pytest.mark.parametrize("field", ["reasoning", "thinking"])
+def test_a_name_that_is_a_part_of_another_is_not_read(tmp_path, field):
+    template = "{% if enable_thinking or my_reasoning %}Think.{% endif %}" + LOOP + HEADER
+    with pytest.raises(ConfigError, match=f"leaves out '{field}'"):
+        chatml(tmp_path, template).encode_prompt([user("q"), {**assistant("a"), field: "Oslo is cold."}, user("q")])
+
+
+def pairs_file(folder: Path, odd: dict, count: int) -> str:
+    """A file of 20 pairs, the first ones odd."""
+    rows = [{"prompt": f"Q{i}", "chosen": f"Yes {i}", "rejected": "No"} | (odd if i < count else {}) for i in range(20)]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("template", "odd", "lost"),
+    [
+        (NO_SYSTEM, {"system": "Be kind."}, "the message of the system"),
+        (DELETES, {"chosen": THOUGHT}, "a part of the response"),
+        (QWEN3, {"chosen": f"Sure. {THOUGHT}"}, "a part of the response"),
+        (LOOP + HEADER, {"tools": TOOLS}, "tools"),
+    ],
+    ids=["system", "thought", "text before a thought", "tools"],
+)
+def test_a_few_rows_of_which_a_template_leaves_out_a_part_are_dropped_and_counted(tmp_path, template, odd, lost):
+    tokenizer = chatml(tmp_path, template, "qwen2_5")
+    dataset = preference_groups(tokenizer, file := pairs_file(tmp_path, odd, 2))
+    assert len(dataset) == 18
+    assert f"2 rows dropped: the chat template leaves out {lost} (2, the first: {file} line 1)" in dataset.report()
+    message = (
+        rf"^tokenizer.chat_template: .* leaves out .* \(first seen in {file} line 1\); {{}} of 20 rows cannot be used$"
+    )
+    with pytest.raises(ConfigError, match=message.format(2)):
+        preference_groups(tokenizer, file, on_bad_row="stop")
+    with pytest.raises(ConfigError, match=message.format(3)):
+        preference_groups(tokenizer, pairs_file(tmp_path, odd, 3))
 
 
 def test_text_with_the_template_s_own_tokens_is_found(tmp_path):
@@ -451,6 +656,20 @@ def test_without_a_date_it_is_today_s_and_a_template_that_reads_none_has_none(tm
     before, tokenizer, after = datetime.now(), chatml(tmp_path, DATED), datetime.now()
     assert tokenizer.date in (f"{before:%Y-%m-%d}", f"{after:%Y-%m-%d}")
     assert chatml(tmp_path / "undated", LOOP + HEADER).date is None
+
+
+DATED_BY_LLAMA = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+"""Llama 3.2's."""
+
+
+def test_a_date_that_a_variable_replaces_is_not_read(tmp_path):
+    template = DATED_BY_LLAMA + DATED.replace("strftime_now('%d %B %Y')", "date_string")
+    assert chatml(tmp_path, template, date="2024-02-29").date == "2024-02-29"
+    tokenizer = chatml(tmp_path, template, chat_template_kwargs={"date_string": "05 May 2020"})
+    assert tokenizer.date is None
+    assert "Today: 05 May 2020<" in text(tokenizer, tokenizer.encode_prompt([user("Hi")]))
+    both = "{{ date_string }}" + DATED
+    assert chatml(tmp_path / "both", both, chat_template_kwargs={"date_string": "5"}, date="2024-02-29").date
 
 
 def test_the_date_is_a_part_of_the_fingerprint_if_it_is_read(tmp_path):

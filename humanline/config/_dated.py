@@ -8,6 +8,7 @@ from torchtune.utils import get_logger, log_rank_zero
 from humanline.config._component import accepts, check_component, component, is_given
 from humanline.config._config_file import with_overrides
 from humanline.data import read_day
+from humanline.errors import ConfigError
 
 log = get_logger("INFO")
 
@@ -34,11 +35,19 @@ def dated_component(cfg: DictConfig, key: str, begun: str) -> Any:
         Any: the component; None if the key is absent or null.
 
     Raises:
-        ConfigError: as :func:`component`.
+        ConfigError: as :func:`component`, or if the config sets a date that the component does not read.
     """
     check_component(cfg, key)
     if not date_is_open(cfg, key):
-        return component(cfg, key)
+        built = component(cfg, key)
+        if built is not None and cfg[key].get("date") is not None and getattr(built, "date", "") is None:
+            reads = (
+                "; if it reads date_string, set tokenizer.chat_template_kwargs instead" if key == "tokenizer" else ""
+            )
+            raise ConfigError(
+                f"{key}.date: the chat template does not read the date of the run (strftime_now); remove it{reads}"
+            )
+        return built
     built = component(with_overrides(cfg, [f"{key}.date='{begun}'"]), key)
     if getattr(built, "date", None) == begun != today():
         log_rank_zero(log, f"{key}.date: {begun}, the day on which the run began")

@@ -21,6 +21,7 @@ from humanline.data._encoded import GroupWriter, open_encoded
 from humanline.data._examples import read_examples
 from humanline.data._files import Row
 from humanline.data._group import Group
+from humanline.data._left_out import LeftOut
 from humanline.data._options import DatasetOptions
 from humanline.data._read import SourceName, open_rows
 from humanline.data._readers import Example
@@ -180,10 +181,8 @@ def _rendered(tokenizer: Any, example: Example | BadRow) -> list[str] | BadRow:
     except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
         reason = "a text has half of a character"
         return BadRow(example.where, f"{reason} (a lone surrogate); remove it", reason)
-    except DataError as error:  # the chat template rejects the conversation, but does not know its place
-        return BadRow.of(error, example.where)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (first seen in {example.where})") from error
+    except (DataError, LeftOut) as error:  # the chat template knows no places
+        return _bad(error, example.where)
 
 
 def _one_by_one(tokenizer: Any, example: Example | BadRow) -> Group | BadRow:
@@ -197,10 +196,18 @@ def _one_by_one(tokenizer: Any, example: Example | BadRow) -> Group | BadRow:
             tokenizer.encode_response(example.prompt, m if m.keys() - {"role", "content"} else m["content"], **tools)
             for m in example.responses
         ]
-    except DataError as error:
-        return BadRow.of(error, example.where)
+    except (DataError, LeftOut) as error:
+        return _bad(error, example.where)
     ids = (array("i", response) for response in responses)
     return Group(array("i", prompt), tuple(ids), example.scores, example.labels, example.where)
+
+
+def _bad(error: DataError | LeftOut, where: str) -> BadRow:
+    if isinstance(error, DataError):
+        return BadRow.of(error, where)
+    bad = BadRow(where, str(error), error.reason)
+    bad.__cause__ = error  # if most rows are like this, it is the error
+    return bad
 
 
 def _code() -> str:

@@ -112,7 +112,9 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self._templates = find_templates(folder, config, chat_template)
         self._variables, self._day = {**named, **kwargs}, day
         self._chats = self._boundary("default")
-        reads_date = self._template.reads_date or "strftime_now" in self._templates.get(TOOL_TEMPLATE, ("", ""))[1]
+        _, with_tools = self._templates.get(TOOL_TEMPLATE, (None, ""))
+        self._template.check_reads(name for name in kwargs if name not in with_tools)
+        reads_date = self._template.reads_date or "strftime_now" in with_tools
         self.date = day.date().isoformat() if reads_date else None
         self.markers = self._template.markers
         self._encode_batch: BatchEncoder | None = None

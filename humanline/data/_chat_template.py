@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from humanline.data._left_out import NAMES_OF_THOUGHT, Rendered, check_prompt, check_response, fields_named
 from humanline.errors import ConfigError, DataError
 
 Chat = Sequence[Mapping[str, Any]]
@@ -22,11 +24,6 @@ PROBE: Chat = [{"role": "user", "content": "Name?"}]
 PLAIN = "Humanline"
 THOUGHTFUL = f"<think>\nA person.\n</think>\n\n{PLAIN}"
 """Answers to it. Templates of models that think may have a place for thoughts in a generation prompt."""
-
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
-CALLS = ("tool_calls",)
-SOURCES = ("context", "documents", "attachments", "functions", "citations")
-"""Fields of a message that change what the model sees, if the template reads them."""
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
@@ -51,7 +48,8 @@ class ChatTemplate:
         end_of_turn (str): the token that closes an assistant's turn.
         source (str): the template.
         variables (Mapping[str, Any]): its variables.
-        reads_date (bool): whether the template reads the date.
+        reads_date (bool): whether the template reads the date of the run. Llama 3.2's does not where ``date_string`` is
+            set.
         markers (tuple[str, ...]): strings that the template writes around messages, and people do not.
         sample (str): an answer to ``PROBE`` that can be split: ``PLAIN``, or ``THOUGHTFUL`` if only thoughts fit.
 
@@ -71,16 +69,37 @@ class ChatTemplate:
         self.file = file
         self._tools = tools
         self.source = source
-        self.reads_date = "strftime_now" in source
         self.variables = {"documents": None, **variables}
+        asked: set[str] = set()
+
+        def today(form: str) -> str:
+            asked.add(form)
+            return strftime_now(form)
+
+        environment = template_environment(today)
         try:
-            self._template = template_environment(strftime_now).from_string(source)
+            self._template = environment.from_string(source)
+            tree = environment.parse(source)
         except jinja2.TemplateError as error:
             raise self.refusal(f"is not valid Jinja ({squeeze(error)})") from error
+        self._fields, self._reads = fields_named(tree), meta.find_undeclared_variables(tree)
         longest_first = sorted(special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.sample, self.end_of_turn, self._tail = self._probe()
         self.markers = self._markers()
+        reads = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
+        self.reads_date = reads and (bool(asked) or "date_string" not in variables)
+
+    def check_reads(self, names: Iterable[str]) -> None:
+        """
+        Raises:
+            ConfigError: if the template reads no variable of such a name.
+        """
+        for name in names:
+            if name not in self._reads:
+                near = get_close_matches(name, self._reads, n=1)
+                remedy = f"did you mean {near[0]}? Correct it or remove it" if near else "remove it"
+                raise ConfigError(f"tokenizer.chat_template_kwargs: {self.file} does not read '{name}'; {remedy}")
 
     def render(self, messages: Chat, *, add_generation_prompt: bool = False, tools: Any = None) -> str:
         """Returns the template's text for ``messages``.
@@ -90,11 +109,8 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                # transformers omits fields that are None, and templates rely on it.
                 messages=[
-                    {key: value for key, value in message.items() if value is not None}
-                    if None in message.values()
-                    else message
+                    _as_transformers(message) if len(message) > 2 or None in message.values() else message
                     for message in messages
                 ],
                 add_generation_prompt=add_generation_prompt,
@@ -114,14 +130,10 @@ class ChatTemplate:
 
         Raises:
             DataError: if the template rejects the chat, or renders the prompt differently once it is answered.
-            ConfigError: if the template leaves out a part of the chat.
+            LeftOut: if the template leaves out a part of the chat.
         """
         prompt = self.render(messages, add_generation_prompt=True, tools=tools)
-        if tools and self._is_prompt_of(messages, prompt):
-            raise self._leaves_out("tools")
-        self._check_contents(messages, prompt, tools)
-        if any(len(message) > 2 for message in messages):
-            self._check_prompt_fields(messages, prompt, tools)
+        check_prompt(Rendered(self.file, self.render, messages, tools, prompt, is_prompt=True), self._fields)
         return [prompt, *(self._response(messages, prompt, response, tools) for response in responses)]
 
     def refusal(self, what: str) -> ConfigError:
@@ -144,54 +156,14 @@ class ChatTemplate:
                 f"messages: {self.file} does not render this chat as its prompt, the response and {self.end_of_turn}; "
                 f"drop the example, or set tokenizer.chat_template{self._or_kwargs()}"
             )
-        content = message.get("content") or ""
-        if content not in text and (lost := _lost(content, self._opening(prompt) + text)):
-            raise self._leaves_out(f"the response's {lost!r}")
-        for field in (*CALLS, *THOUGHTS, *SOURCES) if len(message) > 2 else ():
-            if value := message.get(field):
-                without = {name: each for name, each in message.items() if name != field} | {"content": content}
-                if whole == self.render([*messages, without], tools=tools) or (
-                    isinstance(value, str) and _lost(value, self._opening(prompt) + text)
-                ):
-                    raise self._leaves_out(f"'{field}' of the response")
+        if len(message) > 2 or (message.get("content") or "") not in text:
+            chat = Rendered(self.file, self.render, [*messages, message], tools, whole, is_prompt=False)
+            check_response(chat, self._opening(prompt) + text)
         return text
 
     def _opening(self, prompt: str) -> str:
         """Returns what a prompt has after its last special token; it may open the answer's thought."""
         return prompt[max((found.end() for found in self._special.finditer(prompt)), default=0) :]
-
-    def _check_contents(self, messages: Chat, prompt: str, tools: Any) -> None:
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in prompt:
-                # The template has altered it, or left it out. Then another content makes no difference.
-                other = [*messages[:i], {**message, "content": PLAIN}, *messages[i + 1 :]]
-                if self._is_prompt_of(other, prompt, tools):
-                    raise self._leaves_out(f"the message of the {message['role']}")
-
-    def _check_prompt_fields(self, messages: Chat, prompt: str, tools: Any) -> None:
-        for field in CALLS:
-            if any(message.get(field) for message in messages):
-                without = [
-                    {"content": "", **{k: v for k, v in m.items() if k != field and v is not None}} for m in messages
-                ]
-                if self._is_prompt_of(without, prompt, tools):
-                    raise self._leaves_out(f"'{field}'")
-        for field in (*THOUGHTS, *SOURCES):  # a template that knows them may leave out those of earlier turns
-            if field not in self.source and any(message.get(field) for message in messages):
-                raise self._leaves_out(f"'{field}'")
-
-    def _is_prompt_of(self, messages: Chat, prompt: str, tools: Any = None) -> bool:
-        try:
-            return prompt == self.render(messages, add_generation_prompt=True, tools=tools)
-        except DataError:  # the template needs what these messages lack
-            return False
-
-    def _leaves_out(self, what: str) -> ConfigError:
-        return ConfigError(
-            f"tokenizer.chat_template: {self.file} leaves out {what}, so the model would not see it; set "
-            "tokenizer.chat_template to a Jinja file that writes it, or remove it from the data"
-        )
 
     def _probe(self) -> tuple[str, str, str]:
         """Returns the sample, the end of turn and what follows it; rejects templates whose output cannot be split."""
@@ -202,7 +174,9 @@ class ChatTemplate:
                 if whole.startswith(prompt):
                     break
             else:
-                raise self.refusal("renders a prompt differently once it is answered")
+                forgets = "<think>" in self._opening(prompt) and "A person." not in whole
+                thought = "opens a thought, and leaves out of an answer what stands before </think>"
+                raise self.refusal(thought if forgets else "renders a prompt differently once it is answered")
         except DataError as error:
             raise self.refusal(f"fails on the simplest chat ({squeeze(error.__cause__ or error)})") from error
         header, content, rest = whole[len(prompt) :].partition(PLAIN)
@@ -242,13 +216,11 @@ class ChatTemplate:
         return tuple(marker for marker in found if "think" not in marker.lower())  # a text may have thoughts
 
 
-def _lost(content: str, text: str) -> str:
-    """Returns the start of what a rendered text lacks of a content, whatever its white space; empty if nothing."""
-    here = "".join(text.split())
-    if "".join(content.split()) in here:
-        return ""
-    lines = [line for line in content.splitlines() if "".join(line.split()) not in here]
-    return " ".join((lines or content.splitlines())[0].split())[:60]
+def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message without fields that are None, and with its thought under the names that templates read."""
+    given = {name: value for name, value in message.items() if value is not None}
+    thought = next((given[name] for name in NAMES_OF_THOUGHT if name in given), None)
+    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
 
 
 class GenerationBlock(Extension):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from humanline.data._files import Row
 from humanline.data._group import Group, TokenBudget
 from humanline.data._record import BadRow
-from humanline.errors import DataError
+from humanline.errors import ConfigError, DataError
 
 __all__ = ["Tally"]
 
@@ -85,6 +85,7 @@ class Tally:
         Raises:
             DataError: if more than a tenth of the rows cannot be used (of fewer than ten, more than half), or any with
                 ``on_bad_row`` "stop".
+            ConfigError: if it is so because the chat template leaves out a part of most of them.
         """
         faults = [(first, count) for first, count in self._reasons.values() if first.is_fault]
         bad = sum(count for _, count in faults)
@@ -92,6 +93,12 @@ class Tally:
         if bad <= (most * self._rows if on_bad_row == "drop" else 0):
             return
         reasons = "; ".join(f"{first}" + (f" [{count:,} rows]" if count > 1 else "") for first, count in faults)
+        most_common, _ = max(faults, key=lambda fault: fault[1])
+        if isinstance(cause := most_common.__cause__, ConfigError):
+            also = f": {reasons}" if len(faults) > 1 else ""
+            raise ConfigError(
+                f"{cause} (first seen in {most_common.where}); {bad:,} of {self._rows:,} rows cannot be used{also}"
+            ) from cause
         share = "a tenth" if self._rows >= FEW else "half"
         rule = "on_bad_row: stop" if on_bad_row == "stop" else f"more than {share}, so check schema and column_map"
         read_as = f", read as {self.schema}" if self.schema else ""

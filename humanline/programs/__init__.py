@@ -1,7 +1,7 @@
 """Shared parts of the recipes that do not train: sampling, scoring, measuring data, and output that resumes."""
 
 from humanline.checkpoint import read_weights
-from humanline.config import check_keys, component, load_config, one_of, with_overrides
+from humanline.config import check_keys, component, dated_component, load_config, one_of, today, with_overrides
 from humanline.launch import (
     check_one_process,
     common_end,
@@ -36,6 +36,7 @@ __all__ = [
     "check_outputs",
     "common_end",
     "component",
+    "dated_component",
     "draw_histogram",
     "hide_known_warnings",
     "histogram",
@@ -51,6 +52,7 @@ __all__ = [
     "start_on_every_device",
     "summary",
     "table",
+    "today",
     "warn_of_replaced",
     "whole_model",
     "whole_number",

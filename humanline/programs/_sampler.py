@@ -10,7 +10,7 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from humanline.checkpoint import code_digest, named_files
-from humanline.config import DTYPES, component, date_is_open, dated_component, one_of
+from humanline.config import DTYPES, date_is_open, dated_component, one_of, today
 from humanline.errors import ConfigError, DataError
 from humanline.programs._json_fields import warn_of_replaced, with_json_fields
 from humanline.programs._partial_file import PartialFile
@@ -143,7 +143,7 @@ class Sampler:
 
     def _partial(self, cfg: DictConfig, settings: SamplerSettings, output: str | Path) -> tuple[PartialFile, Any]:
         """Returns the partial file, and the tokenizer; if its chat template reads the date, with the file's date."""
-        tokenizer = component(cfg, "tokenizer")
+        tokenizer = dated_component(cfg, "tokenizer", today())
         made_of = [
             *model_sources(cfg),
             *(settings.settings, [[prompt.fields, prompt.messages, prompt.tools] for prompt in self.prompts]),

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from humanline.checkpoint import code_digest, named_files
-from humanline.config import component, date_is_open, dated_component
+from humanline.config import date_is_open, dated_component, today
 from humanline.errors import DataError
 from humanline.programs._partial_file import PartialFile
 from humanline.progress import Progress
@@ -61,7 +61,7 @@ class Scorer:
 
     def __init__(self, cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
         self.cfg, self.prompts = cfg, prompts
-        self.reward: Reward = component(cfg, "reward")
+        self.reward: Reward = dated_component(cfg, "reward", today())
         self.reward(prompts, [[] for _ in prompts])
         self._made_of = score_sources(cfg.reward)
 
