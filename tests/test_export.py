@@ -186,7 +186,7 @@ def with_text(run: TrajectoryRun, **tokenizer: object) -> TrajectoryRun:
     """The run on text, with a tokenizer in a folder of its own."""
     folder = run.folder / "tokenizer"
     folder.mkdir()
-    run.config["tokenizer"] = write_dated_tokenizer(folder) | {"date": "2024-01-31"} | tokenizer
+    run.config["tokenizer"] = write_dated_tokenizer(folder) | tokenizer
     rows = [{"prompt": f"sum {i:02}", "chosen": f"right {i:02}", "rejected": f"wrong {i:02}"} for i in range(16)]
     run.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run.config["dataset"]["_component_"] = "humanline.data.preference_groups"

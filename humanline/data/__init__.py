@@ -3,6 +3,7 @@
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer
 from humanline.data._chat_template import template_environment
+from humanline.data._column_map import MappedColumns, check_column_map
 from humanline.data._dataset import GroupDataset
 from humanline.data._day import read_day
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
@@ -23,6 +24,7 @@ __all__ = [
     "End",
     "Group",
     "GroupDataset",
+    "MappedColumns",
     "Message",
     "OfflineSource",
     "Record",
@@ -37,6 +39,7 @@ __all__ = [
     "as_pairs",
     "as_scored",
     "best_and_worst",
+    "check_column_map",
     "encoded_groups",
     "labelled_groups",
     "lay_out",

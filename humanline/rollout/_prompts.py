@@ -9,15 +9,16 @@ from torchtune.utils import get_logger, log_rank_zero
 from humanline.data import (
     BadRow,
     DataFiles,
+    MappedColumns,
     Message,
     Record,
     SourceName,
     Tally,
+    check_column_map,
     open_rows,
     prompt_field,
     read_prompt,
 )
-from humanline.data._column_map import MappedColumns, check_column_map
 from humanline.data._examples import PROMPT_FIELDS
 from humanline.data._files import READERS, TEXT_READERS, kind_of
 from humanline.data._record import SYSTEM
