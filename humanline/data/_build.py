@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from humanline.data._batch_encoder import Disagreement
-from humanline.data._column_map import MappedColumns
 from humanline.data._dataset import GroupDataset
 from humanline.data._encoded import GroupWriter, open_encoded
 from humanline.data._examples import read_examples
@@ -58,12 +57,12 @@ def build(
         DataError: if too many rows cannot be used, or no group is left.
     """
     budget = options.budget
-    column_map = options.column_map or {}
-    for field in column_map:
+    for field in options.column_map or {}:
         if field not in fields:
             near = get_close_matches(str(field), fields, n=1) or ["prompt"]
             raise ConfigError(f"column_map: expected fields of a known schema, such as {near[0]}, got '{field}'")
-    reading = {key: getattr(options, key) for key in ("split", "name", "data_files", "revision", "streaming")}
+    keys = ("split", "name", "data_files", "revision", "streaming", "column_map")
+    reading = {key: getattr(options, key) for key in keys}
     opened = cache(lambda: open_rows(source, **reading))  # only where it is needed: not on every rank
 
     def key() -> str | None:
@@ -74,13 +73,12 @@ def build(
 
     def encode(folder: Path) -> None:
         tally, writer = Tally(opened().name, options.split), GroupWriter(folder)
-        mapped = MappedColumns(column_map)
-        rows = tally.counted(mapped.looked_for(opened().read()))
+        rows = tally.counted(opened().read())
         with Progress(rows, desc=f"reading {tally.name}", unit=" rows", delay=2, leave=False) as bar:
             for found in groups_of(iter(bar), tally):
                 if (group := tally.fitted(found, budget)) is not None:
                     writer.add(group)
-        mapped.check(tally.name)
+        opened().check_columns()
         tally.check(options.on_bad_row)
         tally.check_any(len(writer))
         writer.close({"name": tally.name, "notes": [*tally.notes(), *tally.cuts(budget)], "dropped": tally.dropped})

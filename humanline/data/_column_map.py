@@ -4,11 +4,15 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from humanline.data._examples import PROMPT_FIELDS
 from humanline.data._files import Row
-from humanline.data._record import BadRow
+from humanline.data._record import SYSTEM, BadRow
 from humanline.errors import ConfigError
 
-__all__ = ["MappedColumns", "check_column_map"]
+__all__ = ["MappedColumns", "check_column_map", "check_prompt_fields"]
+
+_OF_A_PROMPT = (*PROMPT_FIELDS, *SYSTEM, "input", "tools")
+"""Fields that are read of a prompt."""
 
 
 def check_column_map(column_map: Any) -> None:
@@ -26,6 +30,17 @@ def check_column_map(column_map: Any) -> None:
     for field, column in column_map.items():
         if not isinstance(column, str | None):
             raise ConfigError(f"column_map: expected a column's name or null for '{field}', got {column!r}")
+
+
+def check_prompt_fields(column_map: Mapping[str, str | None]) -> None:
+    """
+    Raises:
+        ConfigError: if a field seems to be a misspelt one. Any other can be one that a reward reads.
+    """
+    for field in column_map:
+        near = get_close_matches(str(field), _OF_A_PROMPT, n=1, cutoff=0.85)
+        if near and field not in _OF_A_PROMPT:
+            raise ConfigError(f"column_map: no field is named '{field}'; did you mean '{near[0]}'?")
 
 
 class MappedColumns:

@@ -15,7 +15,8 @@ from os.path import expanduser, realpath
 from pathlib import Path
 from typing import Any
 
-from humanline.data._files import READERS, Reader, Row, kind_of, without_gaps
+from humanline.data._column_map import MappedColumns, check_column_map, check_prompt_fields
+from humanline.data._files import READERS, TEXT_READERS, Reader, Row, kind_of, without_gaps
 from humanline.data._load import batches, file_like, load, parts_of
 from humanline.errors import ConfigError
 
@@ -35,13 +36,14 @@ class RowSource:
         name (str): the source, for messages.
         digest (Callable[[], str]): returns a digest of the content.
         read (Callable[[], Iterator[Row]]): returns each row with its place.
-        files (Sequence[str]): the local files; none of what ``datasets`` loads.
+        check_columns (Callable[[], None]): once the rows are read, raises an error about a column of ``column_map``
+            that none of them has.
     """
 
     name: str
     digest: Callable[[], str]
     read: Callable[[], Iterator[Row]]
-    files: Sequence[str] = ()
+    check_columns: Callable[[], None]
 
 
 def open_rows(
@@ -52,8 +54,9 @@ def open_rows(
     data_files: DataFiles | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    column_map: Mapping[str, str | None] | None = None,
     key: str = "source",
-    readers: Mapping[str, Reader] = READERS,
+    for_prompts: bool = False,
 ) -> RowSource:
     """Opens a source.
 
@@ -67,8 +70,9 @@ def open_rows(
             ``source`` itself.
         revision (str | None): the hub dataset's commit, tag or branch; None for the newest.
         streaming (bool): refused, since every row is checked before a run.
+        column_map (Mapping[str, str | None] | None): maps a field to its column.
         key (str): the config key of ``source``, for messages.
-        readers (Mapping[str, Reader]): the reader of each type of file.
+        for_prompts (bool): whether the rows are read as prompts, of which a .txt file has one in each line.
 
     Raises:
         ConfigError: if the source, config or split does not exist, or a setting does not apply to it.
@@ -80,25 +84,35 @@ def open_rows(
             f"streaming: expected false, got {streaming!r}; all rows are checked before training starts. For a part of "
             "a large dataset, set split, such as train[:100000]"
         )
+    check_column_map(column_map)
+    column_map = column_map or {}
+    if for_prompts:
+        check_prompt_fields(column_map)
+    readers = READERS | TEXT_READERS if for_prompts else READERS
+    mapped = MappedColumns(column_map)
     source, data_files = _plain(source), _plain(data_files)
     files = _local_files(key, source, data_files, readers)
     if files is None:
-        return _from_datasets(key, source, split, name, data_files, revision)
+        return _from_datasets(key, source, split, name, data_files, revision, mapped)
     for setting, value in (("name", name), ("revision", revision)):
         if value is not None:
             raise ConfigError(f"{setting}: expected null for local files, got {value!r}; only datasets have it")
+    for file in files if column_map else ():
+        if kind_of(file) in TEXT_READERS:
+            raise ConfigError(f"column_map: expected null for '{file}', whose lines have no columns, got {column_map}")
     for file, times in Counter(map(realpath, files)).items():
         if times > 1:
             log.warning(f"{key}: file '{file}' is listed {times} times, so each of its rows is read {times} times")
     title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
     def read() -> Iterator[Row]:
-        return take(split, chain.from_iterable(readers[kind_of(file)](file) for file in files))
+        rows = chain.from_iterable(readers[kind_of(file)](file) for file in files)
+        return take(split, mapped.looked_for(rows))
 
     def digest() -> str:
         return " ".join(_digest_of(file) for file in files)
 
-    return RowSource(title, digest, read, files)
+    return RowSource(title, digest, read, lambda: mapped.check(title))
 
 
 def _plain(value: Any) -> Any:
@@ -179,7 +193,13 @@ def _expand(key: str, pattern: str) -> list[str]:
 
 
 def _from_datasets(
-    key: str, source: Any, split: str, name: str | None, data_files: Any, revision: str | None
+    key: str,
+    source: Any,
+    split: str,
+    name: str | None,
+    data_files: Any,
+    revision: str | None,
+    mapped: MappedColumns,
 ) -> RowSource:
     dataset = load(key, source, split, name, data_files, revision)
     title = str(source) if name is None else f"{source}, {name}"
@@ -192,4 +212,7 @@ def _from_datasets(
                 count += 1
                 yield f"{title} ({split}) row {count}", without_gaps(dict(zip(columns, values, strict=True)))
 
-    return RowSource(title, lambda: f"{dataset._fingerprint} {len(dataset)}", read)
+    def digest() -> str:
+        return f"{dataset._fingerprint} {len(dataset)}"
+
+    return RowSource(title, digest, lambda: mapped.looked_for(read()), lambda: mapped.check(title))

@@ -1,7 +1,6 @@
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from torchtune.utils import get_logger, log_rank_zero
@@ -9,27 +8,19 @@ from torchtune.utils import get_logger, log_rank_zero
 from humanline.data import (
     BadRow,
     DataFiles,
-    MappedColumns,
     Message,
     Record,
     SourceName,
     Tally,
-    check_column_map,
     open_rows,
     prompt_field,
     read_prompt,
 )
-from humanline.data._examples import PROMPT_FIELDS
-from humanline.data._files import READERS, TEXT_READERS, kind_of
-from humanline.data._record import SYSTEM
 from humanline.errors import ConfigError, DataError
 
 log = get_logger("INFO")
 
 __all__ = ["Prompt", "read_prompts"]
-
-FIELDS = (*PROMPT_FIELDS, *SYSTEM, "input", "tools")
-"""Fields that are read from a prompt file. ``column_map`` may add others, for rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,34 +99,27 @@ def read_prompts(
         ConfigError: if the source does not exist, has an unsupported type, or holds no prompt.
         DataError: if more than a tenth of the rows cannot be used; the message names the first of each reason.
     """
-    check_column_map(column_map)
-    for field in column_map or ():
-        if field not in FIELDS and (near := get_close_matches(str(field), FIELDS, n=1, cutoff=0.85)):
-            raise ConfigError(f"column_map: no field is named '{field}'; did you mean '{near[0]}'?")
     rows = open_rows(
         source,
         split=split,
         name=name,
         data_files=data_files,
         revision=revision,
+        column_map=column_map,
         key=key,
-        readers=READERS | TEXT_READERS,
+        for_prompts=True,
     )
-    for file in rows.files if column_map else ():
-        if kind_of(file) in TEXT_READERS:
-            raise ConfigError(f"column_map: expected null for '{file}', whose lines have no columns, got {column_map}")
-    prompts = _from_rows(rows.name, rows.read(), column_map or {})
+    prompts = _from_rows(rows, column_map or {})
     if not prompts:
         raise ConfigError(f"{key}: expected at least one prompt, got none in '{source}'; use another file")
     return prompts
 
 
-def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping[str, str | None]) -> list[Prompt]:
-    tally = Tally(source)
+def _from_rows(rows: Any, column_map: Mapping[str, str | None]) -> list[Prompt]:
+    tally = Tally(rows.name)
     prompts: list[Prompt] = []
     hidden: set[str] = set()
-    mapped = MappedColumns(column_map)
-    for where, row in tally.counted(mapped.looked_for(rows)):
+    for where, row in tally.counted(rows.read()):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -150,14 +134,14 @@ def _from_rows(source: str, rows: Iterator[tuple[str, Any]], column_map: Mapping
         fields = {**row, **renamed, "prompt": record.get(field)}
         prompts.append(Prompt(where, messages, fields, tools))
     tally.check("drop")
-    mapped.check(source)
+    rows.check_columns()
     for name in sorted(hidden):
         _warn(
             f"column_map: {{{name}: {column_map[name]}}} hides the source's own column '{name}'; rename one to keep "
             "both"
         )
     for note in tally.notes():
-        _warn(f"{source}: {note}")
+        _warn(f"{rows.name}: {note}")
     return prompts
 
 
