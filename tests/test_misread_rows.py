@@ -129,7 +129,7 @@ def test_one_response_may_be_a_conversation_and_the_other_a_text(tokenizer):
     assert in_words(tokenizer, dataset) == [(HELLO, ["hello <end>", "go <end>"])]
 
 
-@pytest.mark.parametrize("named", [("Prompt", "Chosen", "Rejected"), ("prompts", "choosen", "rejected")])
+@pytest.mark.parametrize("named", [("Prompt", "Chosen", "Rejected"), ("prompts", "chosenn", "rejected")])
 def test_misspelt_columns_are_suggested(tokenizer, named):
     row = dict(zip(named, ("hi", "hello", "go"), strict=True))
     said = f"perhaps column_map: {{prompt: {named[0]}, chosen: {named[1]}, rejected: {named[2]}}}"
@@ -279,3 +279,12 @@ def test_a_message_says_its_text_once(tokenizer):
     bad = PAIR | {"prompt": [{"from": "human", "value": "hi", "content": "else"}]}
     with pytest.raises(DataError, match=r"'prompt\[0\]' has both 'content' and 'value', which differ"):
         preference_groups(tokenizer, write_lines("data.jsonl", [bad]))
+
+
+def test_arguments_that_are_a_string_are_counted(tokenizer):
+    def calls(arguments):
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    rows = [PAIR | {"prompt": [user("hi"), calls(each), user("so?")]} for each in ("{}", {}, "{}")]
+    report = preference_groups(tokenizer, write_lines("data.jsonl", rows)).report()
+    assert "a call's arguments are a string, which most chat templates put into quotes (2, the first: data" in report

@@ -632,8 +632,17 @@ MARKDOWN = '## A title\n\n* 1 => "two" (e.g. `three`) <b>[x]</b> # four\n<think>
 def test_what_a_template_says_itself_and_thoughts_are_no_markers(tmp_path, template):
     said = '<|im_start|>system\n## Metadata\n\n* Ask back (e.g. "What?" => `ask`) <tool> # /think<|im_end|>\n'
     tokenizer = chatml(tmp_path, said + template, "qwen2_5")
-    assert set(tokenizer.markers) == {"<|im_start|>", "<|im_end|>"}
+    assert set(tokenizer.markers) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}  # the last is the EOS
     assert not any(marker in MARKDOWN for marker in tokenizer.markers)
+
+
+def test_special_tokens_of_turns_are_markers_but_not_those_of_calls_or_that_people_write(tmp_path):
+    folder = chatml(tmp_path, LOOP + HEADER, "qwen2_5")._file.parent
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|channel|>", "<|tool_call|>", "<|begin_of_thinking|>", "<filename>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    markers = ChatTokenizer(str(folder)).markers
+    assert set(markers) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|channel|>"}
 
 
 def test_a_thought_in_a_row_is_no_text_of_a_template(tmp_path):

@@ -3,7 +3,6 @@
 from humanline.data._builders import encoded_groups, labelled_groups, preference_groups, scored_groups
 from humanline.data._chat import ChatTokenizer
 from humanline.data._chat_template import template_environment
-from humanline.data._column_map import MappedColumns, check_column_map
 from humanline.data._dataset import GroupDataset
 from humanline.data._day import read_day
 from humanline.data._derive import as_labelled, as_pairs, as_scored, best_and_worst
@@ -11,7 +10,7 @@ from humanline.data._examples import prompt_field, read_prompt
 from humanline.data._group import Group, TokenBudget
 from humanline.data._messages import Message
 from humanline.data._query_blocks import QueryBlock
-from humanline.data._read import DataFiles, SourceName, open_rows, take
+from humanline.data._read import DataFiles, SourceName, open_rows
 from humanline.data._record import BadRow, Record
 from humanline.data._rows import RowBudget, Rows, lay_out, pack, parts
 from humanline.data._source import End, OfflineSource, Source
@@ -24,7 +23,6 @@ __all__ = [
     "End",
     "Group",
     "GroupDataset",
-    "MappedColumns",
     "Message",
     "OfflineSource",
     "Record",
@@ -39,7 +37,6 @@ __all__ = [
     "as_pairs",
     "as_scored",
     "best_and_worst",
-    "check_column_map",
     "encoded_groups",
     "labelled_groups",
     "lay_out",
@@ -51,6 +48,5 @@ __all__ = [
     "read_day",
     "read_prompt",
     "scored_groups",
-    "take",
     "template_environment",
 ]

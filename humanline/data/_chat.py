@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -33,6 +34,10 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *FUNCTION
 TOOL_TEMPLATE = "tool_use"
 PROBE_TOOLS = [{"type": "function", "function": {"name": "now", "description": "The time", "parameters": {}}}]
 TEMPLATE_ROLES = {"ipython": "tool"}  # torchtune's role name for a tool's result -> its name in chat templates
+
+
+# Special tokens of this form are of turns and texts, and none that people write. Thoughts and calls are texts' own.
+_TURN_TOKEN = re.compile(r"<\|(?!.*(?:think|tool|python)).*\|>")
 
 
 class ChatTokenizer(ModelTokenizer, Transform):
@@ -116,7 +121,9 @@ class ChatTokenizer(ModelTokenizer, Transform):
         self._template.check_reads(name for name in kwargs if name not in with_tools)
         reads_date = self._template.reads_date or "strftime_now" in with_tools
         self.date = day.date().isoformat() if reads_date else None
-        self.markers = self._template.markers
+        ends = [token for name, token in named.items() if name in ("bos_token", "eos_token")]
+        own = (token.content for token in added.values() if token.special and _TURN_TOKEN.fullmatch(token.content))
+        self.markers = tuple(dict.fromkeys([*self._template.markers, *ends, *own]))
         self._encode_batch: BatchEncoder | None = None
         chat = "".join(self._template.split(PROBE, [self._template.sample]))
         warn_if_rebuilt(folder, config.get("tokenizer_class"), self._tokenizer, chat)

@@ -70,6 +70,8 @@ def read_examples(
         _refuse_weights(record)
         prompt = _with_system(record, found.prompt, system_prompt)
         _refuse_templated(record, prompt, found.responses, markers)
+        if any(_has_printed_arguments(message) for message in (*prompt, *found.responses) if len(message) > 2):
+            record.remarks.append("a call's arguments are a string, which most chat templates put into quotes")
         for remark in record.remarks:
             tally.remark(remark, record.where)
         return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
@@ -181,6 +183,11 @@ def _refuse_templated(
         text = (response.get("content") or "").strip()
         if text.startswith(_OPENINGS) or text.endswith(_ENDS):
             raise _templated(record, next(cue for cue in (*_OPENINGS, *_ENDS) if cue in text))
+
+
+def _has_printed_arguments(message: Message) -> bool:
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return any(isinstance(call, Mapping) and isinstance(call.get("arguments"), str) for call in calls)
 
 
 @functools.cache
