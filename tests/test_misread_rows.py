@@ -1,6 +1,7 @@
 """What a row says is taken as it says it, or refused, or counted: codes, scores, prompts, printed messages, tools."""
 
 import json
+import re
 
 import pytest
 from test_groups import PAIR, WordTokenizer, assistant, in_words, user, write_lines
@@ -41,7 +42,6 @@ HELPSTEER = {"prompt": "hi", "response_1": "hello", "response_2": "go"}
         (HELPSTEER | {"preference_strength": 7}, "'preference_strength' must be from -3 to 3, got 7"),
         (PAIR | {"score_chosen": 3, "score_rejected": 5}, "'score_chosen' is below 'score_rejected'"),
         (PAIR | {"chosen_rating": 1, "rejected_rating": 2}, "'chosen_rating' is below 'rejected_rating'"),
-        (PAIR | {"score_chosen": float("nan"), "score_rejected": 5}, "'score_chosen' must be a finite number"),
     ],
 )
 def test_a_code_that_names_no_response_is_a_fault_and_no_tie(tokenizer, row, said):
@@ -108,6 +108,38 @@ def test_columns_that_nothing_reads_are_named(tokenizer):
     assert "columns not read: doc, System, id;" in report
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"reasoning": "the first is better"}, "columns not read: reasoning"),
+        ({"persona": "x", "hint": "y"}, "columns not read: persona, hint"),
+        ({"context": 512}, "column 'context' is not read, since it is a number (1, "),
+        ({"score_chosen": "N/A", "score_rejected": 3}, "1 group from"),
+        ({"score_chosen": float("nan"), "score_rejected": 3}, "1 group from"),
+        ({"weight": float("nan")}, "1 group from"),
+        ({"history": "[]", "documents": "[]"}, "1 group from"),
+        ({"thinking": "hello"}, "1 group from"),
+        ({"system_prompt": "Use this: sky.", "context": "sky."}, "1 group from"),
+    ],
+)
+def test_a_column_about_the_row_stops_no_run(tokenizer, row, said):
+    row = PAIR | {"chosen": "hello"} | row
+    assert said in preference_groups(tokenizer, write_lines("data.jsonl", [row])).report()
+
+
+def test_a_column_that_is_mapped_to_another_field_is_not_ignored(tokenizer):
+    source = write_lines("data.jsonl", [PAIR | {"context": "be kind"}])
+    (group,) = preference_groups(tokenizer, source, column_map={"system": "context"})
+    assert tokenizer.decode(group.prompt).startswith("<system> be kind <user>")
+
+
+def test_the_scores_of_a_pair_can_be_left_out(tokenizer):
+    source = write_lines("data.jsonl", [PAIR | {"chosen_score": 1, "rejected_score": 2}])
+    with pytest.raises(DataError, match="column_map: {chosen_score: null} ignores the scores"):
+        preference_groups(tokenizer, source)
+    assert len(preference_groups(tokenizer, source, column_map={"chosen_score": None})) == 1
+
+
 @pytest.mark.parametrize("value", [42, [3, 1], {"A": 7}, 3.5])
 def test_a_number_is_content_too(tokenizer, value):
     ignored = "column 'options' would be ignored, and the prompt has not its content"
@@ -145,9 +177,7 @@ def test_a_response_that_is_not_to_be_learnt_from_is_a_bad_row(tokenizer, field)
     bad = PAIR | {"chosen": [assistant("hello") | field]}
     dataset = preference_groups(tokenizer, write_lines("data.jsonl", [*[PAIR] * 20, bad]))
     assert (len(dataset), dataset.dropped) == (20, 1)
-    assert (
-        "so the response" not in dataset.report() and f"'chosen' is {next(iter(field.values()))!r}" in dataset.report()
-    )
+    assert f"'chosen' is {str(next(iter(field.values()))).lower()}" in dataset.report()
 
 
 def test_weights_other_than_1_are_refused_and_can_be_left_out(tokenizer):
@@ -181,10 +211,7 @@ def test_a_printed_conversation_is_read_in_each_form(tokenizer, prompt):
         ("[{'role': 'user', 'content': 'h", "a printed list of messages that cannot be read"),
         (f"{json.dumps(user('a'))}\n{json.dumps(user('b'))}", "a printed list of messages that cannot be read"),
         ("[ChatMessage(role='user', content='hi')]", "a printed list of messages that cannot be read"),
-        ('["hi"]', "a printed list of texts"),
-        ("['hi', 'who?']", "a printed list of texts"),
-        ("Human: hi\nAssistant: hello\nHuman: who?", "a transcript with other turns"),
-        ("Be kind.\n\nHuman: hi\n\nAssistant: hello\n\nHuman: who?", "a transcript with other turns"),
+        ("Human: hi\nAssistant: hello\nHuman: who?", "a transcript whose turns have no empty line between them"),
     ],
 )
 def test_what_only_looks_like_text_is_refused(tokenizer, prompt, said):
@@ -192,7 +219,34 @@ def test_what_only_looks_like_text_is_refused(tokenizer, prompt, said):
         preference_groups(tokenizer, write_lines("data.jsonl", [PAIR | {"prompt": prompt}]))
 
 
-@pytest.mark.parametrize("text", ['{"name": "x", "role": "admin"}', '[{"role": "admin"}]', "[1, 2]", "Human: no"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('["hi"]', "is a printed list of texts, and taken as it is"),
+        ("['hi', 'who?']", "is a printed list of texts, and taken as it is"),
+        ("Be kind.\n\nHuman: hi\n\nAssistant: hello", "has turns of a transcript .'Human:', 'Assistant:'."),
+    ],
+)
+def test_text_that_may_be_something_else_is_taken_and_counted(tokenizer, text, said):
+    dataset = preference_groups(tokenizer, write_lines("data.jsonl", [PAIR | {"prompt": text}] * 2))
+    assert tokenizer.decode(dataset[0].prompt).split() == f"<user> {text} <assistant>".split()
+    assert re.search(rf"'prompt' {said}.* \(2, the first: data.jsonl line 1\)", dataset.report())
+
+
+def test_a_response_that_is_a_printed_conversation_is_a_bad_row(tokenizer):
+    bad = PAIR | {"chosen": json.dumps({"messages": turns("who?", "me")})}
+    with pytest.raises(DataError, match="'chosen' is a printed conversation; store it as messages, or drop the line"):
+        preference_groups(tokenizer, write_lines("data.jsonl", [bad]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"name": "x", "role": "admin"}', '[{"role": "admin"}]', "[1, 2]", "Human: no", '{"age": 3, "role": "user"}'),
+        *('{"users":[{"role":"user","content":1}]} is JSON.', "Message(role='user', content='x') is how.", "<s>a</s>"),
+        *("### Response Plan", "### Assistant Manager", "ends with the token </s>"),
+    ],
+)
 def test_other_text_stays_text(tokenizer, text):
     rows = [PAIR | {"prompt": text, "chosen": text}]
     assert in_words(tokenizer, preference_groups(tokenizer, write_lines("data.jsonl", rows))) == [

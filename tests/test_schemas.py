@@ -68,6 +68,17 @@ ROWS = {
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "kto_tag": True},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "go"}], "kto_tag": False},
     ],
+    "alpaca_kto": [
+        {"instruction": "hi", "input": "", "output": "hello", "kto_tag": True},
+        {"instruction": "hi", "input": "", "output": "go", "kto_tag": False},
+    ],
+    "openai_preference": [
+        {
+            "input": {"messages": [user("hi")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [assistant("hello")],
+            "non_preferred_output": [assistant("go")],
+        }
+    ],
     "orca": [{"system": "", "question": "hi", "chosen": "hello", "rejected": "go"}],
     "input_preference": [{"input": "hi", "chosen": "hello", "rejected": "go", "rating": [9, 8]}],
     "instruction_preference": [{"instruction": "hi", "input": "", "chosen": "hello", "rejected": "go"}],
@@ -176,10 +187,11 @@ SECOND = {  # what comes after the first group
     "kto": [(HELLO, ["go <end>"])],
     "labelled_conversation": [(HELLO, ["go <end>"])],
     "labelled_sharegpt": [(HELLO, ["go <end>"])],
+    "alpaca_kto": [(HELLO, ["go <end>"])],
     "halos_binary": [(HELLO, ["go <end>"])],
     "halos_scalar": [("<user> who <assistant>", ["me <end>"])],
 }
-LABELLED = ("kto", "labelled_conversation", "labelled_sharegpt", "halos_binary")
+LABELLED = ("kto", "labelled_conversation", "labelled_sharegpt", "halos_binary", "alpaca_kto")
 SCORES = {
     "halos_scalar": (0.9, 0.1),
     "ultrafeedback_armorm": (0.2, 0.1),

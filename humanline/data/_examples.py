@@ -25,8 +25,13 @@ _MARKERS: tuple[str, ...] = (
     *("<|header_start|>", "<|START_OF_TURN_TOKEN|>", "<|start_of_role|>", "<|start|>", "<|message|>", "<|prompter|>"),
     *("<|im_sep|>", "<|im_system|>", "<|im_user|>", "<|turn>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"),
 )
-_CUES = ("### Response:", "### Assistant:", "### Response", "### Assistant", "ASSISTANT:", "Assistant:")
-_OPENINGS, _ENDS = ("### Response", "### Assistant"), ("</s>", "<eos>")
+_CUE = re.compile(
+    r"(?:(?:^|\n)(?:### (?:Response|Assistant):?|Assistant:)|### (?:Response|Assistant):|ASSISTANT:)\s*\Z"
+)
+_OPENING = re.compile(r"\s*### (?:Response|Assistant):?[ \t]*\n|\s*### (?:Response|Assistant):")
+_END = re.compile(r"(?<=\S)(?:</s>|<eos>)\s*\Z")
+_OF_NUMBERS = ("input", "choices", "options")
+"""Columns whose content may be a number."""
 
 
 def read_examples(
@@ -55,7 +60,6 @@ def read_examples(
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
     markers = tuple(dict.fromkeys((*markers, *_MARKERS)))
-    known = CONTEXT | ANSWER_PARTS
 
     def read() -> Iterator[Example | BadRow]:
         for where, row in rows:
@@ -66,15 +70,16 @@ def read_examples(
 
     def example(record: Record) -> Example:
         found = schema.read(record)
-        _refuse_ignored(record, found.prompt, known.difference(schema.columns.split()))
-        _refuse_weights(record)
         prompt = _with_system(record, found.prompt, system_prompt)
+        _refuse_ignored(record, prompt, CONTEXT.difference(schema.columns.split()))
+        _refuse_ignored(record, [*prompt, *found.responses], ANSWER_PARTS)
+        _refuse_weights(record)
         _refuse_templated(record, prompt, found.responses, markers)
         if any(_has_printed_arguments(message) for message in (*prompt, *found.responses) if len(message) > 2):
             record.remarks.append("a call's arguments are a string, which most chat templates put into quotes")
         for remark in record.remarks:
             tally.remark(remark, record.where)
-        return Example(record.where, prompt, found.responses, found.scores, found.labels, record.tools())
+        return Example(record.where, prompt, found.responses, found.scores, found.labels, found.tools or record.tools())
 
     return _by_prompt(read()) if schema.by_prompt else read()
 
@@ -115,8 +120,8 @@ def read_prompt(record: Record, field: str) -> list[Message]:
         WrongFormat: if a column would be ignored that changes what the model sees.
     """
     messages = instruction(record) if field == "instruction" else record.prompt(field, answered=True)
-    _refuse_ignored(record, messages, CONTEXT.difference([field]))
     messages = _with_system(record, messages, None)
+    _refuse_ignored(record, messages, CONTEXT.difference([field]))
     _refuse_templated(record, messages, [], _MARKERS)
     return messages
 
@@ -130,21 +135,27 @@ def _with_system(record: Record, messages: list[Message], default: str | None) -
     return messages if own or not text else [{"role": "system", "content": text}, *messages]
 
 
-def _refuse_ignored(record: Record, prompt: list[Message], columns: frozenset[str]) -> None:
+def _refuse_ignored(record: Record, messages: list[Message], columns: frozenset[str]) -> None:
     if not record.column_map and columns.isdisjoint(record.row):  # to be fast
         return
     for name in sorted(columns):
-        if (value := record.get(name)) is not None and (lost := _lost(value, prompt)):
-            column = record.column_map.get(name) or name
+        column = record.column_map.get(name, name)
+        if any(column == other for field, other in record.column_map.items() if field != name):
+            continue  # it is read as another field
+        value = record.get(name)
+        if isinstance(value, int | float) and name not in _OF_NUMBERS:  # no text, such as a count
+            record.remarks.append(f"column '{column}' is not read, since it is a number")
+        elif value is not None and (lost := _lost(value, messages)):
+            part, has = ("response", "messages have") if name in ANSWER_PARTS else ("prompt", "prompt has")
             raise WrongFormat(
-                f"{record.where}: column '{column}' would be ignored, and the prompt has not its content ({lost!r}); "
-                f"put it into the prompt, or leave it out on purpose with column_map: {{{name}: null}}"
+                f"{record.where}: column '{column}' would be ignored, and the {has} not its content ({lost!r}); "
+                f"put it into the {part}, or leave it out on purpose with column_map: {{{name}: null}}"
             )
 
 
 def _refuse_weights(record: Record) -> None:
     for name in WEIGHTS if record.column_map or not WEIGHTS.isdisjoint(record.row) else ():
-        if (value := record.get(name)) is not None and value not in (1, "1", "1.0"):
+        if (value := record.get(name)) is not None and value == value and value not in (1, "1", "1.0"):
             column = record.column_map.get(name) or name
             raise WrongFormat(
                 f"{record.where}: column '{column}' has weights ({value!r}), and all examples weigh 1 here; leave it "
@@ -159,6 +170,8 @@ def _lost(value: Any, prompt: list[Message]) -> str:
             return ""
         value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     if isinstance(value, str):
+        if value.strip() in ("[]", "{}", "null"):
+            return ""
         said = text_of(prompt)
         return "" if value.strip() in said or squeezed(value) in squeezed(said) else value.strip()[:40]
     if isinstance(value, Mapping):
@@ -176,13 +189,12 @@ def _refuse_templated(
         text = message.get("content") or ""
         if any(map(text.__contains__, firsts)) and (found := pattern.search(text)):
             raise _templated(record, found[0])
-    last = (prompt[-1].get("content") or "").rstrip()
-    if last.endswith(_CUES):
-        raise _templated(record, next(cue for cue in _CUES if last.endswith(cue)))
+    if cue := _CUE.search((prompt[-1].get("content") or "")[-40:]):
+        raise _templated(record, cue[0].strip())
     for response in responses:
-        text = (response.get("content") or "").strip()
-        if text.startswith(_OPENINGS) or text.endswith(_ENDS):
-            raise _templated(record, next(cue for cue in (*_OPENINGS, *_ENDS) if cue in text))
+        text = response.get("content") or ""
+        if (cue := _OPENING.match(text)) or ("<s>" not in text and (cue := _END.search(text[-10:]))):
+            raise _templated(record, cue[0].strip())
 
 
 def _has_printed_arguments(message: Message) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from humanline.errors import DataError
 
-__all__ = ["Message", "is_printed_texts", "messages_from", "text_of"]
+__all__ = ["Message", "has_turns_within", "is_printed_texts", "messages_from", "text_of"]
 
 Message = dict[str, Any]
 """One turn: role and content, and whatever else the source has for the chat template, such as ``tool_calls``."""
@@ -27,8 +27,11 @@ _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 _LOOKS_PRINTED = re.compile(r"""\s*(?:array\()?[\[(]*\s*(?:\{\s*['"]\w+['"]\s*:|\w+\((?:role|content)=)""")
-_TRANSCRIPT = re.compile(r"\A\s*Human:.*?\nAssistant:|\n\nHuman:.*?\n\nAssistant:", re.DOTALL)
+_TRANSCRIPT = re.compile(r"\s*Human:.*?\nAssistant:", re.DOTALL)
+_TURNS_WITHIN = re.compile(r"\n\nHuman:.*?\n\nAssistant:", re.DOTALL)
 _PRINTED_ROLE = re.compile(r"""\b(?:role|from)['"]?\s*[:=]\s*['"](\w+)['"]""")
+_PRINTED_CONTENT = re.compile(r"""\b(?:content|value)['"]?\s*[:=]""")
+_SAID = frozenset(("content", "value", "tool_calls"))
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_MEDIA = ("image", "images", "audio", "video", "function_call")
 
@@ -75,11 +78,19 @@ def _printed(path: str, text: str, error: Error) -> list[Any] | None:
         if isinstance(found, Mapping):
             inner = next((found[key] for key in _CONVERSATIONS if isinstance(found.get(key), list)), None)
             found = [found] if inner is None else inner
-        roles = [each.get("role", each.get("from")) for each in found if isinstance(each, Mapping)]
+        is_chat = all(isinstance(each, Mapping) and not _SAID.isdisjoint(each) for each in found)
+        roles = [each.get("role", each.get("from")) for each in found] if is_chat else []
         return list(found) if any(str(role).strip().lower() in _ROLES for role in roles) else None  # some other JSON
-    if any(role.lower() in _ROLES for role in _PRINTED_ROLE.findall(text)):
+    is_list = text.strip()[:1] in "[(" or text.strip()[-1:] in "])}"
+    roles = _PRINTED_ROLE.findall(text) if is_list and _PRINTED_CONTENT.search(text) else []
+    if any(role.lower() in _ROLES for role in roles):
         raise error(path, "is a printed list of messages that cannot be read; store the messages as a list")
     return None
+
+
+def has_turns_within(text: str) -> bool:
+    """Returns whether a text has turns as of a transcript, although it does not start with one."""
+    return "Human:" in text and _TURNS_WITHIN.search(text) is not None
 
 
 def is_printed_texts(text: str) -> bool:
@@ -93,11 +104,9 @@ def is_printed_texts(text: str) -> bool:
 
 def _transcript(path: str, text: str, error: Error) -> list[Message] | None:
     """Parses a transcript of Anthropic HH or HelpSteer2, without a last turn that has no text: the one to answer."""
-    if "Human:" in text and _TRANSCRIPT.search(text := text.replace("\r\n", "\n")):
-        if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
-            raise error(
-                path, "is a transcript with other turns than '\\n\\nHuman: ' and '\\n\\nAssistant: '; store messages"
-            )
+    if "Human:" in text and _TRANSCRIPT.match(text := text.replace("\r\n", "\n")):
+        if "\n\nAssistant:" not in text:
+            raise error(path, "is a transcript whose turns have no empty line between them; store messages")
         _, *parts = _HH_TURN.split(text)
     elif "<extra_id_1>" in text:
         first, *parts = _HELPSTEER_TURN.split(text)
@@ -113,7 +122,8 @@ def _message(path: str, value: Any, error: Error) -> Message:
     if not isinstance(value, Mapping):
         ids = "; for token ids use humanline.data.encoded_groups" if isinstance(value, int) else ""
         raise error(path, f"must be a message with role and content, got {_shown(value)}{ids}")
-    given = {key: each for key, each in value.items() if each is not None and each != [] and each != {}}
+    texts = ("content", "value")
+    given = {key: each for key, each in value.items() if each not in (None, [], {}) and (each != "" or key in texts)}
     role, content = given.pop("role", None), given.pop("content", None)
     if role is None:  # ShareGPT
         role, value = given.pop("from", None), given.pop("value", content)
@@ -128,7 +138,7 @@ def _message(path: str, value: Any, error: Error) -> Message:
             f"has the role {short_repr(role)}",
         )
     for key in _OTHER_MEDIA:
-        if key in given:
+        if given.get(key):
             raise error(f"{path}.{key}", "has no place in a text chat template; drop the line")
     if isinstance(content, list):
         content = "".join(_part(f"{path}.content[{i}]", part, error) for i, part in enumerate(content))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from humanline.data._messages import Message, text_of
@@ -20,6 +20,7 @@ __all__ = [
     "is_first",
     "labelled",
     "one_scored",
+    "openai_pair",
     "pair",
     "ranked",
     "sign",
@@ -71,15 +72,21 @@ def pair(chosen: str = "chosen", rejected: str = "rejected", prompt: str = "prom
 
 
 def _check_scores(record: Record) -> None:
-    """Refuses a pair whose own scores say that the rejected response is better, or that neither is."""
+    """Refuses a pair whose own scores say that the rejected response is better, or that neither is.
+
+    Scores that are no numbers say nothing.
+    """
     known = record.column_map or not _SCORE_COLUMNS.isdisjoint(record.row)  # to be fast
     for chosen, rejected in PAIR_SCORES if known else ():
-        if record.get(chosen) is not None and record.get(rejected) is not None:
-            scores = record.number(chosen), record.number(rejected)
-            if scores[0] < scores[1]:
-                raise record.error(chosen, f"is below '{rejected}' ({scores[0]:g}, {scores[1]:g}); drop the line")
-            if scores[0] == scores[1]:
-                raise record.tie(f"'{chosen}' equals '{rejected}'")
+        try:
+            scores = float(record.get(chosen)), float(record.get(rejected))  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            continue
+        keep = f"column_map: {{{chosen}: null}} ignores the scores"
+        if scores[0] < scores[1]:
+            raise record.error(chosen, f"is below '{rejected}' ({scores[0]:g}, {scores[1]:g}); {keep}")
+        if scores[0] == scores[1]:
+            raise record.tie(f"'{chosen}' equals '{rejected}' ({keep})")
 
 
 def choice(first: str, second: str, prompt: str, first_is_better: Callable[[Record], bool | None]) -> Any:
@@ -112,12 +119,21 @@ def arena(record: Record) -> Example:
     return choice("conversation_a", "conversation_b", "prompt", winner)(record)
 
 
-def labelled(response: str, label: str = "label") -> Callable[[Record], Example]:
+def openai_pair(record: Record) -> Example:
+    """Reads a pair of OpenAI's preference fine-tuning, whose ``input`` has the messages and the tools."""
+    given = record.require("input", dict, "an object with messages")
+    outputs = {"chosen": record.get("preferred_output"), "rejected": record.get("non_preferred_output")}
+    row = {"prompt": given.get("messages"), "tools": given.get("tools"), **outputs}
+    inner = Record(record.where, row, {}, record.remarks)
+    return replace(pair()(inner), tools=inner.tools())
+
+
+def labelled(response: str, label: str = "label", prompt: str = "prompt") -> Callable[[Record], Example]:
     """Reads a response with a label."""
 
     def read(record: Record) -> Example:
         before, answer = record.turn(response)
-        return Example(record.where, _prompt(record, "prompt", before), [answer], labels=(record.label(label),))
+        return Example(record.where, _prompt(record, prompt, before), [answer], labels=(record.label(label),))
 
     return read
 

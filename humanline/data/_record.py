@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from reprlib import repr as short_repr
 from typing import Any
 
-from humanline.data._messages import Message, is_printed_texts, messages_from
+from humanline.data._messages import Message, has_turns_within, is_printed_texts, messages_from
 from humanline.errors import DataError
 
 __all__ = ["SYSTEM", "BadRow", "Message", "Record", "WrongFormat"]
@@ -119,8 +119,8 @@ class Record:
         messages = messages_from(field, value, self.error)
         if messages is None:
             if is_printed_texts(value):
-                raise self.error(field, "is a printed list of texts; store the text, or messages")
-            return [{"role": "user", "content": self._filled(field, value)}]
+                self.remarks.append(f"'{field}' is a printed list of texts, and taken as it is")
+            return [{"role": "user", "content": self._text(field, value)}]
         if answered and len(messages) > 1 and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return self._prompt_messages(field, self._filled_list(field, messages))
@@ -136,7 +136,9 @@ class Record:
             (value,) = value
         messages = messages_from(field, value, self.error)
         if messages is None:
-            return None, {"role": "assistant", "content": self._filled(field, value)}
+            return None, {"role": "assistant", "content": self._text(field, value)}
+        if isinstance(value, str) and value.lstrip().startswith("{") and len(messages) > 1:
+            raise self.error(field, "is a printed conversation; store it as messages, or drop the line")
         *before, response = self._filled_list(field, messages)
         path = f"{field}[{len(before)}]"
         if response["role"] != "assistant":
@@ -173,7 +175,10 @@ class Record:
         for tool in tools:
             named = tool.get("function", tool) if isinstance(tool, Mapping) else None
             if not isinstance(named, Mapping) or not isinstance(named.get("name", named.get("type")), str):
-                raise self.error("tools", f"must be objects with the tool's name, got {short_repr(tool)}; correct it")
+                raise self.error(
+                    "tools",
+                    f"must be objects with the tool's name, got {short_repr(tool)}; correct it, or leave it out",
+                )
         return tools
 
     def _from_json(self, path: str, value: Any) -> Any:
@@ -280,10 +285,20 @@ class Record:
             return label
         raise self._type_error(path, value, "true or false")
 
+    def _text(self, field: str, text: str) -> str:
+        if has_turns_within(text):
+            self.remarks.append(
+                f"'{field}' has turns of a transcript ('Human:', 'Assistant:'), and is taken as one text"
+            )
+        return self._filled(field, text)
+
     def _check_learnt(self, path: str, response: Message) -> None:
         for key in _TRAINED:
-            if (given := response.pop(key, True)) not in (True, "true", "True"):
-                raise self.error(f"{path}.{key}", f"is {given!r}: the response is not to be learnt from; drop the line")
+            given = str(response.pop(key, True)).lower()
+            if given in ("false", "0", "0.0", "no"):
+                raise self.error(f"{path}.{key}", f"is {given}: the response is not to be learnt from; drop the line")
+            if key == "weight" and given not in ("true", "1", "1.0"):
+                raise self.error(f"{path}.{key}", f"is {given}, and all responses weigh 1 here; drop the line")
 
     def _filled(self, path: str, text: str) -> str:
         if not text.strip():

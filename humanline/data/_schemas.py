@@ -21,6 +21,7 @@ from humanline.data._readers import (
     is_first,
     labelled,
     one_scored,
+    openai_pair,
     pair,
     ranked,
     sign,
@@ -129,6 +130,7 @@ SCHEMAS = (
         *("unified_feedback", PAIRS, "conv_A conv_B conv_A_rating conv_B_rating"),
         choice("conv_A", "conv_B", "prompt", higher("conv_A_rating", "conv_B_rating")),
     ),
+    Schema("openai_preference", PAIRS, "input preferred_output non_preferred_output", openai_pair),
     Schema("stack_exchange", PAIRS, "question response_j response_k", pair("response_j", "response_k", "question")),
     Schema(
         *("alpaca_eval_annotations", PAIRS, "instruction output_1 output_2 preference"),
@@ -139,6 +141,7 @@ SCHEMAS = (
         choice("output_A", "output_B", "prompt", is_first("label", 1, 0)),
     ),
     Schema("kto", LABELS, "prompt completion label", labelled("completion")),
+    Schema("alpaca_kto", LABELS, "instruction output kto_tag", labelled("output", "kto_tag", "instruction")),
     Schema("labelled_sharegpt", LABELS, "conversations kto_tag", labelled("conversations", "kto_tag")),
     Schema(
         *("labelled_conversation", LABELS, "messages label"),
@@ -175,14 +178,12 @@ SCHEMAS = (
 CONTEXT = frozenset(
     (
         "input context contexts history chat_history conversation_history documents document article passage "
-        "background knowledge evidence premise hint persona choices options functions "
-        "initial_reason_steps image images image_url audio video videos"
+        "background knowledge premise choices options functions initial_reason_steps "
+        "image images image_url audio video videos"
     ).split()
 )
 """Columns that would change what the model sees, if their content is not in the prompt."""
-ANSWER_PARTS = frozenset(
-    "reasoning_content reasoning thinking thought thoughts chosen_reasoning rejected_reasoning tool_calls".split()
-)
+ANSWER_PARTS = frozenset("reasoning_content thinking chosen_reasoning rejected_reasoning tool_calls".split())
 """Columns that may hold a part of a response."""
 WEIGHTS = frozenset(("weight", "weights", "sample_weight"))
 """Columns that would weigh an example; all weigh 1 here."""
