@@ -61,9 +61,20 @@ def test_a_folder_of_which_datasets_would_leave_out_files_is_refused(tokenizer, 
     lay_out("folder", *files)
     said = said_of(ConfigError, preference_groups, tokenizer, "folder")
     assert said.startswith(f"source: of the folder 'folder', datasets would leave out {', '.join(lost)}, in no split")
-    assert said.endswith("set source to a list or a glob of all files, or data_files to those that are meant")
+    assert said.endswith("set data_files to the files that are meant, or source to a list or a glob of them")
     assert len(preference_groups(tokenizer, "folder", data_files=files[0])) == 1
     assert said_of(ConfigError, read_prompts, "folder").startswith("prompts: of the folder 'folder'")
+
+
+def test_files_of_other_columns_are_left_out_with_a_warning(tokenizer, caplog):
+    Path("folder/preference").mkdir(parents=True)
+    write_lines("folder/train.jsonl", [PAIR])
+    write_lines("folder/preference/strength.jsonl", [{"prompt": "hi", "strength": 2}])
+    write_lines("folder/stats.json", [{"rows": 1}])
+    assert len(preference_groups(tokenizer, "folder", data_files="train.jsonl")) == 1
+    caplog.clear()
+    assert len(preference_groups(tokenizer, "folder")) == 1
+    assert "source: of 'folder', preference/strength.jsonl, stats.json is not read: other columns" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Opens what ``datasets`` can load: folders, what ``save_to_disk`` wrote, web addresses, and datasets of the hub."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -9,9 +10,13 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from torchtune.utils import get_logger, log_rank_zero
+
 from humanline.data._files import READERS, first_line, kind_of
 from humanline.data._record import BadRow
 from humanline.errors import ConfigError, DataError
+
+log = get_logger("INFO")
 
 __all__ = ["batches", "file_like", "load", "parts_of"]
 
@@ -112,14 +117,27 @@ def _check_files(key: str, folder: Path, name: str | None, data_files: Any) -> N
         DataError: if a file has columns of one name, of which ``datasets`` would keep the first.
     """
     files = _files_of(str(folder), name, data_files)
-    if data_files is None and (left_out := _left_out(folder, files)):
+    left_out = [] if data_files is not None else _left_out(folder, files)
+    columns = _columns(files[0]) if left_out and files else set()
+    if alike := [file for file in left_out if _columns(str(folder / file)) in (columns, set())]:
         raise ConfigError(
-            f"{key}: of the folder '{folder}', datasets would leave out {', '.join(left_out)}, in no split or config; "
-            f"set {key} to a list or a glob of all files, or data_files to those that are meant"
+            f"{key}: of the folder '{folder}', datasets would leave out {', '.join(alike)}, in no split or config; "
+            f"set data_files to the files that are meant, or {key} to a list or a glob of them"
         )
+    if left_out:
+        log_rank_zero(log, f"{key}: of '{folder}', {', '.join(left_out)} is not read: other columns", logging.WARNING)
     for file in files:
         if kind_of(file).startswith((".csv", ".tsv")):
             next(READERS[kind_of(file)](file), None)
+
+
+def _columns(file: str) -> set[Any]:
+    """Returns the columns of a file's first row; empty if there is none that can be read."""
+    try:
+        first = next((row for _, row in READERS[kind_of(file)](file) if not isinstance(row, BadRow)), None)
+    except (DataError, KeyError):
+        return set()
+    return set(first or ())
 
 
 def _left_out(folder: Path, files: list[str]) -> list[str]:
