@@ -72,6 +72,7 @@ ROWS = {
         {"instruction": "hi", "input": "", "output": "hello", "kto_tag": True},
         {"instruction": "hi", "input": "", "output": "go", "kto_tag": False},
     ],
+    "swift": [{"messages": [user("hi"), assistant("hello")], "rejected_response": "go"}],
     "openai_preference": [
         {
             "input": {"messages": [user("hi")], "tools": [], "parallel_tool_calls": True},

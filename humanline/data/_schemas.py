@@ -130,6 +130,7 @@ SCHEMAS = (
         *("unified_feedback", PAIRS, "conv_A conv_B conv_A_rating conv_B_rating"),
         choice("conv_A", "conv_B", "prompt", higher("conv_A_rating", "conv_B_rating")),
     ),
+    Schema("swift", PAIRS, "messages rejected_response", pair("messages", "rejected_response")),
     Schema("openai_preference", PAIRS, "input preferred_output non_preferred_output", openai_pair),
     Schema("stack_exchange", PAIRS, "question response_j response_k", pair("response_j", "response_k", "question")),
     Schema(
