@@ -76,10 +76,11 @@ def _pair(group: Group) -> Group | None:
     if group.is_pair:
         return group
     if group.scores is None:
-        found = f"{len(group.responses)} responses with {'labels' if group.labels else 'no scores'}"
+        count, known = len(group.responses), "labels" if group.labels else "no scores"
+        found = f"{count} responses with {known} make" if count > 1 else f"1 response with {known} makes"
         recipe = "a KTO recipe learns from labels; else " if group.labels else ""
         raise DataError(
-            f"{group.id}: {found} make no pair; {recipe}provide scores, or two responses with the chosen one first"
+            f"{group.id}: {found} no pair; {recipe}provide scores, or two responses with the chosen one first"
         )
     if (found_both := best_and_worst(group.scores)) is None:
         return None
