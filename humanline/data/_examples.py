@@ -189,11 +189,13 @@ def _refuse_templated(
         text = message.get("content") or ""
         if any(map(text.__contains__, firsts)) and (found := pattern.search(text)):
             raise _templated(record, found[0])
-    if cue := _CUE.search((prompt[-1].get("content") or "")[-40:]):
+    last = (prompt[-1].get("content") or "")[-40:]
+    if (":" in last or "#" in last) and (cue := _CUE.search(last)):
         raise _templated(record, cue[0].strip())
     for response in responses:
         text = response.get("content") or ""
-        if (cue := _OPENING.match(text)) or ("<s>" not in text and (cue := _END.search(text[-10:]))):
+        ends = ">" in text[-10:] and "<s>" not in text
+        if (cue := _OPENING.match(text)) or (ends and (cue := _END.search(text[-10:]))):
             raise _templated(record, cue[0].strip())
 
 
