@@ -233,6 +233,30 @@ def test_text_that_may_be_something_else_is_taken_and_counted(tokenizer, text, s
     assert re.search(rf"'prompt' {said}.* \(2, the first: data.jsonl line 1\)", dataset.report())
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": '["hi"]'}, "'prompt' is a printed list of texts, and taken as it is (2, the first: prompts"),
+        ({"context": 512}, "column 'context' is not read, since it is a number (2, the first: prompts"),
+    ],
+)
+def test_prompt_files_say_it_too(caplog, row, said):
+    assert len(read_prompts(write_lines("prompts.jsonl", [{"prompt": "hi"} | row] * 2))) == 2
+    assert said in caplog.text
+
+
+def test_turns_within_any_of_several_responses_are_counted_once_for_a_row(tokenizer):
+    within = "So:\n\nHuman: a\n\nAssistant: b"
+    row = {"prompt": "hi", "all_generated_responses": [within, within + "!", "go"], "all_rm_scores": [2, 1, 0]}
+    report = scored_groups(tokenizer, write_lines("data.jsonl", [row])).report()
+    assert "'all_generated_responses' has turns of a transcript" in report and "one text (1, the first" in report
+
+
+def test_an_empty_cell_is_no_number(tokenizer):
+    report = preference_groups(tokenizer, write_lines("data.jsonl", [PAIR | {"context": float("nan")}])).report()
+    assert "context" not in report
+
+
 def test_a_response_that_is_a_printed_conversation_is_a_bad_row(tokenizer):
     bad = PAIR | {"chosen": json.dumps({"messages": turns("who?", "me")})}
     with pytest.raises(DataError, match="'chosen' is a printed conversation; store it as messages, or drop the line"):

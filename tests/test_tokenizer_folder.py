@@ -218,7 +218,7 @@ def test_templates_without_a_default_are_listed(folder, where):
         ChatTokenizer(str(folder))
 
 
-# ---- Classes that transformers 5 builds anew
+# ---- Classes that transformers 5 rebuilds
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"])

@@ -77,8 +77,7 @@ def read_examples(
         _refuse_templated(record, prompt, found.responses, markers)
         if any(_has_printed_arguments(message) for message in (*prompt, *found.responses) if len(message) > 2):
             record.remarks.append("a call's arguments are a string, which most chat templates put into quotes")
-        for remark in record.remarks:
-            tally.remark(remark, record.where)
+        tally.remark(record)
         return Example(record.where, prompt, found.responses, found.scores, found.labels, found.tools or record.tools())
 
     return _by_prompt(read()) if schema.by_prompt else read()
@@ -143,6 +142,8 @@ def _refuse_ignored(record: Record, messages: list[Message], columns: frozenset[
         if any(column == other for field, other in record.column_map.items() if field != name):
             continue  # it is read as another field
         value = record.get(name)
+        if isinstance(value, bool) or value != value:  # NaN is a table's empty cell
+            continue
         if isinstance(value, int | float) and name not in _OF_NUMBERS:  # no text, such as a count
             record.remarks.append(f"column '{column}' is not read, since it is a number")
         elif value is not None and (lost := _lost(value, messages)):
@@ -166,8 +167,6 @@ def _refuse_weights(record: Record) -> None:
 def _lost(value: Any, prompt: list[Message]) -> str:
     """Returns the start of a text in a column that no message has; empty if there is none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if value != value:  # a table's empty cell
-            return ""
         value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     if isinstance(value, str):
         if value.strip() in ("[]", "{}", "null"):

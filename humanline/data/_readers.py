@@ -175,7 +175,7 @@ def _parts(record: Record, field: str, name: str) -> list[Record]:
         raise record.error(field, "is empty; drop the line")
     if not all(isinstance(row, Mapping) for row in rows):
         raise record.error(field, "must be a list of objects, got other values in it; correct them")
-    return [Record(f"{record.where}, {name} {i}", row, {}) for i, row in enumerate(rows)]
+    return [Record(f"{record.where}, {name} {i}", row, {}, record.remarks) for i, row in enumerate(rows)]
 
 
 def ranked(record: Record) -> Example:

@@ -198,6 +198,7 @@ class Record:
         for i, answer in enumerate(self._filled_list(field, self._list(field, "a list of strings"))):
             path = f"{field}[{i}]"
             if isinstance(answer, str):
+                self._remark_turns(field, answer)
                 answers.append({"role": "assistant", "content": self._encodable(path, answer)})
                 continue
             if not isinstance(answer, list | dict):
@@ -286,11 +287,14 @@ class Record:
         raise self._type_error(path, value, "true or false")
 
     def _text(self, field: str, text: str) -> str:
+        self._remark_turns(field, text)
+        return self._filled(field, text)
+
+    def _remark_turns(self, field: str, text: str) -> None:
         if has_turns_within(text):
             self.remarks.append(
                 f"'{field}' has turns of a transcript ('Human:', 'Assistant:'), and is taken as one text"
             )
-        return self._filled(field, text)
 
     def _check_learnt(self, path: str, response: Message) -> None:
         for key in _TRAINED:

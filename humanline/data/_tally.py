@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from humanline.data._files import Row
 from humanline.data._group import Group, TokenBudget
-from humanline.data._record import BadRow
+from humanline.data._record import BadRow, Record
 from humanline.errors import ConfigError, DataError
 
 __all__ = ["Tally"]
@@ -75,10 +75,11 @@ class Tally:
         first, count = self._reasons.get(error.reason, (error, 0))
         self._reasons[error.reason] = first, count + 1
 
-    def remark(self, what: str, where: str) -> None:
-        """Counts a row that is used, and of which something has to be said."""
-        first, count = self._remarks.get(what, (where, 0))
-        self._remarks[what] = first, count + 1
+    def remark(self, record: Record) -> None:
+        """Counts what is said of a row that is used."""
+        for what in dict.fromkeys(record.remarks):
+            first, count = self._remarks.get(what, (record.where, 0))
+            self._remarks[what] = first, count + 1
 
     def check(self, on_bad_row: str) -> None:
         """

@@ -129,6 +129,7 @@ def _from_rows(rows: Any, column_map: Mapping[str, str | None]) -> list[Prompt]:
         except BadRow as error:
             tally.add(error)
             continue
+        tally.remark(record)
         renamed = {name: row[column] for name, column in column_map.items() if column in row}
         hidden.update(name for name, column in column_map.items() if name in row and column in row and name != column)
         fields = {**row, **renamed, "prompt": record.get(field)}
