@@ -1,7 +1,7 @@
-"""Memory that a CPU process has freed, back to the system before backward needs more.
+"""Memory that a CPU process has freed goes back to the system.
 
-glibc keeps freed memory between pieces that are in use. The process then grows to the most that each size of pieces
-ever needed, and not to the most that was needed at one moment. ``malloc_trim`` returns free pages within the heap.
+glibc keeps freed memory between pieces that are in use, and the tensors of the next layer do not fit into many of the
+gaps that gradients and kept hidden states leave. ``malloc_trim`` returns free pages within the heap.
 """
 
 import ctypes
@@ -11,18 +11,19 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def trim_in_backward(tensor: Tensor) -> Tensor:
-    """Returns the tensor. When its gradient is known, freed memory goes back to the system, on a CPU with glibc.
+def return_freed_memory(tensor: Tensor) -> Tensor:
+    """Returns the tensor. On a CPU with glibc, freed memory goes back to the system now and when its gradient is known.
 
-    Mapping pages again costs some 0.1 s a GB, so this is for the two places where the most is needed at once: the
-    beginning of backward, and its end, where the gradient of the embeddings is as large as they are.
+    Mapping pages again takes some 0.1 s a GB, so this is for a few places of a pass.
     """
-    if tensor.device.type == "cpu" and tensor.requires_grad:
-        tensor.register_hook(_trim)
+    if tensor.device.type == "cpu":
+        _trim()
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: _trim())
     return tensor
 
 
-def _trim(gradient: Tensor) -> None:
+def _trim() -> None:
     if (malloc_trim := _malloc_trim()) is not None:
         malloc_trim(0)
 

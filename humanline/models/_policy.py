@@ -11,7 +11,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from humanline.data import Rows
 from humanline.errors import ConfigError
 from humanline.models._flex import use_flex
-from humanline.models._heap import trim_in_backward
+from humanline.models._heap import return_freed_memory
 from humanline.models._log_probs import token_log_probs, token_log_probs_and_entropy
 from humanline.torchtune_seam.internals import Mask
 
@@ -93,15 +93,15 @@ class LogProbDecoder(nn.Module):
             Tensor | tuple[Tensor, Tensor]: log-probs of ``targets`` in nats, float32 ``[N]``; with ``with_entropy``
             also entropies in nats, float32 ``[N]``, without gradient.
         """
-        hidden = trim_in_backward(self.tok_embeddings(tokens))
-        for layer, window in zip(self.layers, self.windows, strict=True):
+        hidden = self.tok_embeddings(tokens)
+        for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
+            if index % 8 == 0:
+                hidden = return_freed_memory(hidden)
             hidden = layer(hidden, mask=masks[window], input_pos=positions)
         # Only rows that predict a response token are normalised and projected.
-        hidden = self.norm(hidden.flatten(0, 1).index_select(0, predictors))
+        hidden = self.norm(return_freed_memory(hidden).flatten(0, 1).index_select(0, predictors))
         head = token_log_probs_and_entropy if with_entropy else token_log_probs
-        found = head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
-        trim_in_backward(found if isinstance(found, Tensor) else found[0])
-        return found
+        return head(hidden, self._output_weight(), targets, self.soft_cap, self.temperature)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Computes logits, float32 ``[B, S, V]``, from hidden states of the last layer, ``[B, S, D]``."""
