@@ -185,13 +185,13 @@ ADAPTED = ALIKE | {
 @pytest.mark.parametrize(
     ("name", "model", "ranks", "changes"),
     [
-        ("smollm2_135m_dpo", ALIKE, 1, {"enable_activation_checkpointing": True}),
+        ("smollm2_135m_dpo", ALIKE, 1, {"enable_activation_checkpointing": True, "rows_per_pass": 2}),
         ("smollm2_135m_dpo", ALIKE, 2, {"reference___component_": "humanline.reference.ModelReference"}),
         ("smollm2_135m_dpo_lora", ADAPTED, 1, {"save_adapter_weights_only": False}),
     ],
 )
 def test_few_layers_tell_exactly_what_many_take(name, model, ranks, changes, monkeypatch):
-    cfg = config(name, **changes)
+    cfg = config(name, **{"rows_per_pass": 1, **changes})  # attention on a CPU takes many operations a row
     cfg.model = model
     told = rehearse(cfg, ranks)
     monkeypatch.setattr("humanline.planning._rehearsal.depths", lambda layers: None)
@@ -217,12 +217,12 @@ def test_layers_that_do_not_repeat_all_run():
 
 
 def test_the_size_of_what_is_written_is_foretold(tmp_path):
-    cfg = config("smollm2_135m_dpo")
+    cfg = config("smollm2_135m_dpo", rows_per_pass=1)
     parameters = 134_515_008
     told = rehearsed(cfg, 1)
     assert told.export == 4 * parameters and told.checkpoint == pytest.approx(12 * parameters, rel=1e-3)
     assert rehearsed(OmegaConf.merge(cfg, {"export_dtype": "bf16"}), 1).export == 2 * parameters
-    adapter = config("smollm2_135m_dpo_lora")
+    adapter = config("smollm2_135m_dpo_lora", rows_per_pass=1)
     merged = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
     told = rehearsed(adapter, 1)
     assert told.export == 2 * parameters + 2 * merged + 8 * 4_884_480
@@ -232,7 +232,7 @@ def test_the_size_of_what_is_written_is_foretold(tmp_path):
 
 
 def test_groups_of_ranks_each_hold_the_whole_model():
-    cfg = config("smollm2_135m_dpo")
+    cfg = config("smollm2_135m_dpo", rows_per_pass=1)
     cfg.model = TINY
     two = rehearsed(cfg, 2).peak
     two_and_two = rehearsed(OmegaConf.merge(cfg, {"data_parallel_replicate_dim": 2}), 4).peak
@@ -241,13 +241,14 @@ def test_groups_of_ranks_each_hold_the_whole_model():
 
 
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
-    base = rehearsed(config("smollm2_135m_dpo"), 1).peak
-    checkpointed = rehearsed(config("smollm2_135m_dpo", enable_activation_checkpointing=True), 1)
+    cfg = config("smollm2_135m_dpo", rows_per_pass=2)
+    base = rehearsed(cfg, 1).peak
+    checkpointed = rehearsed(with_overrides(cfg, ["enable_activation_checkpointing=True"]), 1)
     assert checkpointed.peak["activations"] < base["activations"] / 4
-    second = rehearsed(config("smollm2_135m_dpo", reference___component_="humanline.reference.ModelReference"), 1).peak
+    second = rehearsed(with_overrides(cfg, ["reference._component_=humanline.reference.ModelReference"]), 1).peak
     assert second["reference"] == pytest.approx(2 * 134_515_008, rel=0.05)
-    longer = rehearsed(config("smollm2_135m_dpo", enable_activation_checkpointing=True, rows_per_pass=16), 1)
-    assert longer.peak["activations"] > 1.2 * checkpointed.peak["activations"]
+    longer = rehearsed(with_overrides(cfg, ["enable_activation_checkpointing=True", "rows_per_pass=4"]), 1)
+    assert longer.peak["activations"] > 1.1 * checkpointed.peak["activations"]
     assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
 
 
@@ -267,7 +268,7 @@ def test_an_adapter_on_a_base_in_4_bits_takes_what_the_guide_says():
 
 
 def test_humanline_sampling_can_be_planned():
-    cfg = config("smollm2_135m_grpo", loss__perception="sample", loss__gamma_P=4.0, loss__gamma_R=4.0)
+    cfg = config("smollm2_135m_grpo", rows_per_pass=1, loss__perception="sample", loss__gamma_P=4.0, loss__gamma_R=4.0)
     cfg.model = TINY
     assert rehearsed(cfg, 1).peak["activations"] > 0
 
@@ -284,7 +285,7 @@ def test_an_optimizer_that_cannot_be_rehearsed_is_named():
 
 
 def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twice):
-    cfg = config("smollm2_135m_dpo")
+    cfg = config("smollm2_135m_dpo", rows_per_pass=4)
     cfg.model = TINY
     peak = rehearsed(cfg, 1).total / 1e9
     checkpointed = rehearsed(OmegaConf.merge(cfg, {"enable_activation_checkpointing": True}), 1).total / 1e9
@@ -293,9 +294,9 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twi
     assert "It fits" in fits and re.search(rf"peak of a rank +{peak:.2f} GB", fits)
     checkpoint = report(cfg, 1, device_memory=1.1 * checkpointed, tflops=400)
     assert "It does not fit" in checkpoint and "It fits with enable_activation_checkpointing=True: " in checkpoint
-    fewer = ["enable_activation_checkpointing=True", "rows_per_pass=4"]
+    fewer = ["enable_activation_checkpointing=True", "rows_per_pass=2"]
     half = rehearsed(with_overrides(cfg, fewer), 1).total / 1e9
-    assert half < 0.7 * checkpointed
+    assert half < 0.8 * checkpointed
     assert f"It fits with {' and '.join(fewer)}: " in report(cfg, 1, device_memory=1.09 * half, tflops=400)
     lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
     overrides = f"enable_activation_checkpointing=True rows_per_pass=1 {lean}".split()
@@ -306,7 +307,9 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twi
 
 
 def test_a_change_that_is_not_needed_is_not_asked_for(nothing_twice):
-    cfg = config("smollm2_135m_dpo", data_parallel_replicate_dim=2, enable_activation_checkpointing=True)
+    cfg = config(
+        "smollm2_135m_dpo", data_parallel_replicate_dim=2, enable_activation_checkpointing=True, rows_per_pass=1
+    )
     cfg.model = TINY | {"embed_dim": 512, "intermediate_dim": 4096}  # of which the weights are the most
     sharded = rehearsed(with_overrides(cfg, ["data_parallel_replicate_dim=1"]), 4).total / 1e9
     assert "It fits with data_parallel_replicate_dim=1: " in report(cfg, 4, device_memory=1.1 * sharded, tflops=400)
