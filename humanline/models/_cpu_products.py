@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = 4096  # rows or columns of a large matrix that are held in float32 at a time
+_PIECE = 768  # rows or columns of a large matrix that are held in float32 at a time, of a few MB
 _LIBRARY = torch.library.Library("aten", "IMPL")
 
 
@@ -76,7 +76,7 @@ def _by_float32(product: Any, own: Any, smallest: int) -> Callable[..., Tensor]:
 
 
 def _in_pieces(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """Computes ``a @ b``, such as all logits, in bfloat16, without the larger matrix as a whole in float32."""
+    """Computes ``a @ b`` in bfloat16, without the larger matrix and the result as a whole in float32."""
     found, by_columns = a.new_empty(a.size(0), b.size(1)), a.size(0) <= b.size(1)
     a, b = (a.float(), b) if by_columns else (a, b.float())
     for start in range(0, max(found.shape), _PIECE):
