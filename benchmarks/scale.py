@@ -156,8 +156,9 @@ def plot(found: dict[str, dict[int, Point]], file: Path) -> None:
 
     figure, places = plt.subplots(1, len(found), figsize=(4 * len(found), 3), layout="constrained")
     for place, (name, points) in zip(places, found.items(), strict=True):
-        for part in ("start", "second") if name == "rows of data" else ("step",):
-            place.plot([*points], [point[part] for point in points.values()], marker="o", label=part)
+        lines = {"start": "first start", "second": "second start"} if name == "rows of data" else {"step": "a step"}
+        for part, label in lines.items():
+            place.plot([*points], [point[part] for point in points.values()], marker="o", label=label)
         place.set(xlabel=name, ylabel="s", ylim=(0, None), xlim=(0, None))
         place.legend()
     figure.savefig(file)
