@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py GROUPS.jsonl                    # DPO, at most 512 tokens, one thread
     python benchmarks/compare.py GROUPS.jsonl --objectives dpo kto grpo --max-tokens 512 1250 --threads 1 2
-    python benchmarks/compare.py GROUPS.jsonl --against trl      # 14 GB; all three need 24
+    python benchmarks/compare.py GROUPS.jsonl --against trl      # 13 GB; all three need 23
 
 GROUPS.jsonl has scored groups, such as UltraFeedback-ArmoRM's rows (docs/data.md). A step takes 8 of them: for DPO the
 best and the worst response of each, for KTO both as examples of their own, for GRPO five. All contestants train
@@ -421,6 +421,9 @@ def main() -> None:
     parser.add_argument("--reference", choices=("WindowedReference", "ModelReference"), default="WindowedReference")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "compare")
     arguments = parser.parse_args()
+    for objective in arguments.objectives:
+        if not set(arguments.against) & set(CONTESTANTS[objective]):
+            parser.error(f"--against: {' '.join(arguments.against)} has no step of {objective}; name trl")
     folder = arguments.output_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     fetch = [sys.executable, "-m", "humanline.tools.fetch_smollm2", "--output-dir", str(MODEL)]

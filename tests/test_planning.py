@@ -241,14 +241,14 @@ def test_groups_of_ranks_each_hold_the_whole_model():
 
 
 def test_checkpointing_a_second_model_and_longer_rows_change_what_they_should():
-    cfg = config("smollm2_135m_dpo", rows_per_pass=2)
+    cfg = config("smollm2_135m_dpo")
     base = rehearsed(cfg, 1).peak
     checkpointed = rehearsed(with_overrides(cfg, ["enable_activation_checkpointing=True"]), 1)
     assert checkpointed.peak["activations"] < base["activations"] / 4
     second = rehearsed(with_overrides(cfg, ["reference._component_=humanline.reference.ModelReference"]), 1).peak
     assert second["reference"] == pytest.approx(2 * 134_515_008, rel=0.05)
-    longer = rehearsed(with_overrides(cfg, ["enable_activation_checkpointing=True", "rows_per_pass=4"]), 1)
-    assert longer.peak["activations"] > 1.1 * checkpointed.peak["activations"]
+    longer = rehearsed(with_overrides(cfg, ["enable_activation_checkpointing=True", "rows_per_pass=16"]), 1)
+    assert longer.peak["activations"] > 1.2 * checkpointed.peak["activations"]
     assert longer.flops == pytest.approx(2 * checkpointed.flops, rel=0.01)
 
 
@@ -285,7 +285,7 @@ def test_an_optimizer_that_cannot_be_rehearsed_is_named():
 
 
 def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twice):
-    cfg = config("smollm2_135m_dpo", rows_per_pass=4)
+    cfg = config("smollm2_135m_dpo")
     cfg.model = TINY
     peak = rehearsed(cfg, 1).total / 1e9
     checkpointed = rehearsed(OmegaConf.merge(cfg, {"enable_activation_checkpointing": True}), 1).total / 1e9
@@ -294,9 +294,9 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_would(nothing_twi
     assert "It fits" in fits and re.search(rf"peak of a rank +{peak:.2f} GB", fits)
     checkpoint = report(cfg, 1, device_memory=1.1 * checkpointed, tflops=400)
     assert "It does not fit" in checkpoint and "It fits with enable_activation_checkpointing=True: " in checkpoint
-    fewer = ["enable_activation_checkpointing=True", "rows_per_pass=2"]
+    fewer = ["enable_activation_checkpointing=True", "rows_per_pass=4"]
     half = rehearsed(with_overrides(cfg, fewer), 1).total / 1e9
-    assert half < 0.8 * checkpointed
+    assert half < 0.7 * checkpointed
     assert f"It fits with {' and '.join(fewer)}: " in report(cfg, 1, device_memory=1.09 * half, tflops=400)
     lean = "master_dtype=bf16 optimizer=humanline.training.StochasticAdamW ~optimizer.fused"
     overrides = f"enable_activation_checkpointing=True rows_per_pass=1 {lean}".split()
